@@ -1,0 +1,67 @@
+# A fresh machine needs Python >= 3.11, make and a C compiler. Everything else goes into .venv at the versions of constraints.txt.
+# Variables: PYTHON (python3), VENV (.venv), WORKERS (test processes; 0: none), PYTEST_ARGS. pip's own variables
+# (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) choose where it looks, for a CPU build of torch say.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := sest cli cache tests benchmarks
+# One thread a process: on few cores, test processes and OpenMP threads would fight for them.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint types unit faults format hooks clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-demo ## install, then run the whole pipeline on made-up cells
+	$(BIN)/sest demo
+
+test: lint types unit ## install, then lint, type-check and run every test but the long fault sweep
+
+lint: $(VENV)/.installed-test ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test ## mypy, on links laid out as the packages are installed
+	@rm -rf build/types && mkdir -p build/types/sest
+	@ln -s $(addprefix ../../../,$(wildcard sest/*.py) cli cache) build/types/sest/
+	$(BIN)/mypy -p sest
+
+unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/test_loss.py -k energy"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
+
+format: $(VENV)/.installed-test ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.installed-dev ## run ruff, mypy and the hygiene checks before each commit
+	$(BIN)/pre-commit install
+
+clean: ## remove build output and caches
+	rm -rf build dist sest.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf $(VENV)
+
+# The stamps keep a second `make test` from installing again. -x pip: an interrupted venv is made anew.
+$(VENV)/.installed-demo: extras :=
+$(VENV)/.installed-test: extras := [test]
+$(VENV)/.installed-dev: extras := [test,dev]
+
+$(VENV)/.installed-demo $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "sest needs Python 3.11 or newer, and '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.$(extras)'
+	@touch $@

@@ -1,0 +1,157 @@
+"""Read a finished store. A store without COMPLETE, or with a file of another size, is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import zarr
+
+from sest.cache import schema
+from sest.cache.schema import StoreError
+
+
+@dataclass(frozen=True)
+class Group:
+    """One input file's cells: an AnnData group of the store."""
+
+    root: Path
+    path: str  # group path, such as "replogle/rpe1"
+    attributes: dict[str, Any]  # dataset, columns, control, scale, fingerprint, n_cells, n_genes, dim ...
+
+    @property
+    def n_cells(self) -> int:
+        return int(self.attributes["n_cells"])
+
+    @property
+    def n_genes(self) -> int:
+        return int(self.attributes["n_genes"])
+
+    @property
+    def dataset(self) -> str:
+        return str(self.attributes["dataset"])
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """(n_cells, 3) perturbation, cell_type and batch (categorical); the index has the original names."""
+        return anndata.io.read_elem(self._zarr["obs"])
+
+    @cached_property
+    def genes(self) -> list[str]:
+        """(n_genes,) gene names, in the order of the columns of the targets."""
+        return [str(name) for name in anndata.io.read_elem(self._zarr["var"]).index]
+
+    @cached_property
+    def indptr(self) -> np.ndarray:
+        """(n_cells + 1,) int64 row starts of the targets."""
+        return np.asarray(self._zarr["X/indptr"][:])
+
+    @cached_property
+    def _zarr(self) -> zarr.Group:
+        return zarr.open_group(self.root / self.path, mode="r", use_consolidated=False)
+
+    def embeddings(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of obsm/X_sest: (rows, dim), float16 or float32 as stored; NaN rows were not embedded."""
+        return np.asarray(self._zarr[f"obsm/{schema.EMBEDDING}"][start : self.n_cells if stop is None else stop])
+
+    def targets(self, start: int = 0, stop: int | None = None) -> scipy.sparse.csr_matrix:
+        """Rows [start, stop) of X: (rows, n_genes) CSR of counts (integers) or log1p values (float32)."""
+        indptr = self.indptr[start : (self.n_cells if stop is None else stop) + 1]
+        low, high = int(indptr[0]), int(indptr[-1])
+        data, indices = (np.asarray(self._zarr[f"X/{name}"][low:high]) for name in ("data", "indices"))
+        shape = (len(indptr) - 1, self.n_genes)
+        return scipy.sparse.csr_matrix((data, indices, indptr - low), shape=shape)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished store: how it was made (`attributes`) and its groups by path."""
+
+    path: Path
+    attributes: dict[str, Any]
+    groups: dict[str, Group]
+    _entries: dict[str, dict[str, Any]] = field(repr=False)
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return int(self.attributes["dim"])
+
+    @property
+    def n_cells(self) -> int:
+        return sum(group.n_cells for group in self.groups.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all journalled files."""
+        return sum(entry["size"] for entry in self._entries.values())
+
+    @cached_property
+    def projection(self) -> dict[str, np.ndarray] | None:
+        """The PCA that made the embeddings (mean, basis, explained_variance), or None."""
+        if f"{schema.PROJECTION}/zarr.json" not in self._entries:
+            return None
+        group = zarr.open_group(self.path / schema.PROJECTION, mode="r", use_consolidated=False)
+        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+
+    @cached_property
+    def projection_attributes(self) -> dict[str, Any]:
+        """What the projection says of itself (for the pca encoder: its genes)."""
+        group = zarr.open_group(self.path / schema.PROJECTION, mode="r", use_consolidated=False)
+        return dict(group.attrs)
+
+    def verify(self) -> list[str]:
+        """Read every file and list those whose sha256 is not the journal's (empty: sound)."""
+        return [
+            name for name, entry in self._entries.items() if schema.sha256_file(self.path / name) != entry["sha256"]
+        ]
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished store for reading.
+
+    Raises:
+        StoreError: no such store, not one of sest's, unfinished (no COMPLETE), of another schema version, or damaged
+            (a file is missing or has another size than the journal says).
+    """
+    root = Path(path)
+    if not (root / "zarr.json").is_file():
+        what = "is not a sest store (no zarr.json in it)" if root.exists() else "does not exist"
+        raise StoreError(f"{root} {what}. Make one with `sest embed INPUT --encoder ... --cache {root}`.")
+    attributes = schema.root_attributes(root)
+    if not isinstance(attributes, dict):
+        raise StoreError(f"{root} is a Zarr store, but not one of sest's (no 'sest' attribute).")
+    if attributes.get("schema_version") != schema.SCHEMA_VERSION:
+        raise StoreError(
+            f"{root} has schema version {attributes.get('schema_version')}; this sest reads version "
+            f"{schema.SCHEMA_VERSION}. Embed again, or use the sest version it was made with "
+            f"({attributes.get('sest_version')})."
+        )
+    if not (root / schema.COMPLETE).is_file():
+        raise StoreError(f"{root} is unfinished (no COMPLETE file). Run the same `sest embed` command to finish it.")
+    lines, _ = schema.read_journal(root / schema.JOURNAL)
+    try:
+        promised = json.loads((root / schema.COMPLETE).read_text())["journal_sha256"]
+    except (ValueError, KeyError, TypeError):
+        promised = None
+    if not (root / schema.JOURNAL).exists() or promised != schema.sha256_file(root / schema.JOURNAL):
+        raise StoreError(f"{root} is damaged: journal.jsonl is not the one COMPLETE was written for. Embed again.")
+    entries = schema.journal_entries(lines)
+    damaged = schema.damaged_files(root, list(entries.values()))
+    if damaged:
+        raise StoreError(
+            f"{root} is damaged: {len(damaged)} of {len(entries)} files are missing or have another size "
+            f"(first: {damaged[0]}). Run the same `sest embed` command to write them again."
+        )
+    groups = {
+        name: Group(root, name, dict(zarr.open_group(root / name, mode="r", use_consolidated=False).attrs)["sest"])
+        for name in attributes["groups"]
+    }
+    return Cache(root, attributes, groups, entries)

@@ -1,0 +1,1 @@
+"""The `sest` command: parse, call one function, render. No science lives here."""

@@ -1,0 +1,45 @@
+"""`sest info`: what a path is, and whether it is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sest.cli import console
+from sest.errors import InputError
+
+
+def info(
+    path: Annotated[Path, typer.Argument(help="store, run folder, checkpoint folder, encoder folder or h5ad file")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON for other programs")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read every file and compare its sha256 (stores, checkpoints)")] = False,
+) -> None:
+    """Say what a path is: a store, a run, a checkpoint, an encoder folder or a file of cells."""
+    from sest.describe import describe
+
+    facts, damaged = describe(path, verify=verify)
+    if json:
+        console.say_json(facts)
+    else:
+        groups = facts.pop("groups", None)
+        console.table(str(path), ["what", "value"], [[k.replace("_", " "), _text(v)] for k, v in facts.items()])
+        if groups:
+            names = list(next(iter(groups.values())))
+            rows = [[name, *(_text(group[n]) for n in names)] for name, group in groups.items()]
+            console.table("groups", ["group", *(n.replace("_", " ") for n in names)], rows)
+    if damaged:
+        raise InputError(f"{path} is damaged: {len(damaged)} files differ from their sha256, the first is {damaged[0]}.")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

@@ -1,0 +1,66 @@
+"""The `sest` command: one file per subcommand; errors of the library become one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated
+
+import typer
+
+from sest import __version__
+from sest.cache.schema import StoreError
+from sest.cli import console
+from sest.cli.embed import embed
+from sest.cli.info import info
+from sest.cli.train import train
+from sest.errors import InputError, TrainingFailed
+from sest.signals import Interrupted
+
+EXIT_BAD_INPUT = 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+app = typer.Typer(
+    name="sest",
+    help="Embed every cell once, then train, predict and evaluate perturbation responses from the stored embeddings.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (embed, train, info):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.say(f"sest {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)] = False,
+) -> None:
+    """Options that come before the subcommand."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 bad input, 130 or 143 interrupted after saving."""
+    try:
+        app()
+    except (InputError, StoreError) as error:
+        console.error(str(error))
+        sys.exit(EXIT_BAD_INPUT)
+    except TrainingFailed as error:
+        console.error(str(error))
+        sys.exit(1)
+    except Interrupted as stopped:
+        console.error(str(stopped))
+        sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        console.error(f"{error.strerror}: {error.filename or 'the output'}. What was finished is kept.")
+        sys.exit(EXIT_BAD_INPUT)

@@ -1,0 +1,116 @@
+"""`sest train`: phase two, store to head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from sest.cli import console
+from sest.cli.options import given, opt
+from sest.config import TrainConfig, read_toml
+from sest.errors import InputError
+
+if TYPE_CHECKING:
+    from sest.dataset import Dataset
+    from sest.model import StateTransition
+
+Text = Optional[str]  # noqa: UP045 - Typer shows Optional types as plain ones
+Whole = Optional[int]  # noqa: UP045
+Real = Optional[float]  # noqa: UP045
+Switch = Optional[bool]  # noqa: UP045
+
+
+def train(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="a finished store, made by `sest embed`")],
+    run: Annotated[Path, typer.Option("--run", "-r", help="run folder to create, or to continue with --resume")],
+    resume: Annotated[Text, typer.Option(help="continue from 'auto' (the run's furthest checkpoint) or a checkpoint folder", show_default=False)] = None,
+    config: Annotated[Optional[Path], typer.Option(help="TOML with options (as config.toml of a run); the command line wins", show_default=False)] = None,  # noqa: UP045
+    perturbations: Annotated[Text, opt(TrainConfig, "perturbations")] = None,
+    splits: Annotated[Text, opt(TrainConfig, "splits")] = None,
+    missing_perturbations: Annotated[Text, opt(TrainConfig, "missing_perturbations")] = None,
+    val_fraction: Annotated[Real, opt(TrainConfig, "val_fraction")] = None,
+    max_steps: Annotated[Whole, opt(TrainConfig, "max_steps")] = None,
+    batch_size: Annotated[Whole, opt(TrainConfig, "batch_size")] = None,
+    set_size: Annotated[Whole, opt(TrainConfig, "set_size")] = None,
+    accumulate: Annotated[Whole, opt(TrainConfig, "accumulate")] = None,
+    lr: Annotated[Real, opt(TrainConfig, "lr")] = None,
+    weight_decay: Annotated[Real, opt(TrainConfig, "weight_decay")] = None,
+    clip: Annotated[Real, opt(TrainConfig, "clip")] = None,
+    loss: Annotated[Text, opt(TrainConfig, "loss")] = None,
+    target_sum: Annotated[Text, opt(TrainConfig, "target_sum")] = None,
+    controls: Annotated[Text, opt(TrainConfig, "controls")] = None,
+    control_targets: Annotated[Switch, opt(TrainConfig, "control_targets")] = None,
+    hidden: Annotated[Whole, opt(TrainConfig, "hidden")] = None,
+    n_layers: Annotated[Whole, opt(TrainConfig, "n_layers")] = None,
+    n_heads: Annotated[Whole, opt(TrainConfig, "n_heads")] = None,
+    ffn: Annotated[Whole, opt(TrainConfig, "ffn")] = None,
+    n_encoder_layers: Annotated[Whole, opt(TrainConfig, "n_encoder_layers")] = None,
+    n_decoder_layers: Annotated[Whole, opt(TrainConfig, "n_decoder_layers")] = None,
+    dropout: Annotated[Real, opt(TrainConfig, "dropout")] = None,
+    val_every: Annotated[Whole, opt(TrainConfig, "val_every")] = None,
+    val_sets: Annotated[Whole, opt(TrainConfig, "val_sets")] = None,
+    checkpoint_every: Annotated[Whole, opt(TrainConfig, "checkpoint_every")] = None,
+    log_every: Annotated[Whole, opt(TrainConfig, "log_every")] = None,
+    early_stopping: Annotated[Switch, opt(TrainConfig, "early_stopping")] = None,
+    patience: Annotated[Whole, opt(TrainConfig, "patience")] = None,
+    max_bad_steps: Annotated[Whole, opt(TrainConfig, "max_bad_steps")] = None,
+    precision: Annotated[Text, opt(TrainConfig, "precision")] = None,
+    num_workers: Annotated[Whole, opt(TrainConfig, "num_workers")] = None,
+    data_device: Annotated[Text, opt(TrainConfig, "data_device")] = None,
+    device: Annotated[Text, opt(TrainConfig, "device")] = None,
+    seed: Annotated[Whole, opt(TrainConfig, "seed")] = None,
+) -> None:
+    """Train the State Transition head from a store.
+
+    The run folder gets config.toml, metrics.jsonl, checkpoint-step-N/, best/ (lowest val_loss) and last/.
+    """
+    options = given({name: value for name, value in locals().items() if name in TrainConfig.names()})
+    if config is not None:
+        file_values = read_toml(config)
+        file_values.pop("provenance", None)
+        TrainConfig.from_values(file_values, str(config))
+        options = {**file_values, **options}
+    if resume == "auto" and not run.exists():
+        raise InputError(f"{run} does not exist: nothing to resume. Leave --resume out to start it.")
+    from sest.train import resumed_config, train as run_training  # imports torch
+
+    if resume is None:
+        resolved = TrainConfig.from_values(options, "the command line")
+    else:
+        resolved = resumed_config(run, resume, options)
+    with console.ConsoleProgress() as progress:
+        result = run_training(cache, run, resolved, progress, resume=resume, on_start=_show_start, on_log=progress.show)
+    why = "no improvement" if result.reason == "early_stopping" else "all steps done"
+    console.say(f"{run}: step {result.step:,} ({why}); best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}.")
+    if result.metrics:
+        console.table("Last validation", ["metric", "model", "perturbation mean", "controls"], validation_rows(result.metrics))
+
+
+def validation_rows(metrics: dict[str, float]) -> list[list[str]]:
+    """The metrics of a validation beside its baselines, as table rows."""
+    return [
+        [name, *(f"{metrics[key]:.4f}" for key in (name, f"{name}_perturbation_mean", f"{name}_controls"))]
+        for name in ("val_loss", "pearson_delta", "mae", "pds")
+    ]
+
+
+def _show_start(data: Dataset, model: StateTransition) -> None:
+    """Show what will be trained on, and what."""
+    from sest.model import n_parameters
+    from sest.train import split_lines
+
+    columns = ["dataset", "cell type", "split", "perturbations", "cells", "controls"]
+    console.table("Cells", columns, split_lines(data.table))
+    s = model.sizes
+    console.say(
+        f"Head: {n_parameters(model):,} trainable parameters; embeddings {s.dim}, features {s.n_features}, "
+        f"{s.n_genes:,} genes; targets: {_targets(data)}."
+    )
+
+
+def _targets(data: Dataset) -> Any:
+    if data.targets.scale == "log1p":
+        return "log1p values as they are"
+    return f"log1p of counts normalised to {data.targets.target_sum:g}"

@@ -1,0 +1,47 @@
+"""Choose the device and the precision, and say what was chosen."""
+
+from __future__ import annotations
+
+import torch
+
+from sest.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"No device '{name}'. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"No device '{name}': this machine has {torch.cuda.device_count()} CUDA GPUs. Use --device cpu.")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"Device '{name}' is not supported. Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def choose_precision(name: str, device: torch.device, *, training: bool) -> str:
+    """Resolve "auto" to fp32, bf16 or fp16 for the device.
+
+    auto: bf16 on GPUs with bf16 units; on older ones fp16 for training and fp32 for embedding; fp32 on CPU.
+
+    Raises:
+        InputError: fp16 training was asked of a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("Precision fp16 needs a GPU. Use --precision fp32 or bf16.")
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp16" if training else "fp32"

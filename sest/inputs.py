@@ -1,0 +1,207 @@
+"""What `sest embed` was given: the files, their groups in the store, and what each file's columns and values mean."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from sest.cache.schema import RESERVED
+from sest.columns import Columns, detect_columns, labels
+from sest.config import EmbedConfig
+from sest.errors import InputError, shown
+from sest.h5ad import CellFile, Scan, decide_scale
+from sest.progress import Progress
+from sest.splits import GroupCells, SplitFile, read_splits
+
+SUFFIXES = (".h5ad", ".h5")
+ROWS_PER_READ = 2048
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file and where it goes in the store."""
+
+    group: str  # "dataset", or "dataset/file stem" where a dataset has several files
+    dataset: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One input file, scanned and understood; nothing has been written yet."""
+
+    source: Source
+    file: CellFile
+    scan: Scan
+    scale: str  # "counts" or "log1p"
+    columns: Columns
+    obs: pd.DataFrame  # perturbation, cell_type, batch (categorical), as the store keeps them
+
+    @property
+    def group(self) -> str:
+        return self.source.group
+
+    @property
+    def is_control(self) -> np.ndarray:
+        """(n_cells,) bool; all False where the file has no perturbation column."""
+        if "perturbation" not in self.obs:
+            return np.zeros(len(self.obs), bool)
+        return (self.obs["perturbation"] == self.columns.control).to_numpy()
+
+    def read(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
+        """Read chosen cells (sorted row numbers), never more than ROWS_PER_READ neighbours at once."""
+        parts, i = [], 0
+        while i < len(rows):
+            j = int(np.searchsorted(rows, rows[i] + ROWS_PER_READ))
+            block = self.file.rows(int(rows[i]), int(rows[j - 1]) + 1)
+            parts.append(block if block.shape[0] == j - i else block[rows[i:j] - rows[i]])
+            i = j
+        return parts[0] if len(parts) == 1 else scipy.sparse.vstack(parts, format="csr")
+
+    def identity(self) -> dict[str, object]:
+        """What must be the same for a store to be continued with this file."""
+        labels_hash = hashlib.sha256()
+        for name in self.obs:
+            column = self.obs[name].cat
+            labels_hash.update(repr((name, list(column.categories))).encode() + column.codes.to_numpy(np.int32).tobytes())
+        return {
+            "file": self.source.path.name,
+            "sha256": self.scan.sha256,
+            "labels_sha256": labels_hash.hexdigest(),
+            "scale": self.scale,
+            "columns": {
+                "perturbation": self.columns.perturbation,
+                "cell_type": self.columns.cell_type,
+                "batch": self.columns.batch,
+                "control": self.columns.control,
+            },
+        }
+
+    def as_group(self) -> GroupCells:
+        """The labels as `sest.splits` reads them."""
+        return group_cells(self.group, self.source.dataset, self.obs, str(self.columns.control))
+
+
+def group_cells(path: str, dataset: str, obs: pd.DataFrame, control: str) -> GroupCells:
+    """The labels of one group as `sest.splits` reads them."""
+    perturbation, cell_type = obs["perturbation"].cat, obs["cell_type"].cat
+    return GroupCells(
+        path,
+        dataset,
+        perturbation.codes.to_numpy(np.int32),
+        tuple(map(str, perturbation.categories)),
+        cell_type.codes.to_numpy(np.int32),
+        tuple(map(str, cell_type.categories)),
+        control,
+    )
+
+
+def resolve_inputs(inputs: Sequence[Path]) -> tuple[list[Source], SplitFile | None]:
+    """Turn the command's arguments into files: .h5ad/.h5 files, or one .toml that names datasets.
+
+    Raises:
+        InputError: nothing there, another kind of file, two files of one name, or a TOML beside other inputs.
+    """
+    tomls = [path for path in inputs if path.suffix == ".toml"]
+    if tomls:
+        if len(inputs) > 1:
+            raise InputError(f"Give one .toml or several .h5ad files, not both ({shown(inputs)}).")
+        roots = (tomls[0].resolve().parent,)
+        splits = read_splits(tomls[0], roots=roots)
+        sources = [
+            Source(name if len(files) == 1 else f"{name}/{file.stem}", name, file)
+            for name, files in splits.datasets.items()
+            for file in files
+        ]
+    else:
+        splits = None
+        sources = [Source(path.stem, path.stem, path) for path in inputs]
+    for source in sources:
+        if not source.path.exists():
+            raise InputError(f"{source.path} does not exist.")
+        if source.path.suffix not in SUFFIXES:
+            raise InputError(f"{source.path} is not an .h5ad or .h5 file (nor a .toml that lists some).")
+        for part in source.group.split("/"):
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*", part) or part in RESERVED:
+                raise InputError(f"'{part}' cannot name a group of the store. Rename the file or the dataset.")
+    groups = [source.group for source in sources]
+    twice = sorted({group for group in groups if groups.count(group) > 1})
+    if twice:
+        raise InputError(f"Several input files are named {shown(twice)}. Rename them, or list them in a .toml.")
+    nested = [a for a in groups for b in groups if b.startswith(a + "/")]
+    if nested:
+        raise InputError(f"The dataset name {nested[0]} is also the folder of another. Rename one.")
+    return sources, splits
+
+
+def open_cells(sources: Sequence[Source], config: EmbedConfig, progress: Progress, stack: ExitStack) -> list[Cells]:
+    """Open and read every file once: fingerprint, scale, columns. Nothing is written.
+
+    Args:
+        stack: closes the files.
+
+    Raises:
+        InputError: for every kind of unusable file (see `sest.h5ad` and `sest.columns`).
+    """
+    files = [stack.enter_context(CellFile(source.path, config.layer)) for source in sources]
+    columns = [
+        detect_columns(
+            file.obs,
+            pert_col=config.pert_col,
+            cell_type_col=config.cell_type_col,
+            batch_col=config.batch_col,
+            control=config.control,
+        )
+        for file in files
+    ]
+    tables = [_obs(source, file, found) for source, file, found in zip(sources, files, columns, strict=True)]
+    result = []
+    progress.begin("Reading", sum(file.n_cells for file in files), "cells")
+    for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
+        scan = file.scan(progress.advance)
+        scale = decide_scale(scan, config.counts, file.path, file.layers)
+        result.append(Cells(source, file, scan, scale, found, obs))
+    for cells in result:
+        _describe(cells, progress)
+    return result
+
+
+def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
+    """The obs table of the store: perturbation, cell_type and batch as categories, the index as in the file."""
+    table = {}
+    for name, column in (
+        ("perturbation", columns.perturbation),
+        ("cell_type", columns.cell_type),
+        ("batch", columns.batch),
+    ):
+        if column is not None:
+            codes, names = labels(file.obs, column)
+            table[name] = pd.Categorical.from_codes(codes, categories=list(names))
+        elif name != "perturbation":
+            table[name] = pd.Categorical.from_codes(np.zeros(file.n_cells, np.int32), categories=["unknown"])
+    return pd.DataFrame(table, index=file.obs.index.astype(str))
+
+
+def _describe(cells: Cells, progress: Progress) -> None:
+    """Say what was found in a file."""
+    name, columns = cells.source.path.name, cells.columns
+    progress.note(f"{name}: {cells.file.n_cells:,} cells x {cells.file.n_genes:,} genes, {cells.scale}.")
+    for note in columns.notes:
+        progress.note(f"{name}: {note}")
+    if columns.perturbation is None:
+        progress.note(f"{name}: no perturbation column: its embeddings are stored, but nothing can be trained on it.")
+    elif columns.cell_type is None:
+        progress.note(f"{name}: no cell type column: all cells count as one cell type, 'unknown'.")
+    empty = int((np.diff(cells.scan.indptr) == 0).sum())
+    if empty:
+        progress.note(f"{name}: {empty:,} cells have no counts at all; they are embedded with uniform gene shares.")
+    if cells.scan.n_negative:
+        progress.note(f"{name}: {cells.scan.n_negative:,} negative values are read as 0 by the encoder.")

@@ -1,0 +1,31 @@
+"""What long steps report. The command line draws it; the library only calls it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives the progress of one command."""
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """A step starts: `total` units, of which `done` were there already."""
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done."""
+
+    def note(self, text: str) -> None:
+        """One sentence the user should read."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        pass
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

@@ -1,0 +1,480 @@
+"""Load weights and features that somebody else made: State Embedding encoders, perturbation vectors, `state tx` heads.
+
+Every file is untrusted (DESIGN.md, section 10). Whatever is wrong with one becomes an InputError of one line.
+Sizes: T token_dim, D d_model, H d_hid, O output_dim, P width of a feature vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from sest.errors import InputError, nearest, shown
+from sest.unpickle import DAMAGE, Checkpoint, damaged, read_checkpoint, read_dictionary
+
+logger = logging.getLogger(__name__)
+
+COPY_SUFFIX = ".sest.safetensors"  # <stem of the .ckpt>.sest.safetensors, written by save_safetensors_copy
+GENES_FILE, CONFIG_FILE = "protein_embeddings.pt", "config.yaml"
+_HOW_TO_GET = (
+    f"An SE folder holds a .ckpt or .safetensors, {GENES_FILE} and {CONFIG_FILE}; get one with "
+    "`huggingface-cli download arcinstitute/SE-600M --local-dir SE-600M`."
+)
+_SETTINGS = {  # our name: (where upstream's config has it, its default, smallest sensible value)
+    "n_heads": (("model", "nhead"), None, 1),
+    "pad_length": (("dataset", "pad_length"), None, 2),
+    "cls_count_gene": (("dataset", "cls_token_idx"), 3, 0),
+}
+# Linear and LayerNorm modules of the SE model -> axes of their weight; a bias has the first. Equal letters are equal
+# sizes: T token_dim, D d_model, H d_hid, O output_dim, R width inside the decoder, B count bins, C width of the count
+# network. Source: state_dict of arc-state 0.11.1; its training heads (binary_decoder, dataset_encoder) are not needed.
+_MODULES = {
+    "encoder.0": "D T",
+    "encoder.1": "D",
+    "count_encoder.0": "C 1",
+    "count_encoder.2": "B C",
+    "decoder.0.intermediate_dense": "R D",
+    "decoder.0.dense": "D R",
+    "decoder.0.layer_norm": "D",
+    "decoder.1": "O D",
+    "dataset_embedder": "10 O",
+}
+_LAYER = {"qkv_proj": "3D D", "out_proj": "D D", "linear1": "H D", "linear2": "D H", "norm1": "D", "norm2": "D"}
+_MAX_CONFIG_BYTES = 1_000_000
+_MAX_FEATURE_BYTES = 64 * 2**30
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """The files of one State Embedding encoder."""
+
+    weights: Path  # *.ckpt or *.safetensors
+    protein_embeddings: Path | None
+    config: Path | None  # config.yaml
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """A State Embedding encoder, checked: every tensor of section 4 is there, of fitting shape and finite."""
+
+    tensors: dict[str, torch.Tensor]  # state_dict, float32, CPU, memory-mapped where stored as float32
+    n_heads: int
+    pad_length: int  # tokens a cell, CLS included
+    cls_count_gene: int  # whose kept gene's weight the CLS slot carries
+    genes: tuple[str, ...]  # token index -> symbol
+    gene_vectors: torch.Tensor  # (n_genes, T) float32, not normalised
+    sha256: str  # of all of the above: the same for a .ckpt and its safetensors copy
+    source: str  # file name of the weights (of the .ckpt, if its copy was read)
+
+
+@dataclass(frozen=True)
+class TransitionCheckpoint:
+    """An upstream `state tx` checkpoint."""
+
+    tensors: dict[str, torch.Tensor]  # state_dict, float32, CPU
+    hyper_parameters: dict[str, Any]  # plain values; anything else is its class name
+    step: int  # optimizer steps done
+
+
+def find_encoder(path: Path, checkpoint: str | None = None) -> EncoderFiles:
+    """Find the weights in the SE folder `path` (or the weights file `path`) and the files beside them.
+
+    `checkpoint` names one of several weights files. A copy that save_safetensors_copy made stands for its `.ckpt`
+    while that is unchanged. Raises InputError if nothing, or not exactly one candidate, is found.
+    """
+    if path.is_file():
+        if path.suffix not in (".ckpt", ".safetensors"):
+            raise InputError(
+                f"{path.name} is not a checkpoint (.ckpt or .safetensors). A .pt file holds vectors of genes or "
+                f"perturbations: name the folder it lies in. {_HOW_TO_GET}"
+            )
+        if checkpoint not in (None, path.name):
+            raise InputError(f"{path} is one file: drop --checkpoint {checkpoint}, or name the folder {path.parent}.")
+        return _files(path)
+    if not path.is_dir():
+        raise InputError(f"No SE folder or checkpoint at {path}. {_HOW_TO_GET}")
+    found = sorted(f for f in path.iterdir() if f.suffix in (".ckpt", ".safetensors") and f.is_file())
+    if not found:
+        raise InputError(f"No checkpoint in {path}. It holds: {shown(sorted(os.listdir(path)))}. {_HOW_TO_GET}")
+    if checkpoint is not None:
+        by_name = {file.name: file for file in found}
+        if checkpoint not in by_name:
+            raise InputError(
+                f"No checkpoint {checkpoint!r} in {path}.{nearest(checkpoint, by_name)} It holds: {shown(by_name)}."
+            )
+        return _files(by_name[checkpoint])
+    originals = [file for file in found if _original(file) not in found]
+    if len(originals) > 1:
+        names = shown(file.name for file in originals)
+        raise InputError(f"Several checkpoints in {path}: {names}. Choose one with --checkpoint NAME.")
+    return _files(originals[0])
+
+
+def _original(file: Path) -> Path | None:
+    """The .ckpt that `file`, by its name, is a copy of."""
+    return file.with_name(file.name.removesuffix(COPY_SUFFIX) + ".ckpt") if file.name.endswith(COPY_SUFFIX) else None
+
+
+def _files(weights: Path) -> EncoderFiles:
+    """Add the files beside `weights`, and choose between a .ckpt and its copy."""
+    genes, config = weights.with_name(GENES_FILE), weights.with_name(CONFIG_FILE)
+    original = _original(weights)
+    if original is not None and original.is_file():
+        weights = original
+    copy = weights.with_name(weights.stem + COPY_SUFFIX)
+    if weights.suffix == ".ckpt" and genes.is_file() and copy.is_file():  # a copy has no gene vectors of its own
+        if _is_copy(copy, weights):
+            weights = copy
+        else:
+            logger.warning("%s is ignored: it is not a copy of the present %s", copy.name, weights.name)
+    return EncoderFiles(weights, genes if genes.is_file() else None, config if config.is_file() else None)
+
+
+def _is_copy(copy: Path, original: Path) -> bool:
+    try:
+        record = _record(copy)
+    except InputError:  # damaged: the original is there
+        return False
+    return record.get("size") == original.stat().st_size and record.get("sha256") == _sha256(original)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What save_safetensors_copy noted in the metadata of `path`; empty for any other safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("sest", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    return record if isinstance(record, dict) else {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_encoder(path: Path, checkpoint: str | None = None) -> EncoderWeights:
+    """Load the State Embedding encoder at `path` (an SE folder or a weights file), see find_encoder.
+
+    Sizes come from the tensors; heads and pad_length from the checkpoint, else from config.yaml beside it; genes from
+    protein_embeddings.pt, else from the checkpoint. Writes nothing. Raises InputError naming what does not fit.
+    """
+    files = find_encoder(path, checkpoint)
+    read = _read_weights(files.weights, genes=files.protein_embeddings is None)
+    settings = _checked_settings(files.weights, read, files.config)
+    tensors = {name: tensor.float() for name, tensor in read.tensors.items() if tensor.is_floating_point()}
+    if files.protein_embeddings is not None:
+        genes, vectors = _vectors(_dictionary(files.protein_embeddings), files.protein_embeddings.name)
+    elif read.genes is not None:
+        genes, vectors = _vectors(read.genes, f"{files.weights.name} (protein_embeds_dict)")
+    else:
+        raise InputError(f"No {GENES_FILE} beside {files.weights.name}, and no gene vectors in it. {_HOW_TO_GET}")
+    width = tensors["encoder.0.weight"].shape[1]
+    if vectors.shape[1] != width:
+        raise InputError(
+            f"The gene vectors beside {files.weights.name} have {vectors.shape[1]} numbers each, its encoder.0.weight "
+            f"takes {width}: they belong to another encoder. Use the {GENES_FILE} it was published with."
+        )
+    return EncoderWeights(
+        tensors=tensors,
+        **settings,
+        genes=genes,
+        gene_vectors=vectors,
+        sha256=_content_hash(tensors | {"": vectors}, {"genes": genes, **settings}),
+        source=read.source,
+    )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    tensors: dict[str, torch.Tensor]  # stored types
+    configs: list[Any]  # nested like config.yaml, the first that has a value wins
+    genes: dict[str, torch.Tensor] | None
+    source: str
+
+
+def _read_weights(path: Path, genes: bool) -> _Weights:
+    _refuse_impostor(path)
+    if path.suffix == ".ckpt":
+        read = read_checkpoint(path, genes)
+        return _Weights(read.tensors, _configs(read), read.genes, path.name)
+    record = _record(path)
+    config: dict[str, Any] = {}
+    for name, ((section, key), _, _) in _SETTINGS.items():
+        config.setdefault(section, {})[key] = record.get(name)
+    return _Weights(_safetensors(path), [config], None, str(record.get("source", path.name)))
+
+
+def _configs(read: Checkpoint) -> list[Any]:
+    """Where a Lightning checkpoint keeps its settings: own arguments, pickled config, the config's text."""
+    arguments = read.plain["hyper_parameters"]
+    arguments = arguments if isinstance(arguments, dict) else {}
+    text = read.plain["cfg_yaml"]
+    return [
+        {"model": {"nhead": arguments.get("nhead")}},
+        arguments.get("cfg"),
+        _yaml(text, "cfg_yaml of the checkpoint") if isinstance(text, str) else {},
+    ]
+
+
+def _yaml(text: str, name: str) -> Any:
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise InputError(f"{name} is larger than 1 MB, which no model configuration is.")
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{name} is not YAML ({str(error).splitlines()[0][:200]}).") from error
+
+
+def _checked_settings(weights: Path, read: _Weights, config: Path | None) -> dict[str, int]:
+    """Check that `read` is an SE model (_check_encoder) and return its settings."""
+    width = _check_encoder(weights.name, read.tensors)
+    settings = _settings(weights, read.configs, config)
+    if width % settings["n_heads"]:
+        raise InputError(f"{weights.name}: {settings['n_heads']} heads (model.nhead) do not divide a width of {width}.")
+    return settings
+
+
+def _settings(weights: Path, configs: list[Any], config: Path | None) -> dict[str, int]:
+    """n_heads, pad_length and cls_count_gene from the checkpoint's `configs`, else from `config`."""
+    found = _found(configs)
+    if config is not None and len(found) < len(_SETTINGS):
+        with config.open(encoding="utf-8", errors="replace") as file:
+            found = _found([_yaml(file.read(_MAX_CONFIG_BYTES + 1), str(config))]) | found
+    settings = {}
+    for name, ((section, key), default, smallest) in _SETTINGS.items():
+        value = found.get(name, default)
+        if value is None:
+            raise InputError(
+                f"{weights.name} does not say {section}.{key}: put the {CONFIG_FILE} of its model, with "
+                f"`{section}:` and `{key}:`, beside it."
+            )
+        if type(value) is not int or value < smallest:
+            got = ascii(value)[:40]
+            raise InputError(f"{weights.name}: {section}.{key} is {got}, not a whole number of {smallest} or more.")
+        settings[name] = value
+    return settings
+
+
+def _found(configs: list[Any]) -> dict[str, Any]:
+    """Of every setting the first value that one of `configs` has."""
+    found: dict[str, Any] = {}
+    for config in configs:
+        for name, ((section, key), _, _) in _SETTINGS.items():
+            part = config.get(section) if isinstance(config, dict) else None
+            if isinstance(part, dict) and part.get(key) is not None:
+                found.setdefault(name, part[key])
+    return found
+
+
+def _check_encoder(name: str, tensors: dict[str, torch.Tensor]) -> int:
+    """Raise InputError unless `tensors` are the SE model of section 4, in fitting shapes, all finite; return D."""
+    layers = {int(m[1]) for m in (re.match(r"transformer_encoder\.layers\.(\d{1,4})\.", key) for key in tensors) if m}
+    n_layers = max(layers, default=0) + 1
+    missing = [key for key in _shapes(n_layers) if key not in tensors]
+    if missing:
+        raise InputError(
+            f"{name}: this is not a State Embedding checkpoint: no {shown(missing, 4)}.{_what_else(tensors)}"
+        )
+    width = tensors["encoder.1.weight"].numel()
+    sizes = {"1": 1, "10": 10, "D": width, "3D": 3 * width}
+    for key, axes in _shapes(n_layers).items():
+        shape = tuple(tensors[key].shape)
+        if len(shape) != len(axes) or any(sizes.setdefault(a, n) != n for a, n in zip(axes, shape, strict=True)):
+            expected = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+            raise InputError(f"{name}: tensor {key} has shape {shape}, the other tensors call for ({expected}).")
+    _check_finite(name, tensors)
+    return width
+
+
+def _shapes(n_layers: int) -> dict[str, list[str]]:
+    """Tensor -> its axes, for a model of `n_layers`."""
+    modules = dict(_MODULES)
+    for i in range(n_layers):
+        modules |= {f"transformer_encoder.layers.{i}.{name}": axes for name, axes in _LAYER.items()}
+    shapes = {"cls_token": ["1", "T"], "dataset_token": ["1", "T"], "bin_encoder.weight": ["B", "D"]}
+    for name, axes in modules.items():
+        shapes |= {f"{name}.weight": axes.split(), f"{name}.bias": axes.split()[:1]}
+    return shapes
+
+
+def _what_else(tensors: Mapping[str, torch.Tensor]) -> str:
+    if any(name.startswith(("project_out.", "pert_encoder.", "transformer_backbone.")) for name in tensors):
+        return " It looks like a `state tx` (State Transition) checkpoint: `sest import` reads those."
+    if tensors and all(tensor.ndim == 1 for tensor in tensors.values()):
+        return " It looks like a features file (name -> vector): `sest train --perturbations` reads those."
+    return ""
+
+
+def _check_finite(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    bad = [key for key, tensor in tensors.items() if not _finite(tensor.float())]
+    if bad:
+        raise InputError(f"{name}: NaN or infinite numbers in {shown(bad)}. Take them out or get an intact file.")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN propagates; unlike isfinite, no second array
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _content_hash(tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"\n{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+def save_safetensors_copy(weights_path: Path) -> Path:
+    """Write `<stem>.sest.safetensors` beside the SE `.ckpt` and return its path; load_encoder then reads that.
+
+    Tensors keep their stored type and bytes. Gene vectors are not copied: they stay in protein_embeddings.pt. The
+    file appears complete or not at all. Raises InputError for a `.ckpt` that load_encoder refuses, OSError on writing.
+    """
+    if weights_path.suffix != ".ckpt" or not weights_path.is_file():
+        raise InputError(f"{weights_path} is not a .ckpt file: only those need a safetensors copy.")
+    sha256, config = _sha256(weights_path), weights_path.with_name(CONFIG_FILE)
+    read = _read_weights(weights_path, genes=False)
+    settings = _checked_settings(weights_path, read, config if config.is_file() else None)
+    record = {"source": weights_path.name, "sha256": sha256, "size": weights_path.stat().st_size, **settings}
+    copy = weights_path.with_name(weights_path.stem + COPY_SUFFIX)
+    partial = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    try:
+        save_file(read.tensors, partial, metadata={"sest": json.dumps(record, sort_keys=True)})
+        _fsync(partial)
+        os.replace(partial, copy)
+    finally:
+        partial.unlink(missing_ok=True)
+    _fsync(copy.parent)
+    return copy
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_features(path: Path) -> dict[str, np.ndarray]:
+    """Read vectors by name, each (P,) float32, from `.pt` (a dict), `.npz` or `.safetensors`, in the file's order.
+
+    Raises InputError unless all are one-dimensional, equally long and finite.
+    """
+    names, vectors = _vectors(_dictionary(path), path.name)
+    return dict(zip(names, vectors.numpy(), strict=True))
+
+
+def _dictionary(path: Path) -> Mapping[Any, Any]:
+    _refuse_impostor(path)
+    if path.suffix in (".pt", ".pth", ".torch"):
+        return read_dictionary(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix == ".npz":
+        return _npz(path)
+    raise InputError(f"{path.name}: vectors are read from .pt, .npz or .safetensors files.")
+
+
+def _safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size <= _MAX_FEATURE_BYTES:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+    except (*DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, error) from error
+    raise InputError(f"{path.name} unpacks to {size / 1e9:.0f} GB, more than features can be.")
+
+
+def _vectors(content: Mapping[Any, Any], file: str) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Check a mapping of names to vectors; return the names and the vectors as one (n, P) float32 matrix."""
+    if not content:
+        raise InputError(f"{file} holds no vectors.")
+    unnamed = [f"{str(key)[:40]} ({type(key).__name__})" for key in content if not isinstance(key, str)]
+    if unnamed:
+        raise InputError(f"{file}: names must be text. Not so: {shown(unnamed, 4)}.")
+    rows = {str(key): _tensor(value) for key, value in content.items()}  # numpy.str_ becomes str
+    width = next((len(row) for row in rows.values() if row is not None and row.ndim == 1), 0)
+    bad = [
+        f"{name} ({'not numbers' if row is None else tuple(row.shape)})"
+        for name, row in rows.items()
+        if row is None or tuple(row.shape) != (width,)
+    ]
+    if bad or width == 0:
+        raise InputError(f"{file}: every value must be a vector of {width or 'some'} numbers. Not so: {shown(bad, 4)}.")
+    if 4 * width * len(rows) > _MAX_FEATURE_BYTES:
+        raise InputError(f"{file}: {len(rows)} vectors of {width} numbers are more than 64 GiB.")
+    matrix = torch.empty((len(rows), width), dtype=torch.float32)
+    for target, row in zip(matrix, rows.values(), strict=True):
+        assert row is not None
+        target.copy_(row)
+    _check_finite(file, dict(zip(rows, matrix, strict=True)))
+    return tuple(rows), matrix
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    """`value` as a tensor of real numbers, or None if it is nothing of the kind."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value.astype(np.float32))
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        return None if value.is_complex() or value.is_quantized else value.detach()
+    return None
+
+
+def load_transition(path: Path) -> TransitionCheckpoint:
+    """Load an upstream `state tx` Lightning checkpoint. Raises InputError for anything else."""
+    if path.suffix != ".ckpt":
+        raise InputError(f"{path.name}: an upstream `state tx` checkpoint is a .ckpt file.")
+    _refuse_impostor(path)
+    read = read_checkpoint(path, genes=False)
+    parameters, step = read.plain["hyper_parameters"], read.plain["global_step"]
+    if not any(name.startswith("project_out.") for name in read.tensors) or not isinstance(parameters, dict):
+        hint = " It looks like a State Embedding encoder: pass it to --encoder." if "cls_token" in read.tensors else ""
+        raise InputError(f"{path.name}: this is not a `state tx` (State Transition) checkpoint.{hint}")
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in read.tensors.items()}
+    _check_finite(path.name, tensors)
+    return TransitionCheckpoint(tensors, parameters, step if isinstance(step, int) else 0)
+
+
+def _refuse_impostor(path: Path) -> None:
+    """Raise InputError for a missing or empty file and for what failed downloads leave under a weights name."""
+    if not path.is_file():
+        raise InputError(f"No file at {path}.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise damaged(path, error) from error
+    if not start:
+        raise InputError(f"{path.name} is empty. Download it again.")
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise InputError(f"{path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder.")
+    if re.match(rb"\s*(<!doctype html|<html|<\?xml)", start, re.IGNORECASE):
+        raise InputError(f"{path.name} is a web page (a failed download), not weights. Download it again.")
