@@ -1,7 +1,27 @@
 """The embedding store: one Zarr v3 store, written shard by shard, read only when complete. No torch here."""
 
-from sest.cache.reader import Cache, Group, open_cache
-from sest.cache.schema import StoreError
-from sest.cache.writer import StoreWriter
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sest.cache.reader import Cache, Group, open_cache
+    from sest.cache.schema import StoreError
+    from sest.cache.writer import StoreWriter
 
 __all__ = ["Cache", "Group", "StoreError", "StoreWriter", "open_cache"]
+_MODULES = {
+    "Cache": "reader",
+    "Group": "reader",
+    "open_cache": "reader",
+    "StoreError": "schema",
+    "StoreWriter": "writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `sest --help` must not wait for anndata and zarr."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"sest.cache.{_MODULES[name]}"), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +50,7 @@ class Group:
     @cached_property
     def indptr(self) -> np.ndarray:
         """(n_cells + 1,) int64 row starts of the targets."""
-        return np.asarray(self._zarr["X/indptr"][:])
+        return self._read("X/indptr", 0, self.n_cells + 1)
 
     @cached_property
     def _zarr(self) -> zarr.Group:
@@ -59,15 +58,27 @@ class Group:
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of obsm/X_sest: (rows, dim), float16 or float32 as stored; NaN rows were not embedded."""
-        return np.asarray(self._zarr[f"obsm/{schema.EMBEDDING}"][start : self.n_cells if stop is None else stop])
+        return self._read(f"obsm/{schema.EMBEDDING}", start, self.n_cells if stop is None else stop)
 
     def targets(self, start: int = 0, stop: int | None = None) -> scipy.sparse.csr_matrix:
         """Rows [start, stop) of X: (rows, n_genes) CSR of counts (integers) or log1p values (float32)."""
         indptr = self.indptr[start : (self.n_cells if stop is None else stop) + 1]
         low, high = int(indptr[0]), int(indptr[-1])
-        data, indices = (np.asarray(self._zarr[f"X/{name}"][low:high]) for name in ("data", "indices"))
+        data, indices = (self._read(f"X/{name}", low, high) for name in ("data", "indices"))
         shape = (len(indptr) - 1, self.n_genes)
         return scipy.sparse.csr_matrix((data, indices, indptr - low), shape=shape)
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries of one array. Raises StoreError where a chunk is not what its checksum says."""
+        try:
+            array = self._zarr[name]
+            assert isinstance(array, zarr.Array)
+            return np.asarray(array[start:stop])
+        except ValueError as error:
+            raise StoreError(
+                f"{self.root} is damaged: {self.path}/{name} cannot be read ({error}). "
+                "`sest info --verify` names the file; delete that, and the same `sest embed` command writes it again."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,8 @@ class Cache:
         return dict(group.attrs)
 
     def verify(self) -> list[str]:
-        """Read every file and list those whose sha256 is not the journal's (empty: sound)."""
-        return [
-            name for name, entry in self._entries.items() if schema.sha256_file(self.path / name) != entry["sha256"]
-        ]
+        """Read every file and list those that are missing or whose sha256 is not the journal's (empty: sound)."""
+        return schema.damaged_files(self.path, self._entries.values(), every_byte=True)
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -119,14 +128,14 @@ def open_cache(path: str | Path) -> Cache:
 
     Raises:
         StoreError: no such store, not one of sest's, unfinished (no COMPLETE), of another schema version, or damaged
-            (a file is missing or has another size than the journal says).
+            (a file is missing, has another size than the journal says, or is metadata of another content).
     """
     root = Path(path)
     if not (root / "zarr.json").is_file():
         what = "is not a sest store (no zarr.json in it)" if root.exists() else "does not exist"
         raise StoreError(f"{root} {what}. Make one with `sest embed INPUT --encoder ... --cache {root}`.")
     attributes = schema.root_attributes(root)
-    if not isinstance(attributes, dict):
+    if attributes is None:
         raise StoreError(f"{root} is a Zarr store, but not one of sest's (no 'sest' attribute).")
     if attributes.get("schema_version") != schema.SCHEMA_VERSION:
         raise StoreError(
@@ -136,22 +145,23 @@ def open_cache(path: str | Path) -> Cache:
         )
     if not (root / schema.COMPLETE).is_file():
         raise StoreError(f"{root} is unfinished (no COMPLETE file). Run the same `sest embed` command to finish it.")
+    if not schema.journal_is_promised(root):
+        raise StoreError(
+            f"{root} is damaged: journal.jsonl is not the one COMPLETE was written for. "
+            "Run the same `sest embed` command to check every file and write again what is wrong."
+        )
     lines, _ = schema.read_journal(root / schema.JOURNAL)
-    try:
-        promised = json.loads((root / schema.COMPLETE).read_text())["journal_sha256"]
-    except (ValueError, KeyError, TypeError):
-        promised = None
-    if not (root / schema.JOURNAL).exists() or promised != schema.sha256_file(root / schema.JOURNAL):
-        raise StoreError(f"{root} is damaged: journal.jsonl is not the one COMPLETE was written for. Embed again.")
     entries = schema.journal_entries(lines)
-    damaged = schema.damaged_files(root, list(entries.values()))
+    damaged = schema.damaged_files(root, entries.values())
     if damaged:
         raise StoreError(
-            f"{root} is damaged: {len(damaged)} of {len(entries)} files are missing or have another size "
+            f"{root} is damaged: {len(damaged)} of {len(entries)} files are missing or are not as they were written "
             f"(first: {damaged[0]}). Run the same `sest embed` command to write them again."
         )
-    groups = {
-        name: Group(root, name, dict(zarr.open_group(root / name, mode="r", use_consolidated=False).attrs)["sest"])
-        for name in attributes["groups"]
-    }
+    groups = {name: _group(root, name) for name in attributes["groups"]}
     return Cache(root, attributes, groups, entries)
+
+
+def _group(root: Path, path: str) -> Group:
+    attributes: Any = zarr.open_group(root / path, mode="r", use_consolidated=False).attrs["sest"]
+    return Group(root, path, attributes)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,41 +74,75 @@ def write_durably(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
-def root_attributes(root: Path) -> Any:
-    """Return what the root group says of the store (its "sest" attribute), or None where it says nothing."""
+def root_attributes(root: Path) -> dict[str, Any] | None:
+    """Return what the root group says of the store (its "sest" attribute), or None where it is not one of sest's.
+
+    Raises:
+        StoreError: its zarr.json cannot be read.
+    """
     try:
-        return json.loads((root / "zarr.json").read_text())["attributes"].get("sest")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise StoreError(f"{root}/zarr.json cannot be read ({error!r}). Delete the store and embed again.") from error
+        metadata = json.loads((root / "zarr.json").read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{root}/zarr.json cannot be read ({error}). If sest made it, delete it and embed again."
+        ) from error
+    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+    made = attributes.get("sest") if isinstance(attributes, dict) else None
+    return made if isinstance(made, dict) else None
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Read the journal: its whole lines, and the number of bytes they take.
 
     A kill can leave a last line without its newline; that line was never promised and is left out.
+
+    Raises:
+        StoreError: a whole line is not one of the journal's.
     """
     data = path.read_bytes() if path.exists() else b""
     end = data.rfind(b"\n") + 1
     try:
-        return [json.loads(line) for line in data[:end].splitlines()], end
-    except json.JSONDecodeError as error:
+        lines = [json.loads(line) for line in data[:end].splitlines()]
+        if not all(map(_is_line, lines)):
+            raise ValueError("a line names no file")
+    except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}). Delete the store and run `sest embed` again.") from error
+    return lines, end
 
 
-def damaged_files(root: Path, entries: list[dict[str, Any]]) -> list[str]:
-    """List journalled files that are missing or have another size than when they were written."""
+def _is_line(line: Any) -> bool:
+    return isinstance(line, dict) and ("drop" in line or {"file", "size", "sha256"} <= line.keys())
+
+
+def journal_is_promised(root: Path) -> bool:
+    """Whether COMPLETE is there and was written for the journal as it is now."""
+    try:
+        promised = json.loads((root / COMPLETE).read_text())["journal_sha256"]
+        return bool(promised == sha256_file(root / JOURNAL))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def damaged_files(root: Path, entries: Iterable[dict[str, Any]], *, every_byte: bool = False) -> list[str]:
+    """List journalled files that are missing or are not as they were written.
+
+    Looks at the size of every file and the sha256 of the metadata, or, with `every_byte`, at the sha256 of all.
+    """
     damaged = []
     for entry in entries:
+        file = root / entry["file"]
         try:
-            size = os.stat(root / entry["file"]).st_size
-        except FileNotFoundError:
-            size = -1
-        if size != entry["size"]:
+            same = file.stat().st_size == entry["size"]
+            if same and (every_byte or file.name == "zarr.json"):
+                same = sha256_file(file) == entry["sha256"]
+        except OSError:
+            same = False
+        if not same:
             damaged.append(entry["file"])
     return damaged
 
 
-def journal_entries(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def journal_entries(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Keep what holds now: file name -> its last line, without files a later line dropped."""
     entries: dict[str, dict[str, Any]] = {}
     for line in lines:

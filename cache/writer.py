@@ -70,16 +70,15 @@ class StoreWriter:
         self._entries: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
-        if self.path.exists() and not (self.path / "zarr.json").exists() and _has_foreign_files(self.path):
-            raise StoreError(f"{self.path} exists and is not a sest store. Choose another --cache path.")
+        refuse_foreign(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / schema.LOCK, "a+")  # noqa: SIM115 - held until __exit__
+            self._lock = open(self.path / schema.LOCK, "a+")
         except OSError as error:
             raise StoreError(f"Cannot write to {self.path}: {error.strerror}. Choose another --cache path.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
             self._lock.close()
@@ -102,10 +101,7 @@ class StoreWriter:
     def _open(self) -> None:
         lines, end = schema.read_journal(self.path / schema.JOURNAL)
         if (self.path / "zarr.json").exists():
-            made = schema.root_attributes(self.path)
-            if not isinstance(made, dict):
-                raise StoreError(f"{self.path} is a Zarr store that sest did not write. Choose another --cache path.")
-            _refuse_differences(self.path, made, self.attributes)
+            _refuse_differences(self.path, schema.root_attributes(self.path) or {}, self.attributes)
         else:
             zarr.create_group(self.path, attributes={"sest": self.attributes}, zarr_format=3)
             schema.fsync_file(self.path / "zarr.json")
@@ -114,15 +110,18 @@ class StoreWriter:
         if self._journal.exists() and self._journal.stat().st_size != end:
             os.truncate(self._journal, end)
         self._entries = schema.journal_entries(lines)
-        damaged = schema.damaged_files(self.path, list(self._entries.values()))
+        finished = (self.path / schema.COMPLETE).exists()
+        promised = not finished or schema.journal_is_promised(self.path)
+        damaged = schema.damaged_files(self.path, self._entries.values(), every_byte=not promised)
         if damaged:
-            (self.path / schema.COMPLETE).unlink(missing_ok=True)
+            self._drop(damaged + self._follow_up(damaged))
+        if finished and (damaged or not promised):  # after the journal: a kill before this has every byte checked again
+            (self.path / schema.COMPLETE).unlink()
             schema.fsync_folder(self.path)
-            self._drop(damaged + self._markers_of(damaged))
 
     @property
     def complete(self) -> bool:
-        """Whether the store was finished before (and no journalled file has changed its size since)."""
+        """Whether the store was finished before, and its files are as they were then."""
         return (self.path / schema.COMPLETE).exists()
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
@@ -155,6 +154,8 @@ class StoreWriter:
     def add_group(self, plan: GroupPlan, obs: pd.DataFrame, var: pd.DataFrame) -> None:
         """Create one file's AnnData group with its arrays at their final shape. Done before: nothing happens.
 
+        Made aside and moved into place file by file, so that shards that are there already stay (a repair).
+
         Args:
             plan: shapes, dtypes and attributes of the group.
             obs: (n_cells, ...) perturbation, cell type and batch; the index holds the original names.
@@ -163,25 +164,16 @@ class StoreWriter:
         marker = f"{plan.path}/zarr.json"
         if marker in self._entries and self._entries[marker].get("ready"):
             return
-        folder = self.path / plan.path
-        if folder.exists():
-            shutil.rmtree(folder)
-            self._forget(plan.path + "/")
-        root = zarr.open_group(self.path, mode="r+", use_consolidated=False)
-        group = root.require_group(plan.path)
-        with anndata.settings.override(auto_shard_zarr_v3=False) if _has_auto_shard() else contextlib.nullcontext():
-            anndata.io.write_elem(group, "obs", obs)
-            anndata.io.write_elem(group, "var", var)
-        for name in ("layers", "obsp", "varm", "varp", "uns"):
-            anndata.io.write_elem(group, name, {})
-        obsm = group.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
-        _create_embedding(obsm, plan)
-        _create_targets(group, plan)
-        group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0", "sest": dict(plan.attributes)})
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".partial"))
-        last = folder / "zarr.json"
-        above = [parent / "zarr.json" for parent in _parents(folder, self.path)[1:-1]]
-        self._promise([file for file in files if file != last] + [file for file in above if file.exists()])
+        aside = self.path / schema.SPOOL / ".group"
+        shutil.rmtree(aside, ignore_errors=True)
+        _create_group(zarr.create_group(aside, zarr_format=3).require_group(plan.path), plan, obs, var)
+        files = []
+        for file in sorted(p for p in aside.rglob("*") if p.is_file() and p.parent != aside):
+            files.append(self.path / file.relative_to(aside))
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, files[-1])
+        last = self.path / marker
+        self._promise([file for file in files if file != last])
         self._promise([last], ready=True)
 
     def _drop(self, names: list[str]) -> None:
@@ -193,12 +185,22 @@ class StoreWriter:
     def _forget(self, prefix: str) -> None:
         self._drop([name for name in self._entries if name.startswith(prefix)])
 
-    def _markers_of(self, damaged: list[str]) -> list[str]:
-        """The "ready" marks of groups in which something other than a shard is damaged: those are made anew."""
-        marks = [name for name, entry in self._entries.items() if entry.get("ready")]
-        others = [name for name in damaged if "rows" not in self._entries[name] and "entries" not in self._entries[name]]
-        folders = {mark: mark.removesuffix("zarr.json") for mark in marks}
-        return [mark for mark in marks if any(name.startswith(folders[mark]) for name in others)]
+    def _follow_up(self, damaged: list[str]) -> list[str]:
+        """What must be written again because of damaged files that are no shards.
+
+        The "ready" marks of the groups they belong to; with a damaged projection, all embeddings that it made.
+        """
+        shards = {name for name, entry in self._entries.items() if "rows" in entry or "entries" in entry}
+        others = [name for name in damaged if name not in shards and name != "zarr.json"]
+        again = []
+        for mark in (name for name, entry in self._entries.items() if entry.get("ready")):
+            folder = mark.removesuffix("zarr.json")
+            if any(name.startswith(folder) or folder.startswith(name.removesuffix("zarr.json")) for name in others):
+                again.append(mark)
+        if f"{schema.PROJECTION}/zarr.json" in again:
+            again += [name for name, entry in self._entries.items() if "rows" in entry]
+            shutil.rmtree(self.path / schema.SPOOL, ignore_errors=True)
+        return again
 
     def missing_embedding_shards(self, plan: GroupPlan) -> list[int]:
         """Numbers of the embedding shards that the journal does not have."""
@@ -220,9 +222,9 @@ class StoreWriter:
         """Write one whole shard of embeddings. Args: rows: (rows of the shard, dim) floats."""
         start, stop = plan.embedding_shards()[shard]
         assert rows.shape == (stop - start, plan.dim), rows.shape
-        array = _array(self.path, f"{plan.path}/obsm/{schema.EMBEDDING}")
-        array[start:stop] = rows.astype(plan.embedding_dtype)
         file = self.path / plan.path / "obsm" / schema.EMBEDDING / "c" / str(shard) / "0"
+        file.unlink(missing_ok=True)  # Zarr would read what a kill or damage left of it
+        _array(self.path, f"{plan.path}/obsm/{schema.EMBEDDING}")[start:stop] = rows.astype(plan.embedding_dtype)
         self._promise([file], rows=[start, stop])
 
     def write_target_shard(self, plan: GroupPlan, shard: int, data: np.ndarray, indices: np.ndarray) -> None:
@@ -231,8 +233,9 @@ class StoreWriter:
         assert len(data) == len(indices) == stop - start, (len(data), len(indices), start, stop)
         files = []
         for name, values in (("data", data), ("indices", indices)):
-            _array(self.path, f"{plan.path}/X/{name}")[start:stop] = values
             files.append(self.path / plan.path / "X" / name / "c" / str(shard))
+            files[-1].unlink(missing_ok=True)
+            _array(self.path, f"{plan.path}/X/{name}")[start:stop] = values
         self._promise(files, entries=[start, stop])
 
     def write_projection(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
@@ -262,7 +265,9 @@ class StoreWriter:
         """Keep finished rows of an unfinished shard, durably, so that a kill does not cost their encoding.
 
         Args:
-            name: the shard, such as "group/3" or "sample"; rows: (n, width) whose first row is number `start`.
+            name: the shard, such as "group/3"; parts that begin with a dot are no group's.
+            start: number of the first row.
+            rows: (n, width).
         """
         folder = self.path / schema.SPOOL / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,9 +282,13 @@ class StoreWriter:
             schema.fsync_folder(parent)
 
     def spooled_rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows) of every block spooled under `name`, in order."""
+        """Yield (first row, rows) of every block spooled under `name`, in order, up to one that cannot be read."""
         for file in sorted((self.path / schema.SPOOL / name).glob("*.npy")):
-            yield int(file.stem), np.load(file, allow_pickle=False)
+            try:
+                rows = np.load(file, allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                return  # damaged since: these rows are made again
+            yield int(file.stem), rows
 
     def drop_spool(self, name: str) -> None:
         """Delete the blocks spooled under `name`."""
@@ -309,11 +318,17 @@ def _parents(file: Path, root: Path) -> list[Path]:
     raise AssertionError(f"{file} is not below {root}")
 
 
-def _has_foreign_files(path: Path) -> bool:
+def refuse_foreign(path: Path) -> None:
+    """Raise StoreError if `path` is something else than a store, the beginning of one, or an empty folder."""
+    if not path.exists():
+        return
     if not path.is_dir():
-        return True
-    own = {schema.LOCK, schema.JOURNAL, "zarr.json"}
-    return any(child.name not in own and not child.name.endswith(".partial") for child in path.iterdir())
+        raise StoreError(f"{path} is a file, not a store. Choose another --cache path.")
+    if (path / "zarr.json").exists():
+        if schema.root_attributes(path) is None:
+            raise StoreError(f"{path} is a Zarr store that sest did not write. Choose another --cache path.")
+    elif any(child.name != schema.LOCK and child.suffix != ".partial" for child in path.iterdir()):
+        raise StoreError(f"{path} exists and is not a sest store. Choose another --cache path.")
 
 
 def _has_auto_shard() -> bool:
@@ -327,15 +342,38 @@ def _array(root: Path, name: str) -> zarr.Array:
 
 
 def _refuse_differences(path: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    different = [key for key in sorted({*made, *asked}) if made.get(key) != asked.get(key)]
+    different = list(_differences(made, asked))
     if different:
-        shown = "; ".join(f"{key}: {_brief(made.get(key))} there, {_brief(asked.get(key))} asked" for key in different)
+        shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
         raise StoreError(f"{path} was made differently ({shown}). Choose another --cache path or delete the store.")
+
+
+def _differences(made: Mapping[str, Any], asked: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Describe every value that differs, by its path of keys."""
+    for key in sorted({*made, *asked}):
+        there, here = made.get(key), asked.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{above}{key}.")
+        elif there != here:
+            yield f"{above}{key}: {_brief(there)} there, {_brief(here)} asked"
 
 
 def _brief(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _create_group(group: zarr.Group, plan: GroupPlan, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+    """Fill a new group: an AnnData whose X and obsm/X_sest have no shards yet."""
+    with anndata.settings.override(auto_shard_zarr_v3=False) if _has_auto_shard() else contextlib.nullcontext():
+        anndata.io.write_elem(group, "obs", obs)
+        anndata.io.write_elem(group, "var", var)
+    for name in ("layers", "obsp", "varm", "varp", "uns"):
+        anndata.io.write_elem(group, name, {})
+    obsm = group.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
+    _create_embedding(obsm, plan)
+    _create_targets(group, plan)
+    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0", "sest": dict(plan.attributes)})
 
 
 def _create_embedding(obsm: zarr.Group, plan: GroupPlan) -> None:
@@ -369,9 +407,7 @@ def _create_targets(group: zarr.Group, plan: GroupPlan) -> None:
         array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     indptr = x.create_array("indptr", data=plan.indptr, chunks=(min(len(plan.indptr), schema.ENTRIES_PER_CHUNK),))
     indptr.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    x.attrs.update(
-        {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [plan.n_cells, plan.n_genes]}
-    )
+    x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [plan.n_cells, plan.n_genes]})
 
 
 def _round_up(value: int, step: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from textwrap import wrap
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,13 +21,13 @@ PLAIN_SECONDS = 10.0  # between lines where no terminal draws a bar
 
 
 def error(message: str) -> None:
-    """Print an error as one line on standard error."""
-    err.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    """Print an error as one line on standard error (a terminal wraps it between words)."""
+    err.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=not err.is_terminal)
 
 
 def say(message: str) -> None:
     """Print a sentence on standard output."""
-    out.print(Text(message), soft_wrap=True)
+    out.print(Text(message), soft_wrap=not out.is_terminal)
 
 
 def say_json(value: Any) -> None:
@@ -34,10 +36,11 @@ def say_json(value: Any) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; the first column is text, the others are numbers."""
+    """Print a table; columns of numbers are aligned to the right."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
+        is_number = all(re.fullmatch(r"[-+.,e0-9]+|nan", row[i]) for row in rows)
+        drawn.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     out.print(drawn)
@@ -80,14 +83,13 @@ class ConsoleProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._finish()
         if self._bars is not None:
             self._bars.stop()
-        elif kind is None:
-            self._line(final=True)
 
     def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        if self._bars is None:
-            self._line(final=True)
+        self._finish()
         self._name, self._unit, self._total, self._done, self._began_with = task, unit, total, done, done
         self._started = self._printed = time.monotonic()
         if self._bars is not None:
@@ -97,11 +99,21 @@ class ConsoleProgress:
         self._done += n
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, n)
-        elif time.monotonic() - self._printed > PLAIN_SECONDS:
+        if self._done >= self._total:
+            self._finish()
+        elif self._bars is None and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._line()
 
     def note(self, text: str) -> None:
         err.print(Text(text), soft_wrap=not err.is_terminal)
+
+    def command(self, text: str) -> None:
+        """A command line that is about to be carried out; a terminal shows it in lines that can be copied."""
+        self._finish()
+        lines = [text]
+        if err.is_terminal and "'" not in text:
+            lines = wrap(text, err.width - 6, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        err.print(Text.assemble(("\n$ ", "bold green"), (" \\\n".join(lines), "bold")), soft_wrap=True)
 
     def show(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl, in words."""
@@ -112,8 +124,9 @@ class ConsoleProgress:
                 f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
                 f"pds {line['pds']:.3f}"
             )
-        elif self._bars is not None and self._task is not None:
-            self._bars.update(self._task, description=f"Training, loss {line['loss']:.4f}")
+        elif self._bars is not None:
+            if self._task is not None:
+                self._bars.update(self._task, description=f"Training, loss {line['loss']:.4f}")
         else:
             skipped = f", {line['skipped_steps']} skipped" if line["skipped_steps"] else ""
             left = (self._total - line["step"]) / line["it_per_s"]
@@ -123,6 +136,14 @@ class ConsoleProgress:
             )
             self._printed = time.monotonic()
 
+    def _finish(self) -> None:
+        """Say how a step ended, once; its bar goes."""
+        if self._bars is not None and self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        self._line(final=True)
+        self._name = ""
+
     def _line(self, final: bool = False) -> None:
         """One plain line: what, how much of how much, how fast, how long still."""
         if not self._name or (final and self._done == self._began_with and self._total > 0):
@@ -131,5 +152,5 @@ class ConsoleProgress:
         rate = (self._done - self._began_with) / max(now - self._started, 1e-9)
         left = f", {(self._total - self._done) / rate:,.0f} s left" if rate and not final else ""
         text = f"{self._name}: {self._done:,}/{self._total:,} {self._unit}, {_rate(rate)} {self._unit}/s{left}"
-        err.print(Text(text), soft_wrap=True)
+        err.print(Text(text), soft_wrap=not err.is_terminal)
         self._printed = now

@@ -15,7 +15,9 @@ Text = Optional[str]  # noqa: UP045 - Typer shows Optional types as plain ones
 
 
 def embed(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help=".h5ad/.h5 files, or one cell-load style .toml")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help=".h5ad/.h5 files, or one cell-load style .toml")
+    ],
     cache: Annotated[Path, typer.Option("--cache", "-o", help="store to write, or to continue (a folder, OUT.zarr)")],
     encoder: Annotated[str, opt(EmbedConfig, "encoder")],
     checkpoint: Annotated[Text, opt(EmbedConfig, "checkpoint")] = None,

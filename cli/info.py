@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sest.cli import console
+from sest.cli.train import validation_rows
 from sest.errors import InputError
 
 
 def info(
     path: Annotated[Path, typer.Argument(help="store, run folder, checkpoint folder, encoder folder or h5ad file")],
     json: Annotated[bool, typer.Option("--json", help="print JSON for other programs")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read every file and compare its sha256 (stores, checkpoints)")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every file and compare its sha256 (stores, checkpoints)")
+    ] = False,
 ) -> None:
     """Say what a path is: a store, a run, a checkpoint, an encoder folder or a file of cells."""
     from sest.describe import describe
@@ -23,14 +27,20 @@ def info(
     if json:
         console.say_json(facts)
     else:
-        groups = facts.pop("groups", None)
+        groups, metrics = facts.pop("groups", None), facts.pop("metrics", None)
         console.table(str(path), ["what", "value"], [[k.replace("_", " "), _text(v)] for k, v in facts.items()])
         if groups:
             names = list(next(iter(groups.values())))
             rows = [[name, *(_text(group[n]) for n in names)] for name, group in groups.items()]
-            console.table("groups", ["group", *(n.replace("_", " ") for n in names)], rows)
+            console.table("groups", ["group", *(n.removeprefix("n_") for n in names)], rows)
+        if metrics:
+            columns = ["metric", "model", "perturbation mean", "controls"]
+            metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
+            console.table(f"validation at step {metrics['step']:,}", columns, validation_rows(metrics))
     if damaged:
-        raise InputError(f"{path} is damaged: {len(damaged)} files differ from their sha256, the first is {damaged[0]}.")
+        raise InputError(
+            f"{path} is damaged: {len(damaged)} files differ from their sha256, the first is {damaged[0]}."
+        )
 
 
 def _text(value: object) -> str:

@@ -11,14 +11,19 @@ import typer
 from sest import __version__
 from sest.cache.schema import StoreError
 from sest.cli import console
+from sest.cli.convert import import_
+from sest.cli.demo import demo
 from sest.cli.embed import embed
+from sest.cli.evaluate import evaluate
 from sest.cli.info import info
+from sest.cli.predict import predict
+from sest.cli.simulate import simulate
 from sest.cli.train import train
 from sest.errors import InputError, TrainingFailed
 from sest.signals import Interrupted
 
 EXIT_BAD_INPUT = 2
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 app = typer.Typer(
     name="sest",
@@ -27,8 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, train, info):
+for command in (embed, train, predict, evaluate, info, demo, simulate):
     app.command()(command)
+app.command("import")(import_)
 
 
 def _print_version(wanted: bool) -> None:

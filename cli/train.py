@@ -25,8 +25,16 @@ Switch = Optional[bool]  # noqa: UP045
 def train(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="a finished store, made by `sest embed`")],
     run: Annotated[Path, typer.Option("--run", "-r", help="run folder to create, or to continue with --resume")],
-    resume: Annotated[Text, typer.Option(help="continue from 'auto' (the run's furthest checkpoint) or a checkpoint folder", show_default=False)] = None,
-    config: Annotated[Optional[Path], typer.Option(help="TOML with options (as config.toml of a run); the command line wins", show_default=False)] = None,  # noqa: UP045
+    resume: Annotated[
+        Text,
+        typer.Option(
+            help="continue from 'auto' (the run's furthest checkpoint) or a checkpoint folder", show_default=False
+        ),
+    ] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="TOML with options (as config.toml of a run); the command line wins", show_default=False),
+    ] = None,
     perturbations: Annotated[Text, opt(TrainConfig, "perturbations")] = None,
     splits: Annotated[Text, opt(TrainConfig, "splits")] = None,
     missing_perturbations: Annotated[Text, opt(TrainConfig, "missing_perturbations")] = None,
@@ -74,7 +82,8 @@ def train(
         options = {**file_values, **options}
     if resume == "auto" and not run.exists():
         raise InputError(f"{run} does not exist: nothing to resume. Leave --resume out to start it.")
-    from sest.train import resumed_config, train as run_training  # imports torch
+    from sest.train import resumed_config  # imports torch
+    from sest.train import train as run_training
 
     if resume is None:
         resolved = TrainConfig.from_values(options, "the command line")
@@ -83,9 +92,12 @@ def train(
     with console.ConsoleProgress() as progress:
         result = run_training(cache, run, resolved, progress, resume=resume, on_start=_show_start, on_log=progress.show)
     why = "no improvement" if result.reason == "early_stopping" else "all steps done"
-    console.say(f"{run}: step {result.step:,} ({why}); best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}.")
+    best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
+    console.say(f"{run}: step {result.step:,} ({why}){best}.")
     if result.metrics:
-        console.table("Last validation", ["metric", "model", "perturbation mean", "controls"], validation_rows(result.metrics))
+        console.table(
+            "Last validation", ["metric", "model", "perturbation mean", "controls"], validation_rows(result.metrics)
+        )
 
 
 def validation_rows(metrics: dict[str, float]) -> list[list[str]]:

@@ -85,9 +85,7 @@ def perturbation_mean(train: TrainingMeans, perturbation: str, control_mean: np.
     return np.maximum(np.asarray(control_mean, dtype=np.float64) + _mean_deltas(train, [perturbation])[0], 0.0)
 
 
-def fit_ridge(
-    train: TrainingMeans, features: Mapping[str, np.ndarray], alphas: Sequence[float] = ALPHAS
-) -> Ridge:
+def fit_ridge(train: TrainingMeans, features: Mapping[str, np.ndarray], alphas: Sequence[float] = ALPHAS) -> Ridge:
     """Ridge regression with a free intercept from perturbation features (P,) to mean effects (G,).
 
     The penalty is the one of `alphas` with the smallest error when each perturbation is left out once, in closed form:

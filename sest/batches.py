@@ -158,16 +158,19 @@ class SetSampler:
     def fixed_sets(self, at_most: int = 0) -> SetRows:
         """Every cell once, in order: the sets of a validation; the first `at_most` where it is not 0.
 
-        The first set of every (context, perturbation) comes before the second of any, so a limit keeps all of them.
+        The first set of every (context, perturbation) comes before the second of any and is never left out, so a
+        limit keeps all of them.
         """
-        targets, keys, turns = [], [], []
+        targets: list[np.ndarray] = []
+        keys: list[int] = []
+        turns: list[int] = []  # which set of its key
         for k, cells in enumerate(self.cells):
             rng = np.random.default_rng([self.seed, _FIXED_FILL, k])
             rows = self._filled(cells, rng).reshape(-1, self.set_size)
             targets.append(rows)
             keys += [k] * len(rows)
             turns += range(len(rows))
-        order = np.argsort(turns, kind="stable")[: at_most or None]
+        order = np.argsort(turns, kind="stable")[: max(at_most, len(self.cells)) if at_most else None]
         rows, key = np.concatenate(targets)[order], np.array(keys)[order]
         controls = [
             self._controls(int(k), row, np.random.default_rng([self.seed, _FIXED_FILL, int(k), i]))
@@ -221,11 +224,18 @@ class CellStore:
 
     def batch(self, sets: SetRows, device: torch.device) -> Batch:
         """Gather sets and bring them to the training device."""
-        tensors = (self.basal(sets["controls"]), torch.as_tensor(sets["perturbation"]), self.expression(sets["targets"]))
-        if device.type == "cuda" and self.device.type == "cpu":
-            tensors = tuple(t.pin_memory() for t in tensors)
-        basal, perturbation, target = (t.to(device, non_blocking=True) for t in tensors)
-        return Batch(basal=basal, perturbation=perturbation, target=target)
+        return Batch(
+            basal=_send(self.basal(sets["controls"]), device),
+            perturbation=_send(torch.as_tensor(sets["perturbation"]), device),
+            target=_send(self.expression(sets["targets"]), device),
+        )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the training device; from pinned memory, so that the copy runs beside the step."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def store_cells(targets: Targets, embeddings: np.ndarray, embedding_row: np.ndarray, device: torch.device) -> CellStore:
@@ -280,4 +290,3 @@ def batch_source(
         yield source
     finally:
         source.close()
-

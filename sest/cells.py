@@ -55,11 +55,14 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
                 f"{cache.path}: group {group.path} has no perturbation labels or no controls, so nothing can be "
                 "trained on it. Embed it with --pert-col and --control."
             )
-    tables = [
-        group_cells(g.path, g.dataset, g.obs, str(g.attributes["columns"]["control"])) for g in groups
-    ]
+    tables = [group_cells(g.path, g.dataset, g.obs, str(g.attributes["columns"]["control"])) for g in groups]
     control = tables[0].control
     names = sorted({name for t in tables for name in t.perturbations if name != t.control})
+    if both := sorted({t.control for t in tables}.intersection(names)):
+        raise InputError(
+            f"{cache.path}: '{both[0]}' is the control of one file and a perturbation of another. "
+            "Embed again with --control, or rename it in one of them."
+        )
     code = {name: i + 1 for i, name in enumerate(names)}
     contexts = [(t.path, name) for t in tables for name in t.cell_types]
     context_code = {pair: i for i, pair in enumerate(contexts)}

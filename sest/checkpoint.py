@@ -3,30 +3,33 @@
     checkpoint-step-500/model.safetensors       the head alone (196 MB at the default sizes)
                         projection.safetensors  the PCA of the embeddings, for new cells (where there is one)
                         optimizer.safetensors   AdamW's moments (not in best/)
-                        state.json              step, configuration, genes, hashes; sha256 of the other files
+                        state.json              step, configuration, genes, hashes; sha256 of every file, also its own
 
-Nothing in them depends on the clock, the machine's paths or the order of dictionaries: the same run gives the same bytes.
+Nothing in them depends on the clock, the machine's paths or the order of dictionaries: the same run gives the same
+bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from sest.cache.schema import fsync_file, fsync_folder, sha256_file
-from sest.errors import InputError
+from sest.cache.schema import fsync_folder, sha256_file
+from sest.errors import InputError, shown
 from sest.model import HeadSizes, StateTransition
 
 FORMAT_VERSION = 1
@@ -37,6 +40,7 @@ MODEL, PROJECTION, OPTIMIZER, STATE = (
     "state.json",
 )
 LAST, BEST = "last", "best"
+_NEW, _OLD = ".new", ".old"  # endings of hidden folders: being written, being replaced
 _STEP_FOLDER = re.compile(r"checkpoint-step-(\d+)")
 
 
@@ -60,17 +64,20 @@ class Checkpoint:
         """Parameters of the head by name."""
         return _read(self.folder / MODEL)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Optimizer state by "<kind>/<parameter>".
+    def require_optimizer(self) -> None:
+        """Refuse a checkpoint without optimizer state (best/, imported ones).
 
         Raises:
-            InputError: this checkpoint has none (best/, imported ones).
+            InputError: it has none.
         """
         if OPTIMIZER not in self.state["files"]:
             raise InputError(
                 f"{self.folder} has no optimizer state, so training cannot resume from it. "
                 "Use the run's last/ or a checkpoint-step-N/."
             )
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Optimizer state by "<kind>/<parameter>"; see `require_optimizer`."""
         return _read(self.folder / OPTIMIZER)
 
     def projection(self) -> dict[str, Tensor] | None:
@@ -84,7 +91,9 @@ class Checkpoint:
         try:
             model.load_state_dict(self.model_tensors(), assign=True)
         except RuntimeError as error:
-            raise InputError(f"{self.folder}: {MODEL} does not fit state.json ({' '.join(str(error).split())}).") from error
+            raise InputError(
+                f"{self.folder}: {MODEL} does not fit state.json ({' '.join(str(error).split())})."
+            ) from error
         return model.requires_grad_(True).eval()
 
 
@@ -93,8 +102,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, path)
+def _write(path: Path, data: bytes) -> str:
+    """Write a file and flush it to the disk; returns its sha256."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
 
 
 def save_checkpoint(
@@ -111,53 +125,67 @@ def save_checkpoint(
         folder: where it will be.
         state: plain values; `sizes` (see HeadSizes) among them. The hashes of the files are added.
         model, optimizer, projection: tensors by name.
+
+    Raises:
+        OSError: the disk is full or not writable; the older folder is still there.
     """
-    aside = folder.with_name(f".{folder.name}.new")
+    with _aside(folder) as aside:
+        files = {
+            name: _write(aside / name, to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())}))
+            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (PROJECTION, projection))
+            if tensors is not None
+        }
+        content = {**state, "format_version": FORMAT_VERSION, "files": files}
+        content["sha256"] = _state_sha256(content)
+        _write(aside / STATE, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _state_sha256(content: Mapping[str, Any]) -> str:
+    """Hash of what a state.json says, but for this hash."""
+    own = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Make `folder` the same checkpoint as `source`, sharing the files on disk where the file system can."""
+    with _aside(folder) as aside:
+        for name in (*json.loads((source / STATE).read_text())["files"], STATE):
+            try:
+                os.link(source / name, aside / name)
+            except OSError:  # a file system without hard links
+                _write(aside / name, (source / name).read_bytes())
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """An empty folder to write in. It becomes `folder` at the end of the block, or goes where that fails.
+
+    A kill between the two renames leaves the older folder as `.<name>.old`, which is found again (see `_present`).
+    """
+    aside, old = folder.with_name(f".{folder.name}{_NEW}"), folder.with_name(f".{folder.name}{_OLD}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (PROJECTION, projection)):
-        if tensors is not None:
-            _write(aside / name, tensors)
-    _seal(aside, state)
-    _replace(aside, folder)
-
-
-def _seal(aside: Path, state: Mapping[str, Any]) -> None:
-    """Add state.json with the hashes of the files beside it; make all of it durable."""
-    files = sorted(file for file in aside.iterdir() if file.name != STATE)
-    content = {**state, "format_version": FORMAT_VERSION, "files": {file.name: sha256_file(file) for file in files}}
-    (aside / STATE).write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
-    for file in [*files, aside / STATE]:
-        fsync_file(file)
-    fsync_folder(aside)
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    """Move a finished folder to its name. A kill between the renames leaves `.<name>.old`, which is found again."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(aside, folder)
+    try:
+        yield aside
+        fsync_folder(aside)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def copy_checkpoint(source: Path, folder: Path, *, with_optimizer: bool = True) -> None:
-    """Make `folder` the same checkpoint as `source`, sharing the files on disk where the file system can."""
-    aside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.name == STATE or (file.name == OPTIMIZER and not with_optimizer):
-            continue
-        try:
-            os.link(file, aside / file.name)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(file, aside / file.name)
-    state = json.loads((source / STATE).read_text())
-    _seal(aside, {key: value for key, value in state.items() if key not in ("files", "format_version")})
-    _replace(aside, folder)
+def remove_unfinished(run: Path) -> None:
+    """Delete what a kill left of checkpoints that were being written."""
+    for folder in run.glob(f".*{_NEW}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
@@ -171,19 +199,22 @@ def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
     """
     try:
         state = json.loads((folder / STATE).read_text())
-        files, version = dict(state["files"]), state["format_version"]
+        files, version, digest = dict(state["files"]), state["format_version"], state["sha256"]
     except FileNotFoundError:
         raise InputError(f"{folder} is not a checkpoint: it has no {STATE}.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{folder} is damaged: {STATE} cannot be read ({error!r}).") from error
     if version != FORMAT_VERSION:
         raise InputError(f"{folder} has checkpoint format {version}; this sest reads {FORMAT_VERSION}.")
-    for name, digest in files.items():
+    changed = [STATE] if check and digest != _state_sha256(state) else []
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise InputError(f"{folder} is damaged: {name} is missing.")
-        if check and sha256_file(file) != digest:
-            raise InputError(f"{folder} is damaged: {name} is not the file that was saved (sha256 differs).")
+        if check and sha256_file(file) != expected:
+            changed.append(name)
+    if changed:
+        raise InputError(f"{folder} is damaged: not as it was saved (sha256 differs): {shown(changed)}.")
     return Checkpoint(folder, state)
 
 
@@ -194,14 +225,33 @@ def checkpoints(run: Path) -> list[Path]:
     """
     found = []
     for folder in run.iterdir() if run.is_dir() else ():
-        name = folder.name.removeprefix(".").removesuffix(".old") if folder.name.endswith(".old") else folder.name
+        name = _meant(folder.name)
         if name in (LAST, BEST) or _STEP_FOLDER.fullmatch(name):
-            try:
-                step = int(json.loads((folder / STATE).read_text())["step"])
-            except (OSError, ValueError, KeyError, TypeError):
-                step = -1
-            found.append((-step, (LAST, name, BEST).index(name), folder.name, folder))
+            found.append((-_step(folder), name == BEST, name != LAST, name != folder.name, folder))
     return [entry[-1] for entry in sorted(found)]
+
+
+def resumable(run: Path) -> list[Path]:
+    """Those of `checkpoints` that training can go on from: all but best/."""
+    return [folder for folder in checkpoints(run) if _meant(folder.name) != BEST]
+
+
+def _meant(name: str) -> str:
+    """The name a folder has, or had before a kill: last for .last.old."""
+    return name[1 : -len(_OLD)] if name.startswith(".") and name.endswith(_OLD) else name
+
+
+def _step(folder: Path) -> int:
+    """The step of a checkpoint, -1 where its state.json cannot be read."""
+    try:
+        return int(json.loads((folder / STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def later_checkpoints(checkpoint: Checkpoint) -> list[Path]:
+    """The run's other checkpoints that training could go on from, of later steps than this one's."""
+    return [f for f in resumable(checkpoint.folder.parent) if _step(f) > checkpoint.state["step"]]
 
 
 def latest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
@@ -210,16 +260,22 @@ def latest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         InputError: the run has none that is sound.
     """
-    problems = []
-    for folder in checkpoints(run):
+    problems: list[str] = []
+    for folder in resumable(run):
         try:
             checkpoint = open_checkpoint(folder)
-            if OPTIMIZER in checkpoint.state["files"]:
-                return checkpoint, problems
+            checkpoint.require_optimizer()
+            return checkpoint, problems
         except InputError as error:
             problems.append(str(error))
     detail = f" ({' '.join(problems)})" if problems else ""
-    raise InputError(f"{run} has no checkpoint to resume from{detail}.")
+    raise InputError(f"{run} has no checkpoint to resume from{detail}. Start again with another --run folder.")
+
+
+def _present(run: Path, name: str) -> Path | None:
+    """The checkpoint of that name, or what a kill left of it between two renames."""
+    places = (run / name, run / f".{name}{_OLD}")
+    return next((folder for folder in places if (folder / STATE).exists()), None)
 
 
 def find_checkpoint(path: Path, which: str | None = None) -> Path:
@@ -230,16 +286,17 @@ def find_checkpoint(path: Path, which: str | None = None) -> Path:
     """
     if (path / STATE).exists() and which is None:
         return path
-    there = [folder.name for folder in checkpoints(path) if not folder.name.startswith(".")]
     for name in (which,) if which else (BEST, LAST):
-        if (path / name / STATE).exists():
-            return path / name
+        folder = _present(path, name)
+        if folder is not None:
+            return folder
     if not path.exists():
         raise InputError(f"{path} does not exist.")
+    there = checkpoints(path)
     if which is None and there:
-        return path / there[0]
+        return there[0]
     wanted = f"checkpoint '{which}'" if which else "checkpoint"
-    raise InputError(f"{path} has no {wanted}. It has: {', '.join(there) or 'none'}.")
+    raise InputError(f"{path} has no {wanted}. It has: {shown(_meant(folder.name) for folder in there)}.")
 
 
 def load_model(folder: str | Path) -> StateTransition:
@@ -253,19 +310,26 @@ def load_model(folder: str | Path) -> StateTransition:
     return sound_checkpoint(find_checkpoint(Path(folder))).model()
 
 
-def sound_checkpoint(folder: Path) -> Checkpoint:
+def sound_checkpoint(folder: Path, *, to_resume: bool = False) -> Checkpoint:
     """Open a checkpoint; of a damaged one the error names the run's furthest sound one.
 
+    Args:
+        to_resume: it must have optimizer state, and so must the one that is named.
+
     Raises:
-        InputError: the checkpoint is damaged.
+        InputError: the checkpoint is damaged, or has no optimizer state.
     """
+    others = resumable if to_resume else checkpoints
     try:
-        return open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
     except InputError as error:
-        others = [other for other in checkpoints(folder.parent) if other != folder and _is_sound(other)]
-        if not others:
+        sound = next((other for other in others(folder.parent) if other != folder and _is_sound(other)), None)
+        if sound is None:
             raise
-        raise InputError(f"{error} Sound: {others[0]}. Pass that one instead.") from error
+        raise InputError(f"{error} Sound: {sound}. Pass that one instead.") from error
+    if to_resume:
+        checkpoint.require_optimizer()
+    return checkpoint
 
 
 def _is_sound(folder: Path) -> bool:

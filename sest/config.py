@@ -12,11 +12,15 @@ from typing import Any, Self, get_args, get_type_hints
 from sest.errors import InputError, nearest, shown
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LARGEST_SEED = 2**63 - 1
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None, most: float | None = None
+) -> Any:
     """A field of a configuration: its default, one line with its unit, and what values it takes."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,16 @@ class Config:
                 object.__setattr__(self, f.name, float(value))
                 value = float(value)
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-                raise InputError(f"{name} is {value!r}; it takes {expected}.")
-            choices, least = f.metadata.get("choices", ()), f.metadata.get("least")
+                raise InputError(f"{name} is {value!r}; it takes {' or '.join(KINDS[k] for k in kinds)}.")
+            choices, least, most = (f.metadata[key] for key in ("choices", "least", "most"))
             if choices and value not in choices:
-                raise InputError(f"{name} is {value!r}; it takes one of: {', '.join(choices)}.{nearest(str(value), choices)}")
+                raise InputError(
+                    f"{name} is {value!r}; it takes one of: {', '.join(choices)}.{nearest(str(value), choices)}"
+                )
             if least is not None and value is not None and not value >= least:
                 raise InputError(f"{name} is {value}; it must be at least {least:g}.")
+            if most is not None and value is not None and not value <= most:
+                raise InputError(f"{name} is {value}; it must be at most {most:g}.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -76,9 +83,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(data) > 1_000_000:
         raise InputError(f"{path} is larger than 1 MB; that is no configuration file.")
     try:
-        return {key.replace("-", "_"): value for key, value in tomllib.loads(data.decode()).items()}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
+    names = [key.replace("-", "_") for key in values]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path} has {twice[0]} twice, with dashes and with underscores. Keep one.")
+    return dict(zip(names, values.values(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -103,19 +114,25 @@ class EmbedConfig(Config):
     batch_size: int = option(0, "cells a forward pass; 0: from the device's memory", least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     precision: str = option("auto", "of the encoder; auto: bf16 on GPUs that have it, else fp32", choices=PRECISIONS)
-    seed: int = option(0, "of tie-breaking and of the PCA's sample", least=0)
+    seed: int = option(0, "of tie-breaking and of the PCA's sample", least=0, most=LARGEST_SEED)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """`sest train`."""
 
-    perturbations: str = option("onehot", "perturbation features: a .pt, .npz or .safetensors file (name -> vector), or 'onehot'")
-    splits: str | None = option(None, "TOML with [datasets], [training], [zeroshot], [fewshot]; default: all cells train")
+    perturbations: str = option(
+        "onehot", "perturbation features: a .pt, .npz or .safetensors file (name -> vector), or 'onehot'"
+    )
+    splits: str | None = option(
+        None, "TOML with [datasets], [training], [zeroshot], [fewshot]; default: all cells train"
+    )
     missing_perturbations: str = option(
         "error", "perturbations without a feature vector", choices=("error", "drop", "zero")
     )
-    val_fraction: float = option(0.05, "share of training perturbations held out where no val split is given", least=0.0)
+    val_fraction: float = option(
+        0.05, "share of training perturbations held out where no val split is given", least=0.0
+    )
     max_steps: int = option(40_000, "optimizer steps in all, a resumed run's earlier ones included", least=1)
     batch_size: int = option(16, "sets a forward pass", least=1)
     set_size: int = option(128, "cells a set", least=2)
@@ -135,22 +152,50 @@ class TrainConfig(Config):
     ffn: int = option(0, "SwiGLU width; 0: 4 x hidden", least=0)
     n_encoder_layers: int = option(4, "linear layers of each input MLP", least=1)
     n_decoder_layers: int = option(4, "linear layers of the output MLP", least=1)
-    dropout: float = option(0.1, "in the MLPs", least=0.0)
+    dropout: float = option(0.1, "in the MLPs", least=0.0, most=1.0)
     val_every: int = option(500, "steps between validations", least=1)
-    val_sets: int = option(0, "sets a validation at most, spread over all perturbations; 0: every validation cell", least=0)
+    val_sets: int = option(
+        0, "sets a validation at most, one of each cell type and perturbation at least; 0: every cell", least=0
+    )
     checkpoint_every: int = option(5_000, "steps between kept checkpoints", least=1)
     log_every: int = option(50, "steps between lines of metrics.jsonl", least=1)
     early_stopping: bool = option(False, "stop when val_loss has not improved for --patience validations")
     patience: int = option(10, "validations without improvement before stopping early", least=1)
     max_bad_steps: int = option(20, "steps in a row with a non-finite loss or gradient before giving up", least=1)
-    precision: str = option("auto", "auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU", choices=PRECISIONS)
+    precision: str = option(
+        "auto", "auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU", choices=PRECISIONS
+    )
     num_workers: int = option(8, "threads that prepare batches ahead of a CPU-resident cache; 0: in the loop", least=0)
     data_device: str = option("auto", "where cells are kept", choices=("auto", "gpu", "cpu"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    seed: int = option(0, "of weights, dropout, sets and their order", least=0)
+    seed: int = option(0, "of weights, dropout, sets and their order", least=0, most=LARGEST_SEED)
+
+
+@dataclass(frozen=True)
+class PredictConfig(Config):
+    """`sest predict`."""
+
+    checkpoint: str | None = option(None, "of the run: best, last or checkpoint-step-N; default: best")
+    cache: str | None = option(None, "store with the control cells; default: the one the run was trained on")
+    perturbations: str | None = option(None, "features file; default: the run's")
+    template: str | None = option(None, ".h5ad whose obs says which cells to predict; rows are grouped, names kept")
+    counts: str | None = option(None, "csv with the columns target_gene,n_cells: what to predict")
+    only: str | None = option(None, "perturbations to predict, separated by commas")
+    n_cells: int = option(128, "cells a perturbation, with --only", least=1)
+    cell_type: str | None = option(None, "cell type of the controls, with --counts and --only")
+    cells: str | None = option(None, ".h5ad with new control cells, embedded with the run's encoder and projection")
+    encoder: str | None = option(None, "the run's SE folder or checkpoint file, with --cells")
+    layer: str | None = option(None, "layer of --cells to read instead of X")
+    genes: str | None = option(None, "csv of gene names: the output has these, in this order")
+    pert_col: str | None = option(None, "obs column of --template or --cells; default: as in the run, or detected")
+    cell_type_col: str | None = option(None, "obs column of --template or --cells; default: as in the run, or detected")
+    control: str | None = option(None, "control label of --template or --cells; default: detected")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = option("auto", "of the head; auto: bf16 on GPUs that have it, else fp32", choices=PRECISIONS)
+    seed: int = option(0, "of the choice of control cells", least=0, most=LARGEST_SEED)
 
 
 RESUMABLE = (  # what a resumed run may change without becoming another run
     "max_steps val_every checkpoint_every log_every early_stopping patience max_bad_steps "
-    "num_workers data_device device lr weight_decay clip"
+    "num_workers data_device device precision lr weight_decay clip"
 ).split()

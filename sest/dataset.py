@@ -1,4 +1,4 @@
-"""Everything a run reads: the store's cells, their splits and the perturbations' features, checked against each other."""
+"""Everything a run reads: the store's cells, their splits and the perturbations' features, checked together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sest.config import TrainConfig
 from sest.errors import InputError, shown
 from sest.features import Features, make_features
 from sest.progress import Progress
-from sest.splits import TRAIN, SplitFile, SplitRow, assign_splits, read_splits, split_table
+from sest.splits import SPLIT_NAMES, TRAIN, VAL, SplitFile, SplitRow, assign_splits, read_splits, split_table
 
 ROWS_PER_BLOCK = 8192
 
@@ -66,9 +66,17 @@ def read_dataset(
         progress.note(note)
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
     features = _features(labels, mask, config, progress, feature_names)
-    dropped = np.isin(labels.perturbation, [i for i, name in enumerate(labels.perturbations) if name in features.missing])
+    dropped = np.isin(
+        labels.perturbation, [i for i, name in enumerate(labels.perturbations) if name in features.missing]
+    )
     if config.missing_perturbations == "drop":
         mask = np.where(dropped, 0, mask).astype(np.uint8)
+        for bit in (TRAIN, VAL):
+            if not (~labels.is_control & ((mask & bit) > 0)).any():
+                raise InputError(
+                    f"None of the perturbations of the {SPLIT_NAMES[bit]} split has features "
+                    f"({shown(features.missing)}). Name others in a splits file, or pass --missing-perturbations zero."
+                )
     table = split_table(groups, dataclasses.replace(splits, masks=_per_group(mask, labels)))
     targets = read_targets(cache, config.target_sum, progress)
     embeddings, embedding_row = read_embeddings(cache, labels)
@@ -76,9 +84,7 @@ def read_dataset(
 
 
 def _per_group(mask: np.ndarray, labels: Labels) -> dict[str, np.ndarray]:
-    return {
-        path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)
-    }
+    return {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
 
 
 def _features(
@@ -137,7 +143,9 @@ def split_pairs(data: Dataset, bit: int) -> Pairs:
     """Pseudobulks of all perturbed cells and of the controls of a split."""
     labels, mask = data.labels, data.in_split(bit)
     n_perturbations = len(labels.perturbations)
-    key = np.where(mask & ~labels.is_control, labels.context.astype(np.int64) * n_perturbations + labels.perturbation, -1)
+    key = np.where(
+        mask & ~labels.is_control, labels.context.astype(np.int64) * n_perturbations + labels.perturbation, -1
+    )
     keys = np.unique(key[key >= 0])
     context, perturbation = keys // n_perturbations, keys % n_perturbations
     contexts = np.unique(context)
@@ -147,7 +155,9 @@ def split_pairs(data: Dataset, bit: int) -> Pairs:
     code[controls] = len(keys) + np.searchsorted(contexts, labels.context[controls])
     means = pseudobulks(data.targets, code, len(keys) + len(contexts))
     counts = np.bincount(code[code >= 0], minlength=len(keys))[: len(keys)]
-    return Pairs(context, perturbation, counts, means[: len(keys)], means[len(keys) + np.searchsorted(contexts, context)])
+    return Pairs(
+        context, perturbation, counts, means[: len(keys)], means[len(keys) + np.searchsorted(contexts, context)]
+    )
 
 
 def training_means(data: Dataset) -> TrainingMeans:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 from sest.cache import open_cache
-from sest.cache.schema import COMPLETE, JOURNAL
+from sest.cache.schema import COMPLETE, root_attributes
+from sest.checkpoint import STATE, checkpoints, find_checkpoint, open_checkpoint
 from sest.errors import InputError
+from sest.train import CONFIG, METRICS, read_run_config
 
 Facts = dict[str, Any]
+CACHE_FACTS = (
+    "dtype cells encoder encoder_sha256 native_dim projection precision seed sest_version schema_version licence"
+).split()
+GROUP_FACTS = "n_cells n_genes perturbations controls n_embedded scale".split()
+RUN_FACTS = "trainable_parameters dim n_features n_genes val_loss best_val_loss best_step".split()
 
 
 def describe(path: Path, *, verify: bool = False) -> tuple[Facts, list[str]]:
@@ -22,40 +31,149 @@ def describe(path: Path, *, verify: bool = False) -> tuple[Facts, list[str]]:
         raise InputError(f"{path} does not exist.")
     if (path / "zarr.json").exists():
         return _cache(path, verify)
-    raise InputError(f"{path} is no store, run, checkpoint, encoder folder or h5ad file.")
+    if (path / STATE).exists():
+        facts = _checkpoint(path, verify)
+    elif (path / CONFIG).exists() and (path / METRICS).exists():
+        facts = _run(path, verify)
+    elif path.suffix in (".h5ad", ".h5"):
+        facts = _cells(path)
+    elif path.suffix in (".ckpt", ".safetensors") or any(path.glob("*.ckpt")) or any(path.glob("*.safetensors")):
+        facts = _encoder(path)
+    else:
+        raise InputError(f"{path} is no store, run, checkpoint, encoder folder or h5ad file.")
+    return _finite(facts), []
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON cannot say: None."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cache(path: Path, verify: bool) -> tuple[Facts, list[str]]:
-    if (path / JOURNAL).exists() and not (path / COMPLETE).exists():
-        return {"kind": "cache", "complete": False, "path": str(path)}, []
+    attributes = root_attributes(path)
+    if attributes is not None and not (path / COMPLETE).exists():
+        return _unfinished_cache(path, attributes), []
     cache = open_cache(path)
-    a = cache.attributes
     facts = {
         "kind": "cache",
         "complete": True,
         "n_cells": cache.n_cells,
         "dim": cache.dim,
-        "dtype": a["dtype"],
-        "cells": a["cells"],
-        "encoder": a["encoder"],
-        "encoder_sha256": a["encoder_sha256"],
-        "native_dim": a["native_dim"],
-        "projection": a["projection"],
-        "precision": a["precision"],
-        "seed": a["seed"],
+        **{key: cache.attributes[key] for key in CACHE_FACTS},
         "bytes": cache.size,
-        "sest_version": a["sest_version"],
-        "schema_version": a["schema_version"],
-        "licence": a["licence"],
-        "groups": {
-            name: {
-                key: g.attributes[key]
-                for key in ("n_cells", "n_genes", "perturbations", "controls", "n_embedded", "scale")
-            }
-            for name, g in cache.groups.items()
-        },
+        "groups": {name: {key: g.attributes[key] for key in GROUP_FACTS} for name, g in cache.groups.items()},
     }
     damaged = cache.verify() if verify else []
     if verify:
         facts["verified"] = not damaged
     return facts, damaged
+
+
+def _unfinished_cache(path: Path, attributes: Facts) -> Facts:
+    """What a store that is being written, or whose writing was stopped, says of itself already."""
+    groups = {}
+    for name in attributes.get("groups", ()):
+        made = root_attributes(path / name) if (path / name / "zarr.json").exists() else None
+        groups[name] = {key: made.get(key) if made else None for key in GROUP_FACTS}
+    sizes = [group["n_cells"] for group in groups.values()]
+    return {
+        "kind": "cache",
+        "complete": False,
+        "n_cells": None if None in sizes else sum(sizes),
+        "dim": attributes.get("dim"),
+        **{key: attributes.get(key) for key in CACHE_FACTS},
+        "groups": groups,
+    }
+
+
+def _checkpoint(path: Path, verify: bool) -> Facts:
+    """Sizes and state of a checkpoint; `verify` compares the sha256 of its files (a difference is an error)."""
+    state = open_checkpoint(path, check=verify).state
+    run = state["run"]
+    facts = {
+        "kind": "checkpoint",
+        "step": state["step"],
+        "trainable_parameters": state["trainable_parameters"],
+        **{key: state["sizes"][key] for key in ("dim", "n_features", "n_genes", "hidden", "n_layers", "n_heads")},
+        "val_loss": run.get("val_loss"),
+        "best_val_loss": run.get("best_val_loss"),
+        "best_step": run.get("best_step"),
+        "precision": state["precision"],
+        "target_sum": state["target_sum"],
+        "scale": state["scale"],
+        "features": state["features"]["source"],
+        "encoder": state["encoder"]["name"],
+        "files": sorted(state["files"]),
+        "bytes": sum((path / name).stat().st_size for name in state["files"]),
+        "sest_version": state["sest_version"],
+        "licence": state["encoder"]["licence"],
+    }
+    if verify:
+        facts["verified"] = True
+    return facts
+
+
+def _run(path: Path, verify: bool) -> Facts:
+    """The furthest checkpoint of a run, and where it stands."""
+    config, provenance = read_run_config(path)
+    found = [folder for folder in checkpoints(path) if not folder.name.startswith(".")]
+    facts: Facts = {"kind": "run", "step": 0, **dict.fromkeys(RUN_FACTS)}  # before the first checkpoint
+    if found:
+        facts |= _checkpoint(found[0], verify) | {"kind": "run"}
+        for folder in found[1:] if verify else ():
+            open_checkpoint(folder)
+        best = open_checkpoint(find_checkpoint(path), check=False).state["run"]
+        facts |= {key: best.get(key) for key in ("val_loss", "best_val_loss", "best_step")}
+    facts["max_steps"] = config.get("max_steps")
+    facts["checkpoints"] = [folder.name for folder in found]
+    facts["cache"] = provenance.get("cache")
+    facts["metrics"] = _last_validation(path)
+    return facts
+
+
+def _last_validation(path: Path) -> dict[str, float] | None:
+    for line in reversed((path / METRICS).read_text().splitlines()):
+        if '"val_loss"' in line and line.endswith("}"):  # a kill can cut the last line short
+            found: dict[str, float] = json.loads(line)
+            return found
+    return None
+
+
+def _encoder(path: Path) -> Facts:
+    from sest.encoder import sizes
+    from sest.weights import load_encoder
+
+    weights = load_encoder(path)
+    return {
+        "kind": "encoder",
+        "weights": weights.source,
+        "sha256": weights.sha256,
+        **sizes(weights.tensors),
+        "n_heads": weights.n_heads,
+        "pad_length": weights.pad_length,
+        "n_genes": len(weights.genes),
+        "parameters": sum(t.numel() for t in weights.tensors.values()),
+    }
+
+
+def _cells(path: Path) -> Facts:
+    from sest.columns import detect_columns
+    from sest.h5ad import CellFile
+
+    with CellFile(path) as file:
+        facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.layers)}
+        facts["obs_columns"] = list(map(str, file.obs.columns))
+        try:
+            found = detect_columns(file.obs)
+        except InputError as error:
+            facts["columns"] = str(error)
+        else:
+            facts |= {
+                "perturbation_column": found.perturbation,
+                "cell_type_column": found.cell_type,
+                "batch_column": found.batch,
+                "control": found.control,
+            }
+    return facts

@@ -22,7 +22,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"No device '{name}'. Use auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"No device '{name}': this machine has {torch.cuda.device_count()} CUDA GPUs. Use --device cpu.")
+        raise InputError(
+            f"No device '{name}': this machine has {torch.cuda.device_count()} CUDA GPUs. Use --device cpu."
+        )
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"Device '{name}' is not supported. Use auto, cpu, cuda or cuda:N.")
     return device

@@ -2,12 +2,15 @@
 
 The order of things: read every input once and refuse what is wrong; create the store or continue one made the same
 way; copy the training targets; fit the projection on a seeded sample; encode shard after shard. Finished rows of an
-unfinished shard are kept at least every minute, so that a kill costs little. Shapes: B cells, D native width, E stored width.
+unfinished shard are kept at least every minute, so that a kill costs little.
+
+Shapes: B cells, D native width, E stored width.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,9 +24,9 @@ import scipy.sparse
 
 from sest import __version__
 from sest.cache import StoreWriter, schema
-from sest.cache.writer import GroupPlan
+from sest.cache.writer import GroupPlan, refuse_foreign
 from sest.config import EmbedConfig
-from sest.encoders import CellEncoder, make_encoder
+from sest.encoders import CellEncoder, check_encoder, hash_names, make_encoder
 from sest.errors import InputError
 from sest.inputs import ROWS_PER_READ, Cells, open_cells, resolve_inputs
 from sest.progress import Progress
@@ -77,11 +80,15 @@ def embed(
         Interrupted: after SIGINT or SIGTERM; finished rows are saved.
     """
     sources, splits = resolve_inputs(inputs)
-    with ExitStack() as stack, stop_requests() as stop:
+    refuse_foreign(cache)  # all that can be refused before the inputs are read, which can take an hour
+    check_encoder(config)
+    _asked_dim(config.dim)
+    with ExitStack() as stack:
         cells = open_cells(sources, config, progress, stack)
         plan = _plan(cells, splits, config, progress)
         if dry_run:
             return plan
+        stop = stack.enter_context(stop_requests())  # from here on there is something to save
         writer = stack.enter_context(StoreWriter(cache, plan.attributes))
         if writer.complete:
             progress.note(f"{cache} is complete already.")
@@ -104,17 +111,23 @@ def _check_stop(stop: Callable[[], int], cache: Path) -> None:
 def _plan(cells: list[Cells], splits: SplitFile | None, config: EmbedConfig, progress: Progress) -> EmbedPlan:
     """Load the encoder, decide the width and the sample; everything that can be refused is refused here."""
     encoder = make_encoder(config, cells, progress)
-    selected = [np.flatnonzero(c.is_control) if config.cells == "controls" else np.arange(c.file.n_cells) for c in cells]
+    selected = [
+        np.flatnonzero(c.is_control) if config.cells == "controls" else np.arange(c.file.n_cells) for c in cells
+    ]
     if not sum(map(len, selected)):
         raise InputError("--cells controls, but no file has control cells. Pass --pert-col and --control.")
-    eligible = _eligible(cells, selected, splits, config.seed, progress)
+    eligible = _eligible(cells, selected, splits, config.seed)
     n_sample = min(SAMPLE_CELLS, sum(map(len, eligible)))
     dim, projected = _width(config.dim, encoder, n_sample)
     sample = _draw(eligible, n_sample, config.seed) if projected else [np.zeros(0, np.int64)] * len(cells)
-    encoder.prepare(cells, sample, dim if config.dim not in (None, "native") else None, dim)
+    if projected and splits is not None:
+        progress.note(f"The PCA is fitted on training cells of {splits.path.name} only.")
+    encoder.prepare(cells, sample, _asked_dim(config.dim), dim)
     dim = encoder.fitted.basis.shape[1] if encoder.fitted else dim
-    if config.dim is None:
-        progress.note(f"Stored width: {dim}" + (f" (PCA of {encoder.native_dim})." if projected else " (the native width)."))
+    if config.dim in (None, "native"):
+        progress.note(
+            f"Stored width: {dim}" + (f" (PCA of {encoder.native_dim})." if projected else " (the native width).")
+        )
     sample_hash = hashlib.sha256(b"".join(rows.astype(np.int64).tobytes() for rows in sample)).hexdigest()
     attributes = {
         "schema_version": schema.SCHEMA_VERSION,
@@ -131,10 +144,19 @@ def _plan(cells: list[Cells], splits: SplitFile | None, config: EmbedConfig, pro
         "cells": config.cells,
         "seed": config.seed,
         "groups": [c.group for c in cells],
-        "inputs": {c.group: c.identity() for c in cells},
+        "inputs": {c.group: {**c.identity(), "genes_sha256": hash_names(encoder.gene_names(c))} for c in cells},
         "licence": schema.LICENCE_NOTE if encoder.name != "pca" else None,
     }
     return EmbedPlan(cells, encoder, dim, projected, sample, selected, attributes)
+
+
+def _asked_dim(text: str | None) -> int | None:
+    """The number that --dim gives; None for 'native', 'state' and nothing. Raises InputError for anything else."""
+    if text in (None, "native", "state"):
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise InputError(f"--dim is '{text}'; it takes a number of at least 1, 'native' or 'state'.")
+    return int(text)
 
 
 def _width(asked: str | None, encoder: CellEncoder, n_sample: int) -> tuple[int, bool]:
@@ -144,17 +166,10 @@ def _width(asked: str | None, encoder: CellEncoder, n_sample: int) -> tuple[int,
         if encoder.n_extra == 0:
             raise InputError(f"--dim state is what an SE encoder gives; '{encoder.name}' has no dataset columns.")
         return native + encoder.n_extra, False
-    if asked is None or asked == "native":
-        dim = native if asked else min(DEFAULT_DIM, native)
-        if encoder.always_projected:
-            return dim, True  # or its rank, where that is smaller
-    else:
-        try:
-            dim = int(asked)
-        except ValueError:
-            raise InputError(f"--dim is '{asked}'; it takes a number, 'native' or 'state'.") from None
-        if dim < 1:
-            raise InputError(f"--dim is {dim}; it must be at least 1.")
+    number = _asked_dim(asked)
+    dim = number or (native if asked == "native" else min(DEFAULT_DIM, native))
+    if number is None and encoder.always_projected:
+        return dim, True  # or its rank, where that is smaller
     if dim > native:
         raise InputError(f"--dim {dim} is above the native width {native} of '{encoder.name}'. Use {native} or less.")
     projected = dim < native or encoder.always_projected
@@ -166,14 +181,17 @@ def _width(asked: str | None, encoder: CellEncoder, n_sample: int) -> tuple[int,
     return dim, projected
 
 
-def _eligible(
-    cells: list[Cells], selected: list[np.ndarray], splits: SplitFile | None, seed: int, progress: Progress
-) -> list[np.ndarray]:
+def _eligible(cells: list[Cells], selected: list[np.ndarray], splits: SplitFile | None, seed: int) -> list[np.ndarray]:
     """Rows the PCA may be fitted on: training cells only, where splits are given."""
-    if splits is None or any(c.columns.perturbation is None for c in cells):
+    if splits is None:
         return selected
+    for c in cells:
+        if c.columns.perturbation is None:
+            raise InputError(
+                f"{c.file.path} has no perturbation column, which the splits of {splits.path} need. "
+                "Pass --pert-col, or give the files instead of the .toml."
+            )
     masks = assign_splits([c.as_group() for c in cells], splits, seed=seed).masks
-    progress.note(f"The PCA is fitted on training cells of {splits.path.name} only.")
     return [rows[(masks[c.group][rows] & TRAIN) > 0] for c, rows in zip(cells, selected, strict=True)]
 
 
@@ -190,8 +208,6 @@ def _draw(eligible: list[np.ndarray], n_sample: int, seed: int) -> list[np.ndarr
 def _add_groups(writer: StoreWriter, plan: EmbedPlan) -> list[GroupPlan]:
     groups = []
     for c, selected in zip(plan.cells, plan.selected, strict=True):
-        whole = c.scale == "counts" and c.scan.all_integer
-        counts = "int16" if c.scan.max_value <= np.iinfo(np.int16).max else "int32"
         control = int(c.is_control.sum())
         attributes = {
             **c.identity(),
@@ -206,7 +222,7 @@ def _add_groups(writer: StoreWriter, plan: EmbedPlan) -> list[GroupPlan]:
             path=c.group,
             indptr=c.scan.indptr,
             n_genes=c.file.n_genes,
-            target_dtype=counts if whole else "float32",
+            target_dtype=_target_dtype(c),
             dim=plan.dim,
             embedding_dtype=plan.attributes["dtype"],
             attributes=attributes,
@@ -215,6 +231,15 @@ def _add_groups(writer: StoreWriter, plan: EmbedPlan) -> list[GroupPlan]:
         writer.add_group(group, c.obs, pd.DataFrame(index=pd.Index(names, dtype=str)))
         groups.append(group)
     return groups
+
+
+def _target_dtype(cells: Cells) -> str:
+    """The smallest type that holds a file's values exactly: integers for counts."""
+    if cells.scale == "counts" and cells.scan.all_integer:
+        for dtype in ("int16", "int32"):
+            if cells.scan.max_value <= np.iinfo(dtype).max:
+                return dtype
+    return "float32"
 
 
 class _TargetCopy:
@@ -264,13 +289,15 @@ class _RowEncoder:
         """Rows 0..k of `name` that an interrupted run finished: (k, width)."""
         parts, done = [], 0
         for start, rows in self._writer.spooled_rows(name):
-            if start != done or rows.shape[1] != width or done + len(rows) > n_rows:
+            if start != done or rows.shape[1:] != (width,) or done + len(rows) > n_rows:
                 break
             parts.append(rows)
             done += len(rows)
         return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
 
-    def run(self, name: str, cells: Cells, rows: np.ndarray, width: int, finish: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def run(
+        self, name: str, cells: Cells, rows: np.ndarray, width: int, finish: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         """Encode `rows` of a file: (n,) sorted row numbers -> (n, width) float32, after `finish` of each batch."""
         out = np.empty((len(rows), width), np.float32)
         before = self.spooled(name, len(rows), width)
@@ -320,12 +347,13 @@ def _encode_all(
     sampled = [np.zeros((0, encoder.native_dim), np.float32)] * len(groups)
     if plan.projected and encoder.fitted is None:
         native = encoder.native_dim
-        done = sum(len(run.spooled(f"sample/{g.path}", len(s), native)) for g, s in zip(groups, plan.sample, strict=True))
+        done = sum(
+            len(run.spooled(f".sample/{g.path}", len(s), native)) for g, s in zip(groups, plan.sample, strict=True)
+        )
         progress.begin("Encoding the PCA's sample", sum(map(len, plan.sample)), "cells", done)
         for i, (c, rows) in enumerate(zip(plan.cells, plan.sample, strict=True)):
-            sampled[i] = run.run(f"sample/{c.group}", c, rows, native, lambda x: x[:, :native])
-            writer.drop_spool(f"sample/{c.group}")
-            writer.spool_rows(f"sample/{c.group}", 0, sampled[i])
+            sampled[i] = run.run(f".sample/{c.group}", c, rows, native, lambda x: x[:, :native])
+            writer.spool_rows(f".sample/{c.group}", 0, sampled[i])  # whole: it stands in for all blocks after it
         projection = projection or fit_pca(sampled, plan.dim)
     if projection is not None and not writer.has_projection():
         writer.write_projection(projection.arrays(), {"sha256": projection.sha256, **encoder.projection_attributes()})

@@ -118,7 +118,9 @@ class StateEncoder:
         n_cells = len(positions)
         genes = F.embedding(positions, table)  # (B, L - 1, D)
         x = torch.cat([self._cls_row.expand(n_cells, 1, -1), genes], dim=1)  # (B, L, D)
-        hidden = F.leaky_relu(F.linear(counts.unsqueeze(-1).to(self.dtype), *self._linear("count_encoder.0")), LEAKY_SLOPE)
+        hidden = F.leaky_relu(
+            F.linear(counts.unsqueeze(-1).to(self.dtype), *self._linear("count_encoder.0")), LEAKY_SLOPE
+        )
         bins = F.softmax(F.linear(hidden, *self._linear("count_encoder.2")), dim=-1)  # (B, L, 10)
         x = x + bins @ self._w["bin_encoder.weight"]
         return torch.cat([x, self._dataset_row.expand(n_cells, 1, -1)], dim=1)
@@ -143,7 +145,6 @@ class StateEncoder:
         hidden = F.relu(F.linear(x, *self._linear("decoder.0.intermediate_dense")))
         x = self._norm("decoder.0.layer_norm", x + F.linear(hidden, *self._linear("decoder.0.dense")))
         return F.linear(x, *self._linear("decoder.1"))
-
 
     def describe(self) -> str:
         """Sizes in words."""

@@ -20,7 +20,7 @@ from sest.errors import InputError, shown
 from sest.inputs import Cells
 from sest.progress import Progress
 from sest.project import Projection, fit_pca
-from sest.weights import load_encoder
+from sest.weights import find_encoder, load_encoder
 
 PCA = "pca"
 PCA_GENES = 4096  # of more genes, those with the largest variance are kept: a covariance matrix of 128 MB
@@ -58,16 +58,24 @@ class CellEncoder(Protocol):
         """Cells a forward pass; `asked` unless it is 0."""
 
 
+def check_encoder(config: EmbedConfig) -> None:
+    """Refuse what can be refused before the inputs are read: an encoder, device or precision that is not there."""
+    if not config.encoder:
+        raise InputError("No encoder. Pass --encoder with an SE folder, a checkpoint file, or 'pca'.")
+    if config.encoder != PCA:
+        choose_precision(config.precision, choose_device(config.device), training=False)
+        find_encoder(Path(config.encoder), config.checkpoint)
+
+
 def make_encoder(config: EmbedConfig, cells: Sequence[Cells], progress: Progress) -> CellEncoder:
     """Build the encoder that --encoder names and match it with every file's genes.
 
     Raises:
         InputError: no such encoder, unusable weights, or a file whose genes it does not know.
     """
+    check_encoder(config)
     if config.encoder == PCA:
         return PcaEncoder(common_genes(cells, progress))
-    if not config.encoder:
-        raise InputError("No encoder. Pass --encoder with an SE folder, a checkpoint file, or 'pca'.")
     return SeEncoder(config, cells, progress)
 
 
@@ -110,7 +118,7 @@ class SeEncoder:
         return self._genes[cells.group]
 
     def gene_table_sha256(self) -> str:
-        return _hash_names(self._model.genes)
+        return hash_names(self._model.genes)
 
     def projection_attributes(self) -> dict[str, Any]:
         return {}
@@ -139,7 +147,7 @@ class PcaEncoder:
         self.genes = genes
         self.fitted: Projection | None = None
         self.native_dim = min(len(genes), PCA_GENES)
-        self.sha256 = _hash_names([PCA, str(PCA_TARGET_SUM), *genes])
+        self.sha256 = hash_names([PCA, str(PCA_TARGET_SUM), *genes])
         self._columns: dict[str, np.ndarray] = {}
 
     @classmethod
@@ -190,7 +198,7 @@ class PcaEncoder:
         return list(map(str, cells.file.var.index))
 
     def gene_table_sha256(self) -> str:
-        return _hash_names(self.genes)
+        return hash_names(self.genes)
 
     def projection_attributes(self) -> dict[str, Any]:
         return {"genes": self.genes}
@@ -216,7 +224,7 @@ def common_genes(cells: Sequence[Cells], progress: Progress) -> list[str]:
 
 
 def _unique_names(cells: Cells, names: Sequence[str], progress: Progress) -> list[str]:
-    """The matched names; a gene without one, or whose name repeats, keeps its name in the var index (and it is said)."""
+    """The matched names; a gene without one, or whose name repeats, keeps its name in the var index (which is said)."""
     often = Counter(names)
     index = list(map(str, cells.file.var.index))
     result = [name if name and often[name] == 1 else i for name, i in zip(names, index, strict=True)]
@@ -229,5 +237,5 @@ def _unique_names(cells: Cells, names: Sequence[str], progress: Progress) -> lis
     return result
 
 
-def _hash_names(names: Sequence[str]) -> str:
+def hash_names(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()

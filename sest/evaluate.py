@@ -7,15 +7,11 @@ perturbation) of the prediction. Space: log1p of counts normalised to target_sum
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
 import json
-import logging
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +22,26 @@ import pandas as pd
 import scipy.sparse as sp
 
 import sest
+from sest.cell_eval_scores import (
+    CONTROL,
+    CellEvalFailed,
+    LabelledCells,
+    cell_eval_scores,
+    cells_with_mean,
+    controls_of,
+    overall_scores,
+    stack,
+)
 from sest.columns import Columns, detect_columns, labels
 from sest.errors import InputError, shown
 from sest.h5ad import CellFile, decide_scale
 from sest.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.progress import Progress, Silent
 
-log = logging.getLogger(__name__)
-
 TARGET_SUM = 10_000.0  # counts a cell, where a foreign prediction does not say
 BLOCK = 2048  # cells read at once
-MAX_LOG1P = 14.0  # largest value of a predicted cell (DESIGN 11)
-CELL_EVAL_LIMIT = 15.0  # cell-eval takes larger values for counts
-MAX_RATIO = 1.5  # largest factor on a control cell's log1p value in `cells_with_mean`
 MAX_STORED = 2**32  # bytes of one array of uns that is read
-ONE_CELL_TYPE = "all"  # the cell type of files that have no such column
-CONTROL = "control"  # the control's name in the tables given to cell-eval
+ONE_CELL_TYPE = "unknown"  # the cell type of files that have no such column
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,15 +134,18 @@ def evaluate(
         if with_cell_eval and importlib.util.find_spec("cell_eval") is None:
             notes.append("cell-eval is not installed: no DES and no overall score. Run pip install 'sest[eval]'.")
         elif with_cell_eval:
-            table = table.merge(
-                _scores_of_cell_eval(task, predictors, threads, seed, progress),
-                on=["cell_type", "perturbation", "predictor"],
-                how="left",
-                validate="one_to_one",
-            )
-            overall = _overall_scores(table)
-    means = table.groupby("predictor", sort=False).mean(numeric_only=True).drop(columns=["n_predicted", "n_real"])
-    summary = {str(metric): {str(name): float(x) for name, x in means[metric].items()} for metric in means}
+            try:
+                scores = _scores_of_cell_eval(task, predictors, threads, seed, progress)
+            except CellEvalFailed as error:
+                notes.append(f"cell-eval failed, so there is no DES and no overall score: {error}.")
+            else:
+                keys = ["cell_type", "perturbation", "predictor"]
+                table = table.merge(scores, on=keys, how="left", validate="one_to_one")
+                overall = overall_scores(table)
+    summary: dict[str, dict[str, float]] = {}
+    for metric in table.select_dtypes("floating"):
+        values = {name: table.loc[table["predictor"] == name, metric].to_numpy() for name in predictors}
+        summary[str(metric)] = {name: float(v.mean()) for name, v in values.items()}  # NaN stays NaN
     if overall:
         summary["overall_score_over"] = overall
     provenance: dict[str, object] = {
@@ -163,9 +166,12 @@ def evaluate(
 
 
 def check_output(out: Path) -> None:
-    """Raise InputError unless `out` does not exist or is an empty folder."""
+    """Raise InputError unless `out` is an empty folder, or one that can be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder. Pass another --out or remove it.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"Cannot write {out.name} into {above}. Pass another --out.")
 
 
 def write_results(evaluation: Evaluation, out: Path) -> None:
@@ -190,110 +196,28 @@ def write_results(evaluation: Evaluation, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def cells_with_mean(mean: np.ndarray, controls: sp.csr_matrix, n: int, rng: np.random.Generator) -> sp.csr_matrix:
-    """`n` cells (n, G), log1p, that look like control cells (C, G) and whose pseudobulk is `mean` (G,).
-
-    A baseline is a pseudobulk, but cell-eval tests differential expression on cells. Repeating the mean n times (what
-    cell-eval's own baseline does) removes the spread, so that the test calls almost every gene: the controls' own mean
-    then earns a DES above 0, and even the true mean loses most of its own (Papalexi 2021: 0.09 instead of 0, and 0.18
-    instead of 0.40). So: draw control cells; where the mean is to fall, scale the gene's values down; where it is to
-    rise, scale up to MAX_RATIO and let further cells express the gene (those without it first) at its mean level.
-    Other zeros stay zeros; the mean is exact up to the cap of MAX_LOG1P.
-    """
-    n_controls = controls.shape[0]
-    drawn = rng.permutation(n_controls)[:n] if n <= n_controls else rng.integers(n_controls, size=n)
-    cells = controls[drawn].toarray().astype(np.float64)  # (n, G)
-    now = cells.mean(axis=0)
-    cells *= np.minimum(np.divide(mean, now, out=np.ones_like(now), where=now > 0), MAX_RATIO)
-    expressing = np.maximum(controls.getnnz(axis=0), 1)
-    level = np.maximum(np.asarray(controls.sum(axis=0)).ravel() / expressing, np.maximum(mean, 1.0))  # (G,)
-    missing = (mean - cells.mean(axis=0)) * n / level  # (G,) further cells
-    up = np.flatnonzero(missing > 1e-6)
-    order = np.argsort(rng.random((n, len(up))) + (cells[:, up] > 0), axis=0)
-    rank = np.argsort(order, axis=0)  # (n, up) who is next to express it
-    cells[:, up] += np.clip(missing[up] - rank, 0.0, 1.0) * level[up]
-    return sp.csr_matrix(np.minimum(cells, MAX_LOG1P).astype(np.float32))
-
-
-def cell_eval_scores(
-    real: tuple[sp.csr_matrix, np.ndarray],
-    predictions: dict[str, tuple[sp.csr_matrix, np.ndarray]],
-    genes: list[str],
-    threads: int = 1,
-) -> pd.DataFrame:
-    """cell-eval's Virtual Cell Challenge metrics for one cell type, one row a (predictor, perturbation).
-
-    `real` and each prediction are cells (N, G) log1p and their perturbations (N,), controls being named `CONTROL`; all
-    must have the same perturbations. des is overlap_at_N: the share of the real differentially expressed genes (N of
-    them, Wilcoxon test at FDR 0.05) found among the N strongest predicted ones; 0 where the real cells have none.
-    cell_eval_mae and cell_eval_pds equal mae and pds but for ties and float32. Needs the extra `eval`.
-    """
-    from cell_eval import MetricsEvaluator
-
-    names = {"overlap_at_N": "des", "mae": "cell_eval_mae", "discrimination_score_l1": "cell_eval_pds"}
-    top = max(float(cells.max()) for cells, _ in [real, *predictions.values()])
-    if top >= CELL_EVAL_LIMIT:
-        raise InputError(f"cell-eval takes log1p values below {CELL_EVAL_LIMIT:g}, not {top:g}. Evaluate without it.")
-    parts = []
-    real_tests: str | None = None  # the real cells are tested once
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as bars:
-        for predictor, cells in predictions.items():
-            outdir = Path(folder) / predictor
-            evaluator = MetricsEvaluator(
-                adata_pred=_anndata(*cells, genes),
-                adata_real=_anndata(*real, genes),
-                de_real=real_tests,
-                control_pert=CONTROL,
-                pert_col="perturbation",
-                num_threads=threads,
-                outdir=str(outdir),
-            )
-            results, _ = evaluator.compute(profile="vcc", write_csv=False, break_on_error=True)
-            real_tests = real_tests or str(outdir / "real_de.csv")
-            scores = {ours: results[theirs].to_numpy() for theirs, ours in names.items()}
-            parts.append(pd.DataFrame({"perturbation": results["perturbation"].to_list(), **scores}))
-    log.debug("cell-eval: %s", bars.getvalue())
-    return pd.concat(dict(zip(predictions, parts, strict=True)), names=["predictor"]).reset_index("predictor")
-
-
-def _overall_scores(table: pd.DataFrame) -> dict[str, float]:
-    """cell-eval's overall score of the model over each baseline, from the means over all pairs."""
-    import polars as pl
-    from cell_eval import score_agg_metrics
-
-    theirs = {"des": "overlap_at_N", "cell_eval_mae": "mae", "cell_eval_pds": "discrimination_score_l1"}
-    described = {
-        str(name): pl.DataFrame({theirs[c]: rows[c].to_numpy() for c in theirs}).describe()
-        for name, rows in table.groupby("predictor")
-    }
-    scores = {}
-    for name in [name for name in described if name != "model"]:
-        score = score_agg_metrics(described["model"], described[name])
-        scores[name] = float(score.filter(pl.col("metric") == "avg_score")["from_baseline"].item())
-    return scores
-
-
 def _scores_of_cell_eval(
     task: _Task, predictors: dict[str, np.ndarray], threads: int, seed: int, progress: Progress
 ) -> pd.DataFrame:
     """cell-eval's columns for every (cell_type, perturbation, predictor), one cell type in memory at a time."""
     parts = []
     n_types = len(task.cell_types)
-    progress.begin("cell-eval", n_types, "cell types")
+    progress.begin("Running cell-eval", n_types, "cell types")
     for at, cell_type in enumerate(task.cell_types):
         rows = {n_types + i: name for i, (of, name) in enumerate(task.pairs) if of == cell_type}  # group -> name
         real, predicted = (_cells(side, {at: CONTROL, **rows}) for side in (task.real, task.predicted))
-        controls = real[0][real[1] == CONTROL]
-        alone = (controls, np.repeat(CONTROL, controls.shape[0]))
-        predictions = {"model": predicted if CONTROL in predicted[1] else _stack([predicted, alone])}
+        if CONTROL not in predicted[1]:
+            predicted = stack([predicted, controls_of(real)])
+        predictions = {"model": predicted}
         for predictor in [name for name in predictors if name != "model"]:
-            stand_in = [alone]
+            controls = controls_of(real if predictor == "context_mean" else predicted)
+            stand_in = [controls]
             for group, perturbation in rows.items():
                 n = int((task.predicted.group == group).sum())  # the model's number: the same power for its test
-                rng = np.random.default_rng([seed, group])  # the same control cells for every baseline
+                rng = np.random.default_rng([seed, group])  # the same choice of control cells for every baseline
                 mean = predictors[predictor][group - n_types]
-                stand_in.append((cells_with_mean(mean, controls, n, rng), np.repeat(perturbation, n)))
-            predictions[predictor] = _stack(stand_in)
+                stand_in.append((cells_with_mean(mean, controls[0], n, rng), np.repeat(perturbation, n)))
+            predictions[predictor] = stack(stand_in)
         parts.append(cell_eval_scores(real, predictions, task.genes, threads).assign(cell_type=cell_type))
         progress.advance(1)
     return pd.concat(parts, ignore_index=True)
@@ -337,9 +261,7 @@ def _own_scores(
     return pd.concat(parts, ignore_index=True), predictors, n_controls
 
 
-def _task(
-    predicted: tuple[CellFile, Columns, float | None], real: tuple[CellFile, Columns, float | None]
-) -> _Task:
+def _task(predicted: tuple[CellFile, Columns, float | None], real: tuple[CellFile, Columns, float | None]) -> _Task:
     """Find the pairs of the prediction, its genes and the cells of both in the real file, or raise InputError."""
     p, p_columns, p_sum = predicted
     r, r_columns, r_sum = real
@@ -380,16 +302,9 @@ def _prediction_columns(
     """The prediction's own record; for a foreign file the given names where it has them, or detection."""
     if told:
         own = {key: str(value) for key, value in told["columns"].items()}
-        return detect_columns(
-            file.obs, pert_col=own["perturbation"], cell_type_col=own["cell_type"], control=own["control"]
-        )
-    columns = detect_columns(
-        file.obs,
-        pert_col=pert_col if pert_col in file.obs else None,
-        cell_type_col=cell_type_col if cell_type_col in file.obs else None,
-        control=control,
-    )
-    return _needs_perturbation(file, columns)
+        return _detect(file, own["perturbation"], own["cell_type"], own["control"])
+    pert_col, cell_type_col = (name if name in file.obs else None for name in (pert_col, cell_type_col))
+    return _detect(file, pert_col, cell_type_col, control)
 
 
 def _real_columns(
@@ -400,12 +315,17 @@ def _real_columns(
     cell_type_col = cell_type_col or (predicted.cell_type if predicted.cell_type in file.obs else None)
     if control is None and pert_col in file.obs and predicted.control in labels(file.obs, str(pert_col))[1]:
         control = predicted.control
-    return _needs_perturbation(
-        file, detect_columns(file.obs, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
+    return _detect(file, pert_col, cell_type_col, control)
+
+
+def _detect(file: CellFile, pert_col: str | None, cell_type_col: str | None, control: str | None) -> Columns:
+    columns = detect_columns(
+        file.obs,
+        pert_col=pert_col,
+        cell_type_col=cell_type_col,
+        batch_col=next(iter(file.obs.columns), None),  # any: batches are not used, so candidates are not compared
+        control=control,
     )
-
-
-def _needs_perturbation(file: CellFile, columns: Columns) -> Columns:
     if columns.perturbation is None:
         raise InputError(
             f"{file.path} has no perturbation column. Available: {shown(file.obs.columns, 30)}. Pass --pert-col."
@@ -439,7 +359,7 @@ def _target_sums(
     """What the counts of the prediction and of the real file are to be normalised to; None where values are log1p."""
 
     def scale_of(file: CellFile, requested: str, what: str) -> str:
-        progress.begin(f"checking {what}", file.n_cells, "cells")
+        progress.begin(f"Checking {what}", file.n_cells, "cells")
         return decide_scale(file.scan(progress.advance), requested, file.path, file.layers)
 
     p_scale = "log1p" if told else scale_of(p, "auto", "the prediction")
@@ -483,7 +403,7 @@ def _gene_columns(file: CellFile, genes: list[str]) -> np.ndarray:
 def _pseudobulks(side: _Side, n_groups: int, what: str, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     """Means (n_groups, G) float64 of each group's log1p cells, NaN for an empty one, and cells a group (n_groups,)."""
     sums = np.zeros((n_groups, len(side.genes)))
-    progress.begin(f"reading {what}", side.file.n_cells, "cells")
+    progress.begin(f"Reading {what}", side.file.n_cells, "cells")
     for start in range(0, side.file.n_cells, BLOCK):
         stop = min(start + BLOCK, side.file.n_cells)
         used = np.flatnonzero(side.group[start:stop] >= 0)
@@ -498,7 +418,7 @@ def _pseudobulks(side: _Side, n_groups: int, what: str, progress: Progress) -> t
         return sums / n_cells[:, None], n_cells
 
 
-def _cells(side: _Side, names: dict[int, str]) -> tuple[sp.csr_matrix, np.ndarray]:
+def _cells(side: _Side, names: dict[int, str]) -> LabelledCells:
     """All cells of some groups (n, G), and the name of each one's group."""
     blocks, groups = [], []
     wanted = np.isin(side.group, list(names))
@@ -511,29 +431,23 @@ def _cells(side: _Side, names: dict[int, str]) -> tuple[sp.csr_matrix, np.ndarra
     return sp.vstack(blocks, format="csr"), np.array([names[group] for group in np.concatenate(groups)])
 
 
-def _stack(parts: list[tuple[sp.csr_matrix, np.ndarray]]) -> tuple[sp.csr_matrix, np.ndarray]:
-    return sp.vstack([cells for cells, _ in parts], format="csr"), np.concatenate([names for _, names in parts])
-
-
-def _anndata(cells: sp.csr_matrix, perturbations: np.ndarray, genes: list[str]) -> Any:
-    import anndata
-
-    obs = pd.DataFrame({"perturbation": pd.Categorical(perturbations)}, index=[str(i) for i in range(cells.shape[0])])
-    return anndata.AnnData(cells, obs=obs, var=pd.DataFrame(index=genes))
-
-
 def _baselines(told: dict[str, Any], task: _Task) -> dict[str, np.ndarray]:
     """The stored baselines in the order of `pairs`, (n_pairs, G); context_mean is always that of the real controls."""
-    stored = {name: values for name, values in told.get("baselines", {}).items() if name != "context_mean"}
+    own = ("model", "context_mean")
+    stored = {name: np.asarray(values) for name, values in told.get("baselines", {}).items() if name not in own}
     if not stored:
         return {}
-    rows = pd.MultiIndex.from_arrays([told["pairs"][key].astype(str) for key in ("cell_type", "perturbation")])
+    rows = pd.MultiIndex.from_arrays([np.asarray(told["pairs"][key], str) for key in ("cell_type", "perturbation")])
+    shape = len(rows), len(task.genes)
     at = rows.get_indexer(pd.MultiIndex.from_tuples(task.pairs))
-    wrong = [name for name, values in stored.items() if values.shape != (len(rows), len(task.genes))]
-    if wrong or (at < 0).any():
-        lacking = f"lack {int((at < 0).sum())} of its pairs"
-        what = f"are not {len(rows)} x {len(task.genes)}: {shown(wrong)}" if wrong else lacking
-        raise InputError(f"The prediction's stored baselines {what}. Run `sest predict` again.")
+    for name, values in stored.items():
+        if values.shape != shape or values.dtype.kind != "f" or not np.isfinite(values).all():
+            what = f"{name!r} is not {shape[0]} x {shape[1]} finite numbers"
+        elif (at < 0).any():
+            what = f"{name!r} lacks {int((at < 0).sum())} of its pairs"
+        else:
+            continue
+        raise InputError(f"The prediction's stored baseline {what}. Run `sest predict` again.")
     return {name: values[at].astype(np.float64) for name, values in sorted(stored.items())}
 
 

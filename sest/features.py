@@ -31,7 +31,7 @@ class Features:
 
     def as_mapping(self) -> dict[str, np.ndarray]:
         """Name -> (P,), without the control."""
-        return {name: row for name, row in zip(self.names[1:], self.matrix[1:], strict=True)}
+        return dict(zip(self.names[1:], self.matrix[1:], strict=True))
 
 
 def make_features(
@@ -62,7 +62,7 @@ def make_features(
                 f"{source} has no features for {len(absent)} of {len(wanted)} perturbations: {shown(absent)}."
                 f"{nearest(absent[0], vectors)} Pass --missing-perturbations drop (leave their cells out) or zero."
             )
-        if len(absent) == len(wanted):
+        if absent and len(absent) == len(wanted):
             raise InputError(
                 f"{source} has features for none of the {len(absent)} perturbations. "
                 f"It has, for example: {shown(vectors)}; the data has: {shown(absent)}."

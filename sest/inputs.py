@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -68,10 +69,12 @@ class Cells:
 
     def identity(self) -> dict[str, object]:
         """What must be the same for a store to be continued with this file."""
-        labels_hash = hashlib.sha256()
+        labels_hash = hashlib.sha256("\n".join(self.obs.index).encode())
         for name in self.obs:
             column = self.obs[name].cat
-            labels_hash.update(repr((name, list(column.categories))).encode() + column.codes.to_numpy(np.int32).tobytes())
+            labels_hash.update(
+                repr((name, list(column.categories))).encode() + column.codes.to_numpy(np.int32).tobytes()
+            )
         return {
             "file": self.source.path.name,
             "sha256": self.scan.sha256,
@@ -110,10 +113,12 @@ def resolve_inputs(inputs: Sequence[Path]) -> tuple[list[Source], SplitFile | No
     Raises:
         InputError: nothing there, another kind of file, two files of one name, or a TOML beside other inputs.
     """
+    if not inputs:
+        raise InputError("No input. Give .h5ad or .h5 files, or one .toml that lists some.")
     tomls = [path for path in inputs if path.suffix == ".toml"]
     if tomls:
         if len(inputs) > 1:
-            raise InputError(f"Give one .toml or several .h5ad files, not both ({shown(inputs)}).")
+            raise InputError(f"Give one .toml or several .h5ad files, not both ({shown(map(str, inputs))}).")
         roots = (tomls[0].resolve().parent,)
         splits = read_splits(tomls[0], roots=roots)
         sources = [
@@ -130,15 +135,16 @@ def resolve_inputs(inputs: Sequence[Path]) -> tuple[list[Source], SplitFile | No
         if source.path.suffix not in SUFFIXES:
             raise InputError(f"{source.path} is not an .h5ad or .h5 file (nor a .toml that lists some).")
         for part in source.group.split("/"):
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*", part) or part in RESERVED:
-                raise InputError(f"'{part}' cannot name a group of the store. Rename the file or the dataset.")
-    groups = [source.group for source in sources]
-    twice = sorted({group for group in groups if groups.count(group) > 1})
+            if not re.fullmatch(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*", part) or part in RESERVED:
+                raise InputError(
+                    f"'{part}' ({source.path}) cannot name a group of the store: letters, digits and _.+@=,- can. "
+                    "Rename the file or the dataset."
+                )
+    twice = sorted(group for group, n in Counter(source.group for source in sources).items() if n > 1)
     if twice:
-        raise InputError(f"Several input files are named {shown(twice)}. Rename them, or list them in a .toml.")
-    nested = [a for a in groups for b in groups if b.startswith(a + "/")]
-    if nested:
-        raise InputError(f"The dataset name {nested[0]} is also the folder of another. Rename one.")
+        raise InputError(
+            f"Several input files are named {shown(twice)}. Rename them, or make each a dataset of a .toml."
+        )
     return sources, splits
 
 
@@ -187,7 +193,7 @@ def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
             table[name] = pd.Categorical.from_codes(codes, categories=list(names))
         elif name != "perturbation":
             table[name] = pd.Categorical.from_codes(np.zeros(file.n_cells, np.int32), categories=["unknown"])
-    return pd.DataFrame(table, index=file.obs.index.astype(str))
+    return pd.DataFrame(table, index=file.obs.index.astype(str).rename(None))
 
 
 def _describe(cells: Cells, progress: Progress) -> None:

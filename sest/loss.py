@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sest.errors import InputError
 
@@ -56,14 +57,16 @@ class _EnergyDistance(torch.autograd.Function):
         return d_xy.mean((1, 2)) - 0.5 * d_xx.mean((1, 2)) - 0.5 * d_yy.mean((1, 2))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         predicted, y, centre_x, centre_y, weight_xy, weight_xx = ctx.saved_tensors
-        # sum_j w_ij (x_i - y_j) - sum_j v_ij (x_i - x_j); the pairs (i, j) and (j, i) of E|x-x'| undo its 0.5
-        x = predicted.float() - centre_y
-        gradient = torch.baddbmm(x * weight_xy.sum(2, keepdim=True), weight_xy, y, alpha=-1)
-        x = predicted.float() - centre_x
-        gradient.baddbmm_(weight_xx, x).addcmul_(x, weight_xx.sum(2, keepdim=True), value=-1)
-        gradient.mul_(gradients[0].float().view(-1, 1, 1))
+        with torch.autocast(predicted.device.type, enabled=False):  # `backward` may be called inside autocast
+            # sum_j w_ij (x_i - y_j) - sum_j v_ij (x_i - x_j); the pairs (i, j) and (j, i) of E|x-x'| undo its 0.5
+            x = predicted.float() - centre_y
+            gradient = torch.baddbmm(x * weight_xy.sum(2, keepdim=True), weight_xy, y, alpha=-1)
+            x = predicted.float() - centre_x
+            gradient.baddbmm_(weight_xx, x).addcmul_(x, weight_xx.sum(2, keepdim=True), value=-1)
+            gradient.mul_(gradients[0].float().view(-1, 1, 1))
         return gradient.to(predicted.dtype), None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,18 @@ def mlp(n_in: int, hidden: int, n_out: int, n_layers: int, dropout: float) -> nn
     """`n_layers` Linear layers with GELU and dropout between them (parameters 0, 3, 6, 9 ...)."""
     widths = [n_in, *[hidden] * (n_layers - 1), n_out]
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         if i:
             layers += [nn.GELU(), nn.Dropout(dropout)]
         layers.append(nn.Linear(a, b))
     return nn.Sequential(*layers)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight. PyTorch's fused kernel wants both in one dtype, which they are not under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SetAttention(nn.Module):
@@ -87,9 +95,9 @@ class BackboneLayer(nn.Module):
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(sizes.hidden, RMS_NORM_EPS)
+        self.input_layernorm = RMSNorm(sizes.hidden, RMS_NORM_EPS)
         self.self_attn = SetAttention(sizes.hidden, sizes.n_heads)
-        self.post_attention_layernorm = nn.RMSNorm(sizes.hidden, RMS_NORM_EPS)
+        self.post_attention_layernorm = RMSNorm(sizes.hidden, RMS_NORM_EPS)
         self.mlp = SwiGLU(sizes.hidden, sizes.ffn)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
@@ -103,7 +111,7 @@ class Backbone(nn.Module):
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()
         self.layers = nn.ModuleList(BackboneLayer(sizes) for _ in range(sizes.n_layers))
-        self.norm = nn.RMSNorm(sizes.hidden, RMS_NORM_EPS)
+        self.norm = RMSNorm(sizes.hidden, RMS_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
         for layer in self.layers:

@@ -16,6 +16,7 @@ import scipy.linalg
 from sest.errors import InputError
 
 RANK_TOLERANCE = 1e-10  # eigenvalues below this share of the largest are rounding, not structure
+ROUNDING = 1e-12  # a spread below this share of the mean is float64's rounding: every cell is the same
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def fit_pca(blocks: Iterable[np.ndarray], dim: int | None, at_most: int = 512) -
     """
     count, total, cross = 0, None, None
     for block in blocks:
+        if not len(block):
+            continue
         x = np.asarray(block, dtype=np.float64)
         if total is None or cross is None:
             total, cross = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
@@ -67,17 +70,20 @@ def fit_pca(blocks: Iterable[np.ndarray], dim: int | None, at_most: int = 512) -
     covariance = (cross - count * np.outer(mean, mean)) / (count - 1)
     variances, vectors = scipy.linalg.eigh(covariance)
     variances, vectors = variances[::-1], vectors[:, ::-1]
-    rank = min(int((variances > variances[0] * RANK_TOLERANCE).sum()), count - 1)
-    if variances[0] <= 0 or rank == 0:
+    mean += shift
+    if variances[0] <= ROUNDING**2 * (mean @ mean):
         raise InputError("A PCA cannot be fitted: all sampled cells are the same.")
+    rank = min(int((variances > variances[0] * RANK_TOLERANCE).sum()), count - 1)
     if dim is None:
         dim = min(at_most, rank)
     if dim > rank:
-        raise InputError(f"--dim {dim} is above the rank of the data ({rank}, from {count} cells). Use --dim {rank} or less.")
+        raise InputError(
+            f"--dim {dim} is above the rank of the data ({rank}, from {count} cells). Use --dim {rank} or less."
+        )
     basis = vectors[:, :dim]
     signs = np.sign(basis[np.abs(basis).argmax(0), np.arange(dim)])
     return Projection(
-        mean=(mean + shift).astype(np.float32),
+        mean=mean.astype(np.float32),
         basis=np.ascontiguousarray(basis * signs, dtype=np.float32),
         explained_variance=(variances[:dim] / variances.clip(0).sum()).astype(np.float32),
     )

@@ -19,21 +19,21 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import h5py
 import numpy as np
+import pandas as pd
 import tomli_w
 from scipy import sparse
 from scipy.special import ndtri
 
 from sest.errors import InputError, nearest, shown
+from sest.write_h5ad import H5adWriter, check_writable
 
 CONTROL = "non-targeting"
 FEATURE_SUFFIXES = (".npz", ".safetensors", ".pt")
 BIOLOGY, ORDER, HOLD_OUT, CELL = range(4)  # streams of random numbers; one Generator per (stream, index, seed)
-HDF5_CHUNK = 1 << 17  # entries
 Programs = tuple[tuple[np.ndarray, np.ndarray], ...]  # each: genes, and their loadings (log units at activity 1)
 
 
@@ -92,6 +92,10 @@ class Simulation:
         for name in ("library_spread", "effect_size", "feature_noise", "dispersion", "batch_effect", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
+
+    def with_seed(self, seed: int) -> Simulation:
+        """The same screen, drawn anew."""
+        return replace(self, seed=seed)
 
     @property
     def n_cells(self) -> int:
@@ -160,19 +164,23 @@ def write_h5ad(
         raise InputError(f"block is {block}; it must be at least 1 cell.")
     obs = _obs(sim)
     perturbations = [CONTROL, *(genes[target] for target in _biology(sim).targets)]
-    with _aside(path) as partial, h5py.File(partial, "w") as file:
-        _encoding(file, "anndata", "0.1.0")
-        for name in ("layers", "obsm", "obsp", "uns", "varm", "varp"):
-            _encoding(file.create_group(name), "dict", "0.1.0")
-        _strings(file["uns"], "simulation", json.dumps(asdict(sim), sort_keys=True))
-        _strings(_frame(file, "var", []), "_index", genes)
-        frame = _frame(file, "obs", ["target_gene", "cell_type", "batch"])
-        _categorical(frame, "target_gene", obs.perturbation, perturbations)
-        _categorical(frame, "cell_type", obs.cell_type, list(sim.cell_types))
-        _categorical(frame, "batch", obs.batch, [f"batch_{b + 1}" for b in range(sim.n_batches)])
-        index = frame.create_dataset("_index", shape=(sim.n_cells,), dtype=h5py.string_dtype())
-        _encoding(index, "string-array", "0.2.0")
-        _write_counts(sim, file, index, block, on_rows)
+    with H5adWriter(path, sim.n_genes, "int32") as writer:
+        for start in range(0, sim.n_cells, block):
+            rows = simulate_counts(sim, start, min(start + block, sim.n_cells))
+            writer.add(rows)
+            if on_rows is not None:
+                on_rows(rows.shape[0])
+            del rows  # before the next block is made
+        table = pd.DataFrame(
+            {
+                "target_gene": pd.Categorical.from_codes(obs.perturbation, perturbations),
+                "cell_type": pd.Categorical.from_codes(obs.cell_type, sim.cell_types),
+                "batch": pd.Categorical.from_codes(obs.batch, [f"batch_{b + 1}" for b in range(sim.n_batches)]),
+            },
+            index=[f"cell_{i:08d}" for i in range(sim.n_cells)],
+        )
+        settings = json.dumps(asdict(sim), sort_keys=True)
+        writer.finish(table, pd.DataFrame(index=genes), {"simulation": settings})
 
 
 def perturbation_features(sim: Simulation, *, gene_names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -233,6 +241,35 @@ def write_splits(
     }
     with _aside(path) as partial:
         partial.write_text(tomli_w.dumps(tables), encoding="utf-8")
+
+
+def write_screen(
+    sim: Simulation,
+    cells: Path,
+    features: Path | None = None,
+    splits: Path | None = None,
+    *,
+    gene_names: Sequence[str] | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> None:
+    """Write the cells and, where asked, features and splits that fit them; the long work, the cells, comes last.
+
+    The splits hold out a quarter of the perturbations of the last cell type for testing and a twelfth for validation.
+    Raises InputError as the three writers do; no cells are written then.
+    """
+    check_writable(cells)
+    _gene_names(sim, gene_names)
+    if splits is not None:
+        n_test = max(1, sim.n_perturbations // 4)
+        n_val = min(max(2, sim.n_perturbations // 12), sim.n_perturbations - n_test)
+        relative = os.path.relpath(cells.resolve(), splits.resolve().parent)
+        last = sim.cell_types[-1]
+        write_splits(
+            sim, splits, "screen", relative, test_cell_type=last, n_test=n_test, n_val=n_val, gene_names=gene_names
+        )
+    if features is not None:
+        write_features(sim, features, gene_names=gene_names)
+    write_h5ad(sim, cells, gene_names=gene_names, on_rows=on_rows)
 
 
 def _rng(stream: int, index: int, seed: int) -> np.random.Generator:
@@ -376,62 +413,6 @@ def _gene_names(sim: Simulation, given: Sequence[str] | None) -> list[str]:
     if len(set(names)) != len(names) or CONTROL in names:
         raise InputError(f"Gene names must be distinct and none may be {CONTROL!r}; got {shown(names, 3)}.")
     return names
-
-
-def _write_counts(
-    sim: Simulation, file: h5py.File, index: h5py.Dataset, block: int, on_rows: Callable[[int], None] | None
-) -> None:
-    group = file.create_group("X")
-    _encoding(group, "csr_matrix", "0.1.0")
-    group.attrs["shape"] = (sim.n_cells, sim.n_genes)
-    indptr = group.create_dataset("indptr", data=np.zeros(sim.n_cells + 1, dtype=np.int64))
-    data, indices = (
-        group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(HDF5_CHUNK,), dtype=np.int32)
-        for name in ("data", "indices")
-    )
-    written = 0  # nonzero counts
-    for start in range(0, sim.n_cells, block):
-        stop = min(start + block, sim.n_cells)
-        rows = simulate_counts(sim, start, stop)
-        for dataset, values in ((data, rows.data), (indices, rows.indices)):
-            dataset.resize((written + rows.nnz,))
-            dataset[written:] = values
-        indptr[start + 1 : stop + 1] = written + rows.indptr[1:].astype(np.int64)
-        index[start:stop] = [f"cell_{i:08d}" for i in range(start, stop)]
-        written += rows.nnz
-        del rows  # before the next block is made
-        if on_rows is not None:
-            on_rows(stop - start)
-
-
-# AnnData's on-disk format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
-
-
-def _encoding(node: h5py.Group | h5py.Dataset, kind: str, version: str) -> None:
-    node.attrs["encoding-type"], node.attrs["encoding-version"] = kind, version
-
-
-def _strings(group: h5py.Group, name: str, value: str | list[str]) -> None:
-    dataset = group.create_dataset(name, data=value, dtype=h5py.string_dtype())
-    _encoding(dataset, "string" if isinstance(value, str) else "string-array", "0.2.0")
-
-
-def _frame(file: h5py.File, name: str, columns: list[str]) -> h5py.Group:
-    group = file.create_group(name)
-    _encoding(group, "dataframe", "0.2.0")
-    group.attrs["_index"] = "_index"
-    group.attrs["column-order"] = np.array(columns, dtype=h5py.string_dtype())
-    return group
-
-
-def _categorical(frame: h5py.Group, name: str, codes: np.ndarray, categories: list[str]) -> None:
-    group = frame.create_group(name)
-    _encoding(group, "categorical", "0.2.0")
-    group.attrs["ordered"] = False
-    order = np.argsort(categories)  # sorted, as pandas makes them
-    code_of = np.argsort(order).astype(np.int32)
-    _encoding(group.create_dataset("codes", data=code_of[codes]), "array", "0.2.0")
-    _strings(group, "categories", [categories[i] for i in order])
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Cells to sentences of genes, as the State Embedding model reads them.
 
 Shapes: B cells, K kept genes (those of the file that the encoder knows), L = pad_length slots (slot 0 is CLS).
-Source: behaviour of arc-state 0.11.1 `state emb transform` (DESIGN section 4, steps 1, 3 and 4). Upstream breaks ties at random;
-here the order is a hash of (seed, cell index, gene), so that a sentence depends on nothing else.
+Source: `state emb transform` of arc-state 0.11.1 (DESIGN section 4, steps 1, 3 and 4). Upstream breaks ties at
+random; here the order is a hash of (seed, cell index, gene), so that a sentence depends on nothing else.
 """
 
 from __future__ import annotations

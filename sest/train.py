@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,28 @@ from torch import Tensor, nn
 
 from sest import __version__
 from sest.batches import SetSampler, batch_source, store_cells
-from sest.cache.schema import fsync_file, write_durably
+from sest.cache.schema import write_durably
 from sest.checkpoint import (
     BEST,
     LAST,
     Checkpoint,
     copy_checkpoint,
+    later_checkpoints,
     latest_checkpoint,
-    open_checkpoint,
     optimizer_to_tensors,
+    remove_unfinished,
+    resumable,
     save_checkpoint,
     sizes_to_values,
+    sound_checkpoint,
     step_folder,
     tensors_to_optimizer,
 )
 from sest.config import RESUMABLE, TrainConfig, read_toml
 from sest.dataset import Dataset, read_dataset
 from sest.devices import DTYPES, choose_device, choose_precision
-from sest.errors import InputError, TrainingFailed
+from sest.errors import InputError, TrainingFailed, shown
+from sest.features import ONE_HOT
 from sest.loss import make_loss
 from sest.model import HeadSizes, StateTransition, n_parameters, new_model
 from sest.progress import Progress
@@ -50,6 +54,8 @@ from sest.validate import Validator
 
 METRICS, CONFIG, SPLITS = "metrics.jsonl", "config.toml", "splits.toml"
 PATHS = ("perturbations", "splits")  # where files lie is no part of a run's identity; their content is
+NOT_COMPARED = ("precision", "features.source")  # kept in a checkpoint, but free to change when it is resumed
+SAME_STEPS = ("lr", "weight_decay", "clip", "precision")  # RESUMABLE, but with others the steps are other ones
 GPU_SHARE = 0.6  # of free GPU memory that the cells may take; the rest is for the step
 
 
@@ -93,7 +99,7 @@ def train(
         cache: a finished store.
         run: folder for config.toml, metrics.jsonl and checkpoints; must be new unless `resume` is given.
         config: see `TrainConfig`. A resumed run keeps its own; only the fields in `RESUMABLE` may differ.
-        resume: "auto" (the run's furthest sound checkpoint) or a checkpoint folder.
+        resume: "auto" (the run's furthest sound checkpoint; its beginning before there is one), or a checkpoint folder.
         on_start: is given the data and the model once, before the first step.
         on_log: is given every line of metrics.jsonl.
 
@@ -105,24 +111,21 @@ def train(
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device, training=True)
     criterion = make_loss(config.loss)
-    start = _find_start(run, resume, progress)
+    start = _find_start(run, resume, config, progress)
     data = read_dataset(cache, config, progress, feature_names=_one_hot_names(start))
     sizes = _sizes(data, config)
-    state = RunState()
     identity = _identity(data, config, precision)
     if start is not None:
         _refuse_other_run(start, identity, sizes)
-        state = RunState(**start.state["run"])
-        model = start.model()
-    else:
-        model = new_model(sizes, config.seed)
-    model = model.to(device).train()
+    state = RunState() if start is None else RunState(**start.state["run"])
+    model = (new_model(sizes, config.seed) if start is None else start.model()).to(device).train()
     names = [name for name, _ in model.named_parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if start is not None:
         tensors_to_optimizer(start.optimizer_tensors(), optimizer, names)
-        scaler.load_state_dict(start.state["scaler"])
+        if scaler.is_enabled() and start.state["scaler"]:  # empty after another precision
+            scaler.load_state_dict(start.state["scaler"])
     data_device = _data_device(config.data_device, device, data, progress)
     store = store_cells(data.targets, data.embeddings, data.embedding_row, data_device)
     sampler = SetSampler(
@@ -133,8 +136,9 @@ def train(
         same_batch=config.controls == "batch",
         control_targets=config.control_targets,
     )
-    if sampler.without_same_batch():
-        progress.note(f"{sampler.without_same_batch():,} training cells have no control in their batch; any of their cell type serves.")
+    alone = sampler.without_same_batch()
+    if alone:
+        progress.note(f"{alone:,} training cells have no control in their batch; any of their cell type serves.")
     validator = Validator(data, store, config, device, criterion)
     features = torch.from_numpy(data.features.matrix).to(device)  # (perturbations, P)
     _open_run(run, cache, config, data, start, state.step)
@@ -173,17 +177,26 @@ def train(
             },
             model.state_dict(),
             optimizer=optimizer_to_tensors(optimizer, names) if with_optimizer else None,
-            projection={k: torch.from_numpy(v) for k, v in data.cache.projection.items()} if data.cache.projection else None,
+            projection={k: torch.from_numpy(v) for k, v in data.cache.projection.items()}
+            if data.cache.projection
+            else None,
         )
 
     def save_last() -> None:
-        """last/ is the current step; shares the files of a checkpoint of the same step."""
-        same = run / step_folder(state.step)
-        copy_checkpoint(same, run / LAST) if same.exists() else save(LAST)
+        """last/ is the current step; it shares the files of the checkpoint kept at this step, where there is one."""
+        if kept_at == state.step:
+            copy_checkpoint(run / step_folder(kept_at), run / LAST)
+        else:
+            save(LAST)
+
+    def log(line: dict[str, Any]) -> None:
+        _append(run / METRICS, line)
+        if on_log is not None:
+            on_log(line)
 
     window = _Window(device)
     metrics: dict[str, float] = {}
-    micro_size, reason = config.batch_size, "max_steps"
+    micro_size, reason, kept_at = config.batch_size, "max_steps", -1
     progress.begin("Training", config.max_steps, "it", state.step)
     with (
         stop_requests() as stop,
@@ -202,12 +215,11 @@ def train(
             scaler.unscale_(optimizer)
             norm = _clip(model, config.clip)
             bad = ~torch.isfinite(norm + loss)
-            if precision == "fp16":
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.found_inf = bad.float()  # fused AdamW leaves weights and moments alone where it is 1
-                optimizer.step()
+            if not scaler.is_enabled():  # the scaler sets it itself
+                # fused AdamW leaves weights and moments alone where this is 1
+                optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             window.add(loss, norm, bad)
@@ -215,39 +227,36 @@ def train(
 
             # log
             if state.step % config.log_every == 0 or state.step == config.max_steps:
-                line = window.line(state, config)  # waits for the device
-                _append(run / METRICS, line)
-                if on_log is not None:
-                    on_log(line)
+                log(window.line(state, config))  # waits for the device
                 if window.worst_streak >= config.max_bad_steps:
                     raise TrainingFailed(
-                        f"{window.worst_streak} steps in a row had a non-finite loss or gradient, up to step {state.step}. "
-                        f"The last checkpoint is kept in {run}. Resume it with a lower --lr or --precision fp32."
+                        f"{window.worst_streak} steps in a row before step {state.step + 1} had a non-finite loss or "
+                        f"gradient. {_advice(run)}"
                     )
 
             # validate
             validated = False
             if state.step % config.val_every == 0 or state.step == config.max_steps:
                 metrics, validated = validator.run(model, autocast), True
-                window.pause()
                 improved = _judge(metrics["val_loss"], state, run)
-                _append(run / METRICS, {"step": state.step, **metrics})
-                if on_log is not None:
-                    on_log({"step": state.step, **metrics})
+                log({"step": state.step, **metrics})
                 if improved:
                     save(BEST, with_optimizer=False)
 
             # save
             if state.step % config.checkpoint_every == 0:
                 save(step_folder(state.step))
-                window.pause()
+                kept_at = state.step
+            window.pause()
             if stop():
                 save_last()
-                raise Interrupted(stop(), f"Stopped after step {state.step}, saved in {run / LAST}. Go on with --resume auto.")
+                raise Interrupted(
+                    stop(), f"Stopped after step {state.step}, saved in {run / LAST}. Go on with --resume auto."
+                )
             if validated and config.early_stopping and state.validations_without_improvement >= config.patience:
                 reason = "early_stopping"
                 break
-    save_last()
+        save_last()
     return TrainResult(state.step, state.best_step, state.best_val_loss, reason, metrics, n_parameters(model))
 
 
@@ -269,11 +278,10 @@ def _sizes(data: Dataset, config: TrainConfig) -> HeadSizes:
 
 
 def _identity(data: Dataset, config: TrainConfig, precision: str) -> dict[str, Any]:
-    """What makes a run this run; kept in every checkpoint and compared on resume."""
+    """What makes a run this run; kept in every checkpoint and, but for NOT_COMPARED, compared on resume."""
     cache = data.cache.attributes
-    free = (*RESUMABLE, *PATHS, "precision")
     return {
-        "config": {key: value for key, value in config.to_values().items() if key not in free},
+        "config": {key: value for key, value in config.to_values().items() if key not in (*RESUMABLE, *PATHS)},
         "precision": precision,
         "cache_sha256": data.cache_sha256,
         "splits_sha256": data.split_file.sha256 if data.split_file else None,
@@ -281,7 +289,7 @@ def _identity(data: Dataset, config: TrainConfig, precision: str) -> dict[str, A
             "source": data.features.source,
             "sha256": data.features.sha256,
             "width": data.features.width,
-            "names": list(data.features.names) if data.features.source == "onehot" else None,
+            "names": list(data.features.names) if data.features.source == ONE_HOT else None,
         },
         "encoder": {
             "name": cache["encoder"],
@@ -300,13 +308,19 @@ def _identity(data: Dataset, config: TrainConfig, precision: str) -> dict[str, A
 
 def _refuse_other_run(start: Checkpoint, identity: dict[str, Any], sizes: HeadSizes) -> None:
     """Refuse to continue a checkpoint with other data or another configuration; the differences are shown."""
-    made, asked = {**start.state, **start.state["config"]}, {**identity, **identity["config"]}
-    asked["sizes"] = sizes_to_values(sizes)
-    keys = [key for key in sorted(asked) if key not in ("config", "sest_version")]
-    different = [key for key in keys if made.get(key) != asked[key]]
+    made, asked = _flat(start.state), _flat({**identity, "sizes": sizes_to_values(sizes)})
+    different = [key for key in asked if key not in NOT_COMPARED and made.get(key) != asked[key]]
     if different:
-        shown = "; ".join(f"{key}: {_brief(made.get(key))} there, {_brief(asked[key])} now" for key in different)
-        raise InputError(f"{start.folder} is of another run ({shown}). Start a new run with another --run folder.")
+        found = "; ".join(f"{key}: {_brief(made.get(key))} there, {_brief(asked[key])} now" for key in different)
+        raise InputError(f"{start.folder} is of another run ({found}). Start a new run with another --run folder.")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by "outer.inner" names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _brief(value: Any) -> str:
@@ -314,23 +328,46 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _find_start(run: Path, resume: str | None, progress: Progress) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a new run."""
+def _find_start(run: Path, resume: str | None, config: TrainConfig, progress: Progress) -> Checkpoint | None:
+    """The checkpoint to resume from; None for a new run, or one that was stopped before its first checkpoint."""
     if resume is None:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not _is_unused(run):
             raise InputError(f"{run} exists. Continue it with --resume auto, or choose another --run folder.")
         return None
+    if not (_is_unused(run) or (run / CONFIG).is_file()):
+        raise InputError(f"{run} exists and is no run folder: it has no {CONFIG}. Choose another --run folder.")
     if resume == "auto":
-        if not run.exists():
+        if not resumable(run):
+            progress.note(f"{run} has no checkpoint yet: training starts at step 0.")
             return None
         checkpoint, problems = latest_checkpoint(run)
         for problem in problems:
             progress.note(f"Passed over: {problem}")
     else:
-        checkpoint = open_checkpoint(Path(resume))
-        checkpoint.optimizer_tensors()
+        checkpoint = sound_checkpoint(Path(resume), to_resume=True)
+        _refuse_to_mix(run, checkpoint, config)
     progress.note(f"Resuming from {checkpoint.folder} at step {checkpoint.state['step']:,}.")
     return checkpoint
+
+
+def _is_unused(run: Path) -> bool:
+    """Whether a run folder is yet to be made, or was not even begun when it was stopped."""
+    if not run.is_dir():
+        return not run.exists()
+    return all(file.name.endswith(".partial") for file in run.iterdir())
+
+
+def _refuse_to_mix(run: Path, start: Checkpoint, config: TrainConfig) -> None:
+    """Going back in a run folder repeats the same steps; other steps would lie beside the later checkpoints there."""
+    later = later_checkpoints(start) if start.folder.resolve().parent == run.resolve() else []
+    before = TrainConfig.from_values(read_run_config(run)[0], str(run / CONFIG)) if later else config
+    changed = [name for name in SAME_STEPS if getattr(before, name) != getattr(config, name)]
+    if changed:
+        options = shown("--" + name.replace("_", "-") for name in changed)
+        raise InputError(
+            f"{run} has later checkpoints ({shown(folder.name for folder in later)}), made with another {options}. "
+            f"Go on from {start.folder.name} in another --run folder."
+        )
 
 
 def _one_hot_names(start: Checkpoint | None) -> tuple[str, ...] | None:
@@ -344,13 +381,19 @@ def resumed_config(run: Path, resume: str, options: dict[str, Any]) -> TrainConf
     Raises:
         InputError: no configuration there, or an option that a resumed run cannot change (see `RESUMABLE`).
     """
-    folder = run if (run / CONFIG).exists() else Path(resume).resolve().parent
+    if resume == "auto" and _is_unused(run):
+        return TrainConfig.from_values(options, "the command line")
+    folder = run if resume == "auto" or (run / CONFIG).exists() else Path(resume).resolve().parent
     values, _ = read_run_config(folder)
-    for key, value in options.items():
-        if key not in RESUMABLE and key not in PATHS and values.get(key, getattr(TrainConfig(), key)) != value:
-            before = values.get(key, getattr(TrainConfig(), key))
-            raise InputError(f"--{key.replace('_', '-')} {value} would make another run; this one has {before}. Use a new --run.")
-    return TrainConfig.from_values({**values, **options}, "the command line")
+    before = TrainConfig.from_values(values, str(folder / CONFIG))
+    config = TrainConfig.from_values({**values, **options}, "the command line")
+    for name in TrainConfig.names():
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new and name not in (*RESUMABLE, *PATHS):
+            raise InputError(
+                f"--{name.replace('_', '-')} {new} would make another run; this one has {old}. Use a new --run."
+            )
+    return config
 
 
 def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -372,17 +415,22 @@ def _open_run(run: Path, cache: Path, config: TrainConfig, data: Dataset, start:
     """Create or continue the run folder: configuration, splits, metrics up to the step resumed from."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if config.splits and Path(config.splits).resolve() != (run / SPLITS).resolve():
-            shutil.copyfile(config.splits, run / SPLITS)
-        paths = {key: str(Path(getattr(config, key)).resolve()) for key in PATHS if getattr(config, key) not in (None, "onehot")}
+        remove_unfinished(run)
+        paths = {
+            key: str(Path(getattr(config, key)).resolve())
+            for key in PATHS
+            if getattr(config, key) not in (None, ONE_HOT)
+        }
         provenance = {
             "cache": str(cache.resolve()),
             "sest_version": __version__,
             "torch_version": torch.__version__,
             "resumed_from": str(start.folder) if start else "",
         }
-        content = {**replace(config, **paths).to_values(), "provenance": provenance}
+        content = {**config.to_values(), **paths, "provenance": provenance}
         write_durably(run / CONFIG, tomli_w.dumps(content).encode())
+        if config.splits:
+            write_durably(run / SPLITS, Path(config.splits).read_bytes())
         lines = (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         write_durably(run / METRICS, "".join(line + "\n" for line in kept).encode())
@@ -398,9 +446,12 @@ def _step_of(line: str) -> float:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, durably; a number that is not finite becomes null, as JSON has none."""
+    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
     with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-    fsync_file(path)
+        file.write(json.dumps(plain, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _dropout_seed(seed: int, batch: int, part: int) -> int:
@@ -414,7 +465,9 @@ def _smaller(micro_size: int, optimizer: torch.optim.Optimizer, progress: Progre
         raise InputError("Out of GPU memory with one set at a time. Use a smaller --set-size or --hidden.")
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    progress.note(f"Out of GPU memory: {micro_size // 2} sets a forward pass instead of {micro_size}; the batch stays the same.")
+    progress.note(
+        f"Out of GPU memory: {micro_size // 2} sets a forward pass instead of {micro_size}; the batch stays the same."
+    )
     return micro_size // 2
 
 
@@ -425,13 +478,14 @@ def _clip(model: nn.Module, largest: float) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
+def _advice(run: Path) -> str:
+    return f"The last checkpoint is kept in {run}. Go on with --resume auto and a lower --lr, or --precision fp32."
+
+
 def _judge(val_loss: float, state: RunState, run: Path) -> bool:
     """Note a validation; returns whether it is the best so far."""
     if not math.isfinite(val_loss):
-        raise TrainingFailed(
-            f"The validation loss is {val_loss} at step {state.step}. The last checkpoint is kept in {run}. "
-            "Resume it with a lower --lr or --precision fp32."
-        )
+        raise TrainingFailed(f"The validation loss is {val_loss} at step {state.step}. {_advice(run)}")
     state.val_loss = val_loss
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step, state.validations_without_improvement = val_loss, state.step, 0
@@ -447,11 +501,15 @@ def _data_device(asked: str, device: torch.device, data: Dataset, progress: Prog
         if asked == "gpu":
             raise InputError("--data-device gpu, but training runs on the CPU. Use --data-device cpu.")
         return host
-    needed = data.embeddings.nbytes + data.targets.data.nbytes + data.targets.indices.nbytes + data.targets.indptr.nbytes
+    needed = (
+        data.embeddings.nbytes + data.targets.data.nbytes + data.targets.indices.nbytes + data.targets.indptr.nbytes
+    )
     free = torch.cuda.mem_get_info(device)[0]
     fits = needed < GPU_SHARE * free
     if asked == "gpu" and not fits:
-        raise InputError(f"The cells take {needed / 1e9:.1f} GB, of {free / 1e9:.1f} GB free on {device}. Use --data-device cpu.")
+        raise InputError(
+            f"The cells take {needed / 1e9:.1f} GB, of {free / 1e9:.1f} GB free on {device}. Use --data-device cpu."
+        )
     where = device if asked == "gpu" or (asked == "auto" and fits) else host
     progress.note(f"Cells ({needed / 1e9:.2f} GB) are kept in {'GPU' if where == device else 'host'} memory.")
     return where

@@ -8,6 +8,7 @@ read in a child process (`python -m sest.unpickle`), so that a file that crashes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,6 +97,17 @@ def read_pickle(path: Path, allowed: Callable[[str], bool]) -> Any:
 
     Raises InputError if the file is damaged, in an old format, or mentions a global that `allowed` refuses.
     """
+    names = _listed_globals(path, allowed)
+    try:
+        with safe_globals([(_substitute(name), name) for name in names]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickle protocols, then reads or fails
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DAMAGE as error:
+        raise damaged(path, error) from error
+
+
+def _listed_globals(path: Path, allowed: Callable[[str], bool]) -> list[str]:
+    """List what the pickle in `path` would import, without executing it; InputError if `allowed` refuses any."""
     _check_archive(path)
     try:
         names = get_unsafe_globals_in_checkpoint(path)
@@ -106,11 +119,7 @@ def read_pickle(path: Path, allowed: Callable[[str], bool]) -> Any:
             f"{path.name} was refused unread: it asks Python to import {shown(refused)}, which weights do not need and "
             "which may run code. Download it again from its publisher, or ask there for a .safetensors file."
         )
-    try:
-        with safe_globals([(_substitute(name), name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except DAMAGE as error:
-        raise damaged(path, error) from error
+    return names
 
 
 def damaged(path: Path, error: BaseException) -> InputError:
@@ -233,6 +242,7 @@ def read_checkpoint(path: Path, genes: bool) -> Checkpoint:
     the checkpoint's own `protein_embeds_dict` as well. Raises InputError for a file that is refused, damaged or
     crashes its reader.
     """
+    _listed_globals(path, allowed_in_checkpoint)  # the child checks again; this refuses without starting it
     with tempfile.TemporaryDirectory(prefix="sest-") as folder:
         out = Path(folder) / "checkpoint.safetensors"
         command = [sys.executable, "-P", "-W", "ignore", "-m", "sest.unpickle", str(path), str(out)]
@@ -305,6 +315,8 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _die_with_parent(out: Path) -> None:
     os.read(0, 1)  # returns when the parent's end of the pipe closes
     out.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # only ever removes an empty folder
+        out.parent.rmdir()
     os._exit(1)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sest.baselines import perturbation_mean
+from sest.baselines import predict_baselines
 from sest.batches import CellStore, SetRows, SetSampler
 from sest.config import TrainConfig
 from sest.dataset import Dataset, split_pairs, training_means
@@ -44,10 +44,8 @@ class Validator:
             pair_keys, self._key(data.labels.context[self.sets["targets"][:, 0]], self.sets["perturbation"])
         )  # (sets,) the pair of every set
         train = training_means(data)
-        names = data.labels.perturbations
-        self._mean_effect = np.stack(
-            [perturbation_mean(train, names[p], c) for p, c in zip(self._pairs.perturbation, self._pairs.control, strict=True)]
-        )  # (K, G)
+        names = [data.labels.perturbations[p] for p in self._pairs.perturbation]
+        self._perturbation_mean = predict_baselines(train, names, self._pairs.control)["perturbation_mean"]  # (K, G)
         self.baselines = self._baselines()
 
     def _key(self, context: np.ndarray, perturbation: np.ndarray) -> np.ndarray:
@@ -64,17 +62,19 @@ class Validator:
     def _baselines(self) -> dict[str, float]:
         """Metrics of the baselines; their cells are the sets' own controls, moved by the mean effect."""
         pairs, losses = self._pairs, {"controls": 0.0, "perturbation_mean": 0.0}
-        shift = torch.from_numpy(self._mean_effect - pairs.control).float().to(self._device)
+        shift = torch.from_numpy(self._perturbation_mean - pairs.control).float().to(self._device)
         n_sets = len(self._pair)
         for start in range(0, n_sets, self._size):
             part = self._part(start)
             target = self._store.expression(part["targets"]).to(self._device)
             controls = self._store.expression(part["controls"]).to(self._device)
-            moved = (controls + shift[torch.as_tensor(self._pair[start : start + self._size])].unsqueeze(1)).clamp_min(0)
+            moved = (controls + shift[torch.as_tensor(self._pair[start : start + self._size])].unsqueeze(1)).clamp_min(
+                0
+            )
             losses["controls"] += float(self._criterion(controls, target).sum())
             losses["perturbation_mean"] += float(self._criterion(moved, target).sum())
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
-        for name, means in (("controls", pairs.control), ("perturbation_mean", self._mean_effect)):
+        for name, means in (("controls", pairs.control), ("perturbation_mean", self._perturbation_mean)):
             result |= {f"{metric}_{name}": value for metric, value in self._metrics(means).items()}
         return result
 
@@ -95,10 +95,12 @@ class Validator:
         }
 
     def run(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
-        """Validate: val_loss (mean over sets), pearson_delta, mae, pds (means over pairs), and the baselines' values."""
+        """Validate: val_loss (mean over sets), pearson_delta, mae and pds (means over pairs), beside the baselines'."""
         model.eval()
         n_sets, total = len(self._pair), 0.0
-        sums = torch.zeros(len(self._pairs.context), len(self._data.targets.genes), dtype=torch.float64, device=self._device)
+        sums = torch.zeros(
+            len(self._pairs.context), len(self._data.targets.genes), dtype=torch.float64, device=self._device
+        )
         with torch.inference_mode():
             for start in range(0, n_sets, self._size):
                 batch = self._store.batch(self._part(start), self._device)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -358,6 +359,7 @@ def save_safetensors_copy(weights_path: Path) -> Path:
     partial = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
     try:
         save_file(read.tensors, partial, metadata={"sest": json.dumps(record, sort_keys=True)})
+        shutil.copymode(weights_path, partial)  # safetensors writes for the owner only
         _fsync(partial)
         os.replace(partial, copy)
     finally:
@@ -442,7 +444,8 @@ def _vectors(content: Mapping[Any, Any], file: str) -> tuple[tuple[str, ...], to
 def _tensor(value: Any) -> torch.Tensor | None:
     """`value` as a tensor of real numbers, or None if it is nothing of the kind."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(value.astype(np.float32))
+        with np.errstate(over="ignore"):  # infinite then, which is found later
+            return torch.from_numpy(value.astype(np.float32))
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
         return None if value.is_complex() or value.is_quantized else value.detach()
     return None

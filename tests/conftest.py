@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from sest.progress import Silent
+
+if TYPE_CHECKING:
+    from sest.demo import DemoResult
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,3 +34,38 @@ def shared_data() -> Path:
 def shared_reference() -> Path:
     """Numbers computed by upstream (arc-state 0.11.1), see shared/reference/README.md."""
     return _folder("SEST_REFERENCE", "reference")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """`sest demo --quick` in `folder`: simulated cells, a store, a trained run, its prediction and evaluation."""
+
+    folder: Path
+    commands: list[str]  # as shown
+    result: DemoResult
+
+    @property
+    def cells(self) -> Path:
+        return self.folder / "cells.h5ad"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache.zarr"
+
+    @property
+    def features(self) -> Path:
+        return self.folder / "features.safetensors"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """One small trained run for all tests that only read it: 12 perturbations, 300 genes, 880 cells, two cell types."""
+    from sest.demo import run_demo  # imports torch
+
+    folder, commands = tmp_path_factory.mktemp("demo") / "out", list[str]()
+    result = run_demo(folder, Silent(), quick=True, on_command=commands.append)
+    return Demo(folder, commands, result)

@@ -135,9 +135,7 @@ def test_predict_baselines_gives_every_baseline_a_row_for_each_pair() -> None:
     assert list(predicted) == ["context_mean", "perturbation_mean", "ridge"]
     np.testing.assert_array_equal(predicted["context_mean"], controls)
     for row, name in enumerate(["p1", "unseen"]):
-        np.testing.assert_allclose(
-            predicted["perturbation_mean"][row], perturbation_mean(train, name, controls[row])
-        )
+        np.testing.assert_allclose(predicted["perturbation_mean"][row], perturbation_mean(train, name, controls[row]))
     assert predicted["ridge"].shape == (2, 4) and predicted["ridge"].min() >= 0.0
 
 

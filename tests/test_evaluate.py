@@ -152,14 +152,19 @@ def test_stored_baselines_are_matched_by_their_labels(written: Callable[..., Wri
 def test_stored_baselines_that_lack_a_pair_are_refused(written: Callable[..., Written]) -> None:
     labels = {"cell_type": np.array(["k562"]), "perturbation": np.array(["g0"])}
     uns = sest_uns(baselines={"ridge": np.ones((1, 8), np.float32)}, pairs=labels)
-    with pytest.raises(InputError, match="baselines lack 4 of its pairs"):
+    with pytest.raises(InputError, match="baseline 'ridge' lacks 4 of its pairs"):
         evaluate(*written(uns), with_cell_eval=False)
 
 
-def test_stored_baselines_of_another_width_are_refused(written: Callable[..., Written]) -> None:
+@pytest.mark.parametrize(
+    "values", [np.ones((5, 7), np.float32), np.full((5, 8), np.nan, np.float32)], ids=["another width", "NaN"]
+)
+def test_stored_baselines_of_another_width_or_with_nan_are_refused(
+    written: Callable[..., Written], values: np.ndarray
+) -> None:
     labels = {"cell_type": np.array([c for c, _ in PAIRS]), "perturbation": np.array([p for _, p in PAIRS])}
-    uns = sest_uns(baselines={"ridge": np.ones((5, 7), np.float32)}, pairs=labels)
-    with pytest.raises(InputError, match="not 5 x 8: ridge"):
+    uns = sest_uns(baselines={"ridge": values}, pairs=labels)
+    with pytest.raises(InputError, match="'ridge' is not 5 x 8 finite numbers"):
         evaluate(*written(uns), with_cell_eval=False)
 
 
@@ -292,8 +297,8 @@ def test_files_without_cell_types_are_one_cell_type(written: Callable[..., Writt
 
     told = evaluate(*written(), with_cell_eval=False).table
     table = evaluate(*written(None, forget, forget), target_sum=1000.0, with_cell_eval=False).table
-    assert set(table["cell_type"]) == {"all"}
-    of_k562 = told[told["cell_type"] == "k562"].reset_index(drop=True).assign(cell_type="all")
+    assert set(table["cell_type"]) == {"unknown"}
+    of_k562 = told[told["cell_type"] == "k562"].reset_index(drop=True).assign(cell_type="unknown")
     pd.testing.assert_frame_equal(table, of_k562)
 
 
@@ -407,13 +412,19 @@ def test_cell_eval_agrees_with_our_mae_and_pds_and_knows_that_controls_have_no_e
         var=pd.DataFrame(index=adata.var_names),
     )
     half = np.random.default_rng(0).random(adata.n_obs) < 0.5
+    pairs = {"cell_type": np.repeat("k562", len(named) - 1), "perturbation": np.array(named[:-1])}
+    rows = [half & (adata.obs.target_gene == name).to_numpy() for name in named[:-1]]
+    stored = np.stack([np.asarray(adata.X[np.flatnonzero(at)].mean(axis=0)).ravel() for at in rows])
+    adata.uns["sest"] = sest_uns(scale="log1p", pairs=pairs, baselines={"oracle": stored.astype(np.float32)})
     adata[half].copy().write_h5ad(tmp_path / "predicted.h5ad")
     adata[~half].copy().write_h5ad(tmp_path / "real.h5ad")
     evaluation = evaluate(tmp_path / "predicted.h5ad", tmp_path / "real.h5ad")
     table = evaluation.table
     np.testing.assert_allclose(table["cell_eval_mae"], table["mae"], atol=1e-5)
     np.testing.assert_allclose(table["cell_eval_pds"], table["pds"], atol=1e-9)
-    assert evaluation.summary["des"]["context_mean"] == 0.0 < evaluation.summary["des"]["model"]
+    des = evaluation.summary["des"]
+    assert des["context_mean"] == 0.0 < des["model"]
+    assert des["oracle"] > 0.0  # stand-in cells with the model's means find some of its genes
     assert 0.0 < evaluation.summary["overall_score_over"]["context_mean"] < 1.0
     write_results(evaluation, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["provenance"]["cell_eval"] is not None

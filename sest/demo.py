@@ -1,0 +1,130 @@
+"""The whole pipeline on a simulated Perturb-seq experiment: what `sest demo` runs and `make demo` shows.
+
+Two cell types; in one of them some perturbations are held out. The head sees their features and what they do in the
+other cell type, so it can beat both "nothing happens" and "the same as elsewhere".
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sest.config import EmbedConfig, PredictConfig, TrainConfig
+from sest.embed import embed
+from sest.errors import InputError
+from sest.evaluate import Evaluation, evaluate, write_results
+from sest.predict import predict
+from sest.progress import Progress
+from sest.simulate import Simulation, write_screen
+from sest.train import TrainResult, train
+
+DIM = "64"  # stored width of the embeddings
+SIMULATION = Simulation()
+QUICK_SIMULATION = Simulation(
+    n_cells_per_perturbation=30, n_controls=80, n_perturbations=12, n_genes=300, expressed_genes=120, umi_per_cell=600
+)
+TRAINING = TrainConfig(
+    max_steps=600,
+    batch_size=16,
+    set_size=32,
+    lr=2e-3,
+    hidden=128,
+    n_layers=1,
+    n_heads=4,
+    n_encoder_layers=2,
+    n_decoder_layers=2,
+    dropout=0.0,  # noise that is gone at prediction would stand for the variation between cells
+    val_every=100,
+    checkpoint_every=300,
+    log_every=25,
+    num_workers=2,
+)
+QUICK_TRAINING = TrainConfig(
+    max_steps=20,
+    batch_size=4,
+    set_size=16,
+    hidden=32,
+    n_layers=1,
+    n_heads=2,
+    val_every=10,
+    checkpoint_every=10,
+    log_every=5,
+    num_workers=1,
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made."""
+
+    training: TrainResult
+    evaluation: Evaluation
+
+
+def run_demo(
+    out: Path,
+    progress: Progress,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    on_command: Callable[[str], None] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> DemoResult:
+    """Simulate, embed, train, predict and evaluate.
+
+    Args:
+        out: a new folder for everything.
+        progress: is told what happens.
+        quick: tiny sizes, to see that everything works; its figures mean nothing.
+        seed: of the simulation and the training.
+        on_command: is given every step as the command line that does the same.
+        on_log: is given every line of metrics.jsonl.
+
+    Raises:
+        InputError: `out` exists and is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder. Pass another --out or remove it.")
+    out.mkdir(parents=True, exist_ok=True)
+    tell = on_command or (lambda command: None)
+    simulation = (QUICK_SIMULATION if quick else SIMULATION).with_seed(seed)
+    cells, features, splits = out / "cells.h5ad", out / "features.safetensors", out / "starter.toml"
+    tell(_line("simulate", cells, "--features", features, "--splits", splits, *_simulation_options(simulation)))
+    progress.begin("Simulating", simulation.n_cells, "cells")
+    write_screen(simulation, cells, features, splits, on_rows=progress.advance)
+    cache, run, seeded = out / "cache.zarr", out / "run", ("--seed", seed) if seed else ()
+    tell(_line("embed", splits, "--encoder", "pca", "--dim", DIM, "--cache", cache, *seeded))
+    embed([splits], cache, EmbedConfig(encoder="pca", dim=DIM, seed=seed), progress)
+    values = {**(QUICK_TRAINING if quick else TRAINING).to_values(), "seed": seed}
+    files = {"perturbations": str(features), "splits": str(splits)}
+    tell(_line("train", cache, "--run", run, *_options({**values, **files}, TrainConfig().to_values())))
+    training = train(cache, run, TrainConfig(**{**values, **files}), progress, on_log=on_log)
+    predicted, scores = out / "predicted.h5ad", out / "evaluation"
+    tell(_line("predict", run, "--out", predicted))
+    predict(run, predicted, PredictConfig(), progress)
+    tell(_line("evaluate", predicted, cells, "--out", scores, "--no-cell-eval"))
+    evaluation = evaluate(predicted, cells, with_cell_eval=False, progress=progress)
+    write_results(evaluation, scores)
+    return DemoResult(training, evaluation)
+
+
+def _simulation_options(simulation: Simulation) -> list[object]:
+    here, usual = (
+        {key.removesuffix("_per_perturbation"): value for key, value in asdict(s).items()}
+        for s in (simulation, SIMULATION)
+    )
+    return _options(here, usual)
+
+
+def _options(values: dict[str, Any], defaults: dict[str, Any]) -> list[object]:
+    """The options that differ from the defaults."""
+    changed = {key: value for key, value in values.items() if value != defaults.get(key)}
+    return [part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def _line(*words: object) -> str:
+    """A command line for a shell."""
+    return shlex.join(["sest", *map(str, words)])

@@ -1,0 +1,93 @@
+"""Write an .h5ad in blocks of rows, with bounded memory; the file appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from sest.errors import InputError
+
+HDF5_CHUNK = 2**18  # stored values a chunk
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place that no file can be written to, before any work is done.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written to, or a folder stands there.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of an .h5ad file to write.")
+    if not path.parent.is_dir():
+        raise InputError(f"No folder {path.parent} to write {path.name} in. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"Cannot write to {path.parent}. Choose another place for {path.name}.")
+
+
+class H5adWriter:
+    """A context manager that takes rows of X block by block, then the tables.
+
+    Args:
+        path: the file to make; one that exists is replaced when the new one is whole.
+        n_genes: columns of X.
+        dtype: of the stored values.
+    """
+
+    def __init__(self, path: Path, n_genes: int, dtype: str) -> None:
+        check_writable(path)
+        self._path, self._n_genes, self._dtype = path, n_genes, dtype
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+        self._ends = [0]  # row ends among the stored values
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        self._file = h5py.File(self._partial, "w")
+        self._file.attrs["encoding-type"], self._file.attrs["encoding-version"] = "anndata", "0.1.0"
+        x = self._file.create_group("X")
+        x.attrs["encoding-type"], x.attrs["encoding-version"] = "csr_matrix", "0.1.0"
+        self._data, self._indices = (
+            x.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(HDF5_CHUNK,), dtype=dtype)
+            for name, dtype in (("data", self._dtype), ("indices", "int32"))
+        )
+        return self
+
+    def add(self, rows: scipy.sparse.csr_matrix) -> None:
+        """Append rows (n, n_genes)."""
+        assert rows.shape[1] == self._n_genes, rows.shape
+        first = self._ends[-1]
+        for dataset, values in ((self._data, rows.data), (self._indices, rows.indices)):
+            dataset.resize((first + rows.nnz,))
+            dataset[first:] = values
+        self._ends += (first + rows.indptr[1:].astype(np.int64)).tolist()
+
+    def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
+        """Write the tables; the file gets its name when the block ends."""
+        from anndata.io import write_elem  # slow to import
+
+        n_cells = len(self._ends) - 1
+        assert (len(obs), len(var)) == (n_cells, self._n_genes), (len(obs), len(var), n_cells)
+        self._file["X"].create_dataset("indptr", data=np.asarray(self._ends, dtype=np.int64))
+        self._file["X"].attrs["shape"] = (n_cells, self._n_genes)
+        for name, value in (("obs", obs), ("var", var), ("uns", uns)):
+            write_elem(self._file, name, value)
+        for name in ("layers", "obsm", "obsp", "varm", "varp"):
+            write_elem(self._file, name, {})
+        self._finished = True
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._file.close()  # a full disk can fail here too
+            if kind is None:
+                assert self._finished, "finish() was not called"
+                with self._partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(self._partial, self._path)
+        finally:
+            self._partial.unlink(missing_ok=True)

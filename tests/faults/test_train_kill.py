@@ -1,0 +1,210 @@
+"""Training that is killed, or whose disk fails, at any of its operations on files: resumed, it is the uninterrupted run.
+
+`_OPERATIONS` are all the calls by which training makes something last. Each is made to fail at its k-th use, in two ways:
+with an error of the disk, in this process, and with SIGKILL, in a child of `_kill_server` (this file run as a script: it
+imports everything once and forks, so that a kill costs a second). Every run that failed is resumed until it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the children, which pytest does not start
+from tiny import tiny_config, tiny_group, write_store
+
+from sest.config import TrainConfig
+from sest.progress import Silent
+from sest.train import train
+
+_OPERATIONS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir")
+COUNTS = {"fsync": 60, "rename": 8, "replace": 2, "link": 4, "mkdir": 8, "unlink": 10, "rmdir": 3}  # at least so often
+
+
+def config() -> TrainConfig:
+    """6 steps, a checkpoint every 2, best/ replaced at validations at 2, 3, 4 and 6, last/ at the end."""
+    return tiny_config(max_steps=6, checkpoint_every=2, val_every=2, log_every=2)
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Every file of the run but for config.toml (it says what was resumed); metrics without how fast the machine was."""
+    found = {
+        file.relative_to(run).as_posix(): file.read_bytes()
+        for file in sorted(run.rglob("*"))
+        if file.is_file() and file.name != "config.toml"
+    }
+    lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
+    found["metrics.jsonl"] = json.dumps([{k: v for k, v in line.items() if k != "it_per_s"} for line in lines]).encode()
+    return found
+
+
+def failing_at(k: int, original: Callable[..., Any], fail: Callable[[], None]) -> Callable[..., Any]:
+    """`original`, but for its k-th call: that fails first."""
+    calls = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == k:
+            fail()
+        return original(*args, **kwargs)
+
+    return call
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("store") / "s.zarr", [tiny_group()])
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The content of an uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(store, run, config(), Silent())
+    return content(run)
+
+
+def disk_fails_once(store: Path, run: Path, whole: dict[str, bytes], operation: str, k: int) -> bool:
+    """Train with a disk that fails at the k-th use of an operation, then resume; whether it was used so often."""
+    failed = False
+    with mock.patch.object(os, operation, failing_at(k, getattr(os, operation), disk_full)):
+        try:
+            train(store, run, config(), Silent())
+        except (OSError, ValueError):  # InputError where the run folder cannot be made
+            failed = True
+    if failed:
+        train(store, run, config(), Silent(), resume="auto")
+    assert content(run) == whole, (operation, k)
+    return failed
+
+
+@pytest.mark.parametrize("operation", ["rename", "replace", "link"])
+def test_a_disk_that_fails_at_a_rename_or_link_costs_nothing(
+    store: Path, whole: dict[str, bytes], tmp_path: Path, operation: str
+) -> None:
+    ks = range(1, COUNTS[operation] + 1)
+    failed = [disk_fails_once(store, tmp_path / str(k), whole, operation, k) for k in ks]
+    assert all(failed) if operation != "link" else not any(failed)  # without hard links files are copied
+
+
+@pytest.mark.parametrize("k", [1, 4, 9, 22, 41])
+def test_a_disk_that_is_full_at_some_fsync_costs_nothing(
+    store: Path, whole: dict[str, bytes], tmp_path: Path, k: int
+) -> None:
+    assert disk_fails_once(store, tmp_path / "run", whole, "fsync", k)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("operation", _OPERATIONS)
+def test_a_disk_that_fails_at_any_operation_costs_nothing(
+    store: Path, whole: dict[str, bytes], tmp_path: Path, operation: str
+) -> None:
+    failed = [disk_fails_once(store, tmp_path / str(k), whole, operation, k) for k in range(1, COUNTS[operation] + 1)]
+    if operation in ("fsync", "rename", "replace"):
+        assert all(failed)
+
+
+# ---- SIGKILL
+
+
+def _kill_server(store: Path, runs: Path, jobs: list[tuple[str, int]]) -> None:
+    """For each (operation, k): train in a child that kills itself there, then in further ones until one ends by itself."""
+    for operation, k in jobs:
+        run = runs / f"{operation}-{k}"
+        _child(store, run, operation, k, "auto")
+        while _child(store, run, None, 0, "auto"):
+            pass
+
+
+def _child(store: Path, run: Path, operation: str | None, k: int, resume: str) -> bool:
+    """Train in a forked child; whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        if operation is not None:
+            setattr(os, operation, failing_at(k, getattr(os, operation), killed))
+        train(store, run, config(), Silent(), resume=resume)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    ended_well = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+    assert ended_well or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL), status
+    return not ended_well
+
+
+def kill_at(store: Path, runs: Path, whole: dict[str, bytes], jobs: list[tuple[str, int]]) -> None:
+    arguments = [sys.executable, "-W", "error", __file__, str(store), str(runs), json.dumps(jobs)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    for operation, k in jobs:
+        assert content(runs / f"{operation}-{k}") == whole, (operation, k)
+
+
+def test_a_run_killed_at_some_rename_or_fsync_and_resumed_is_the_uninterrupted_run(
+    store: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    kill_at(store, tmp_path, whole, [("rename", 3), ("rename", 5), ("rename", 8), ("fsync", 17), ("unlink", 2)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("operation", _OPERATIONS)
+def test_a_run_killed_at_any_operation_and_resumed_is_the_uninterrupted_run(
+    store: Path, whole: dict[str, bytes], tmp_path: Path, operation: str
+) -> None:
+    kill_at(store, tmp_path, whole, [(operation, k) for k in range(1, COUNTS[operation] + 1)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_command_stopped_at_any_moment_and_resumed_is_the_uninterrupted_run(
+    store: Path, whole: dict[str, bytes], tmp_path: Path, number: signal.Signals
+) -> None:
+    """`sest train` as a user starts it, signalled after 0.0, 0.1, 0.2 ... s of training until it ends by itself."""
+    run = tmp_path / "run"
+    values = {k: v for k, v in config().to_values().items() if v != getattr(TrainConfig(), k)}
+    (tmp_path / "config.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    command = [sys.executable, "-m", "sest", "train", str(store), "--run", str(run)]
+    first = [*command, "--config", str(tmp_path / "config.toml")]
+    stops = 0
+    while True:
+        begun = run.exists()
+        process = subprocess.Popen(
+            [*command, "--resume", "auto"] if begun else first, stderr=subprocess.PIPE, text=True
+        )
+        before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
+        while process.poll() is None:  # wait until training has begun
+            if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime_ns != before:
+                time.sleep(0.02 * stops)
+                process.send_signal(number)
+                break
+            time.sleep(0.002)
+        _, said = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode in (-number, 128 + number), said
+        assert "Traceback" not in said, said
+        stops += 1
+    assert stops >= 1
+    assert content(run) == whole
+
+
+if __name__ == "__main__":
+    _kill_server(Path(sys.argv[1]), Path(sys.argv[2]), [(name, k) for name, k in json.loads(sys.argv[3])])

@@ -1,0 +1,121 @@
+"""Configurations: kinds, choices and limits of every field, unknown keys, and the way to TOML and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sest.config import RESUMABLE, Config, EmbedConfig, PredictConfig, TrainConfig, read_toml
+from sest.errors import InputError
+
+CLASSES = (EmbedConfig, TrainConfig, PredictConfig)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(InputError, match=r"Unknown key 'batchsize' in run.toml. Did you mean 'batch_size'"):
+        TrainConfig.from_values({"batchsize": 3}, "run.toml")
+
+
+def test_an_unknown_key_far_from_all_others_still_lists_what_is_known() -> None:
+    with pytest.raises(InputError, match=r"Unknown key 'zzzz'.*Known: .*max_steps"):
+        TrainConfig.from_values({"zzzz": 3}, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": "5"}, "max-steps is '5'; it takes a whole number"),
+        ({"max_steps": 5.0}, "max-steps is 5.0; it takes a whole number"),
+        ({"max_steps": True}, "max-steps is True; it takes a whole number"),
+        ({"lr": "fast"}, "lr is 'fast'; it takes a number"),
+        ({"lr": True}, "lr is True; it takes a number"),
+        ({"early_stopping": 1}, "early-stopping is 1; it takes true or false"),
+        ({"splits": 3}, "splits is 3; it takes text or nothing"),
+        ({"target_sum": 10_000}, "target-sum is 10000; it takes text"),
+        ({"loss": "enrgy"}, "loss is 'enrgy'; it takes one of: energy, mse, energy+sinkhorn. Did you mean 'energy'"),
+        ({"max_steps": 0}, "max-steps is 0; it must be at least 1"),
+        ({"set_size": 1}, "set-size is 1; it must be at least 2"),
+        ({"lr": -1.0}, "lr is -1.0; it must be at least 0"),
+        ({"lr": float("nan")}, "lr is nan; it must be at least 0"),
+        ({"dropout": 1.5}, "dropout is 1.5; it must be at most 1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most"),
+    ],
+)
+def test_a_value_of_another_kind_or_out_of_range_is_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        TrainConfig.from_values(values, "here")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
+    config = TrainConfig.from_values({"lr": 1, "clip": 0}, "here")
+    assert isinstance(config.lr, float) and config.lr == 1.0
+    assert isinstance(config.clip, float) and config.clip == 0.0
+
+
+@pytest.mark.parametrize("config", CLASSES)
+def test_every_field_has_a_line_of_help_and_a_default_that_passes_its_own_checks(config: type[Config]) -> None:
+    config()  # raises where a default is out of range
+    for field in dataclasses.fields(config):
+        assert field.metadata["help"] and "\n" not in field.metadata["help"], field.name
+
+
+def test_what_a_resumed_run_may_change_are_fields_of_the_configuration() -> None:
+    assert set(RESUMABLE) <= set(TrainConfig.names()) and len(set(RESUMABLE)) == len(RESUMABLE)
+
+
+@settings(deadline=None)  # a loaded machine is slow now and then
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_steps": st.integers(1, 10**9),
+            "lr": st.floats(0, 1e3),
+            "dropout": st.floats(0, 1),
+            "early_stopping": st.booleans(),
+            "splits": st.none() | st.text("ab /.\\\"'é\t", max_size=20),
+            "target_sum": st.sampled_from(["median", "10000", "1e4"]),
+            "loss": st.sampled_from(["energy", "mse"]),
+            "seed": st.integers(0, 2**63 - 1),
+        },
+    )
+)
+def test_a_configuration_written_as_toml_is_read_back_as_the_same(values: dict[str, Any]) -> None:
+    config = TrainConfig(**values)
+    again = tomllib.loads(tomli_w.dumps(config.to_values()))
+    assert TrainConfig.from_values(again, "toml") == config
+
+
+def test_read_toml_takes_dashes_for_underscores(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("max-steps = 7\nset_size = 3\n")
+    assert read_toml(tmp_path / "a.toml") == {"max_steps": 7, "set_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "Cannot read .*a.toml: No such file"),
+        (b"max_steps = ", "is not TOML"),
+        (b"a = '\xff'", "is not TOML"),
+        (b"a = " + b"[" * 100_000, "is not TOML"),
+        (b"#" * 1_000_001, "larger than 1 MB"),
+    ],
+)
+def test_read_toml_refuses_what_is_no_configuration_file(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_one_key_given_twice_with_dash_and_underscore_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("max-steps = 7\nmax_steps = 3\n")
+    with pytest.raises(InputError, match=r"max_steps twice"):
+        read_toml(tmp_path / "a.toml")

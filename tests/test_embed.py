@@ -1,0 +1,621 @@
+"""`sest embed`: upstream's numbers, the width rules, stores that are a function of content, going on after a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from small import FORMS, OUT, Notes, counts, gene_names, hashes, small_shards, write_cells, write_se
+
+import sest.embed
+import sest.h5ad
+import sest.inputs
+from sest.cache import StoreError, open_cache, schema
+from sest.cli.main import main
+from sest.config import EmbedConfig
+from sest.embed import EmbedPlan, embed
+from sest.encoders import SeEncoder
+from sest.errors import InputError
+from sest.signals import Interrupted
+
+N = 40  # cells of the small file
+
+
+@pytest.fixture(scope="module")
+def se(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SE model that knows G0 to G34: 12 native columns, 15 gene slots."""
+    return write_se(tmp_path_factory.mktemp("model") / "se", gene_names(35))
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 cells x 30 genes of counts; cell 1 is empty, every third is a control."""
+    return write_cells(tmp_path_factory.mktemp("cells") / "a.h5ad", counts(N))
+
+
+def run(
+    inputs: Path | list[Path], cache: Path, encoder: str | Path, notes: Notes | None = None, **options: Any
+) -> EmbedPlan:
+    """Embed on the CPU in float32."""
+    config = EmbedConfig(encoder=str(encoder), **{"device": "cpu", "dtype": "float32", **options})
+    return embed(inputs if isinstance(inputs, list) else [inputs], cache, config, notes or Notes())
+
+
+def stored(cache: Path, group: str = "a") -> np.ndarray:
+    return open_cache(cache).groups[group].embeddings()
+
+
+def pca(native: np.ndarray, dim: int, fitted_on: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """PCA scores by NumPy's SVD of float64, every component pointing to its largest entry."""
+    x = native.astype(np.float64)
+    mean = x[fitted_on].mean(0)
+    vt = np.linalg.svd(x[fitted_on] - mean, full_matrices=False)[2][:dim]
+    return (x - mean) @ (vt * np.sign(vt[np.arange(dim), np.abs(vt).argmax(1)])[:, None]).T
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("data", ["log1p", "raw"])
+def test_dim_state_stores_what_upstream_writes(shared_reference: Path, tmp_path: Path, data: str) -> None:
+    folder = shared_reference / "se" / data
+    run(folder / "cells.h5ad", tmp_path / "s.zarr", folder / "model", dim="state", precision="fp32")
+    made, given = anndata.read_zarr(tmp_path / "s.zarr" / "cells"), anndata.read_h5ad(folder / "cells.h5ad")
+    assert np.abs(made.obsm["X_sest"] - np.load(folder / "expected.npy")).max() < 1e-5  # measured: 5.4e-7
+    assert (made.X.dtype.kind == "i") == (data == "raw")
+    np.testing.assert_array_equal(made.X.toarray(), given.X.toarray() if scipy.sparse.issparse(given.X) else given.X)
+    assert list(made.obs_names) == list(given.obs_names) and list(made.var_names) == list(given.var_names)
+
+
+def test_native_state_and_pca_widths_are_parts_of_one_embedding(cells: Path, se: Path, tmp_path: Path) -> None:
+    for dim in ("native", "state", "5"):
+        run(cells, tmp_path / f"{dim}.zarr", se, dim=dim)
+    native, state = stored(tmp_path / "native.zarr"), stored(tmp_path / "state.zarr")
+    assert native.shape == (N, OUT) and state.shape == (N, OUT + 10)
+    np.testing.assert_array_equal(state[:, :OUT], native)
+    # the same embedding, fitted in float64, stored in float32
+    np.testing.assert_allclose(stored(tmp_path / "5.zarr"), pca(native, 5), atol=1e-6)
+    cache = open_cache(tmp_path / "5.zarr")
+    assert cache.projection is not None and cache.projection["basis"].shape == (OUT, 5)
+    np.testing.assert_allclose(
+        (native - cache.projection["mean"]) @ cache.projection["basis"], pca(native, 5), atol=1e-6
+    )
+    assert open_cache(tmp_path / "native.zarr").projection is None
+
+
+def test_embeddings_do_not_depend_on_the_batch_size(cells: Path, se: Path, tmp_path: Path) -> None:
+    for size in (1, 7, 40):
+        run(cells, tmp_path / f"{size}.zarr", se, batch_size=size)
+    for size in (1, 7):  # matrix products of other shapes add up in another order
+        np.testing.assert_allclose(stored(tmp_path / f"{size}.zarr"), stored(tmp_path / "40.zarr"), atol=1e-6)
+
+
+def test_float16_is_the_default_and_rounds_the_float32_embedding(cells: Path, se: Path, tmp_path: Path) -> None:
+    embed([cells], tmp_path / "16.zarr", EmbedConfig(encoder=str(se), device="cpu"), Notes())
+    run(cells, tmp_path / "32.zarr", se)
+    half = stored(tmp_path / "16.zarr")
+    assert half.dtype == np.float16
+    np.testing.assert_array_equal(half, stored(tmp_path / "32.zarr").astype(np.float16))
+
+
+@pytest.mark.parametrize("scale", ["counts", "log1p"])
+def test_stores_of_csr_csc_and_dense_files_are_the_same_byte_for_byte(tmp_path: Path, scale: str) -> None:
+    values = counts(N) if scale == "counts" else np.log1p(counts(N))
+    made = []
+    for form in FORMS:
+        cache = tmp_path / f"{form}.zarr"
+        run(write_cells(tmp_path / form / "a.h5ad", values, form), cache, "pca")
+        made.append(hashes(cache))
+        adata = anndata.read_zarr(cache / "a")
+        np.testing.assert_array_equal(adata.X.toarray(), values)
+        assert adata.X.dtype == (np.int16 if scale == "counts" else np.float32)
+    assert made[0] == made[1] == made[2]
+
+
+# --- widths
+
+
+def test_width_is_512_or_what_is_there_and_said(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for encoder, default, options, expected in (
+        (se, 512, {}, "Stored width: 12 (the native width)."),
+        (se, 6, {}, "Stored width: 6 (PCA of 12)."),
+        ("pca", 512, {}, "Stored width: 30 (PCA of 30)."),
+        ("pca", 6, {}, "Stored width: 6 (PCA of 30)."),
+        ("pca", 6, {"dim": "native"}, "Stored width: 30 (PCA of 30)."),
+    ):
+        monkeypatch.setattr(sest.embed, "DEFAULT_DIM", default)
+        notes = Notes()
+        config = EmbedConfig(encoder=str(encoder), device="cpu", **options)
+        plan = embed([cells], tmp_path / "s.zarr", config, notes, dry_run=True)
+        assert expected in notes.notes
+        assert f"width: {plan.dim} " in expected
+
+
+@pytest.mark.parametrize(
+    ("encoder", "dim", "message"),
+    [
+        ("se", "13", "--dim 13 is above the native width 12 of 'model.safetensors'. Use 12 or less."),
+        ("pca", "31", "--dim 31 is above the native width 30 of 'pca'"),
+        ("pca", "state", "'pca' has no dataset columns"),
+        ("few", "10", "A PCA to 10 dimensions needs more than 10 cells; there are 6. Pass --dim native, or --dim 5"),
+        ("flat", "3", "--dim 3 is above the rank of the data (1, from 40 cells). Use --dim 1 or less."),
+        ("pca", "0", "--dim is '0'; it takes a number of at least 1, 'native' or 'state'."),
+        ("pca", "-1", "--dim is '-1'; it takes"),
+        ("pca", "small", "--dim is 'small'; it takes"),
+        ("pca", "1" * 400, "it takes a number"),
+    ],
+)
+def test_a_width_that_cannot_be_is_refused_and_nothing_is_written(
+    cells: Path, se: Path, tmp_path: Path, encoder: str, dim: str, message: str
+) -> None:
+    values = {"few": counts(6), "flat": np.outer(np.arange(N) % 2, np.full(30, 5.5)).astype(np.float32)}.get(encoder)
+    path = cells if values is None else write_cells(tmp_path / "a.h5ad", values)
+    with pytest.raises(InputError) as refused:
+        run(path, tmp_path / "s.zarr", se if encoder in ("se", "few") else "pca", dim=dim)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+# --- the store
+
+
+def test_groups_open_with_anndata_and_say_what_they_are(cells: Path, se: Path, tmp_path: Path) -> None:
+    run(cells, tmp_path / "s.zarr", se)
+    made, given = anndata.read_zarr(tmp_path / "s.zarr" / "a"), anndata.read_h5ad(cells)
+    assert made.X.dtype == np.int16 and (made.X != given.X).nnz == 0
+    assert made.obs["perturbation"].tolist() == given.obs["target_gene"].tolist()
+    assert made.obs["cell_type"].tolist() == given.obs["cell_type"].tolist()
+    assert made.obs["batch"].tolist() == given.obs["batch"].tolist()
+    cache = open_cache(tmp_path / "s.zarr")
+    about = cache.groups["a"].attributes
+    assert {key: about[key] for key in ("n_cells", "n_genes", "n_embedded", "perturbations", "controls", "scale")} == {
+        "n_cells": 40, "n_genes": 30, "n_embedded": 40, "perturbations": 2, "controls": 14, "scale": "counts",
+    }  # fmt: skip
+    assert about["columns"] == {
+        "perturbation": "target_gene", "cell_type": "cell_type", "batch": "batch", "control": "non-targeting",
+    }  # fmt: skip
+    assert (cache.attributes["encoder"], cache.attributes["seed"]) == ("model.safetensors", 0)
+    assert "non-commercial" in cache.attributes["licence"]
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "dtype"),
+    [
+        (counts() + 32_760, {}, "int16"),
+        (counts() * 10_000, {}, "int32"),
+        (counts() * 2**29, {}, "float32"),  # beyond int32
+        (counts() / 2, {"counts": "raw"}, "float32"),
+        (np.log1p(counts()), {}, "float32"),
+        (-np.log1p(counts()), {"counts": "log1p"}, "float32"),
+        (np.zeros((6, 5), np.float32), {"counts": "raw", "dim": "native"}, "int16"),
+    ],
+)
+def test_targets_keep_every_value_in_the_smallest_type_that_holds_it(
+    tmp_path: Path, se: Path, values: np.ndarray, options: dict[str, str], dtype: str
+) -> None:
+    run(write_cells(tmp_path / "a.h5ad", values), tmp_path / "s.zarr", se, **options)
+    made = anndata.read_zarr(tmp_path / "s.zarr" / "a")
+    assert made.X.dtype == dtype
+    np.testing.assert_array_equal(made.X.toarray().astype(np.float32), values.astype(np.float32))
+    assert np.isfinite(made.obsm["X_sest"]).all()
+
+
+def test_only_controls_are_embedded_where_asked_and_the_rest_is_nan(cells: Path, se: Path, tmp_path: Path) -> None:
+    run(cells, tmp_path / "all.zarr", se)
+    plan = run(cells, tmp_path / "controls.zarr", se, cells="controls")
+    assert plan.n_selected == 14
+    found, expected = stored(tmp_path / "controls.zarr"), stored(tmp_path / "all.zarr")
+    is_control = np.arange(N) % 3 == 0
+    assert np.isnan(found[~is_control]).all()
+    np.testing.assert_allclose(found[is_control], expected[is_control], atol=1e-6)  # other batches
+    run(cells, tmp_path / "pca.zarr", se, cells="controls", dim="4")
+    found = stored(tmp_path / "pca.zarr")
+    assert np.isnan(found[~is_control]).all()
+    np.testing.assert_allclose(found[is_control], pca(expected[is_control], 4), atol=1e-6)
+
+
+def test_a_layer_and_symbols_in_a_var_column_are_used_where_named(se: Path, tmp_path: Path) -> None:
+    var = pd.DataFrame({"symbol": gene_names(30)}, index=[f"ENSG{i:011d}" for i in range(30)])
+    path = write_cells(tmp_path / "a.h5ad", np.log1p(counts(N)), var=var, layers={"umi": counts(N)})
+    run(path, tmp_path / "layer.zarr", se, layer="umi")
+    run(write_cells(tmp_path / "b" / "a.h5ad", counts(N)), tmp_path / "plain.zarr", se)
+    np.testing.assert_array_equal(stored(tmp_path / "layer.zarr"), stored(tmp_path / "plain.zarr"))
+    group = open_cache(tmp_path / "layer.zarr").groups["a"]
+    assert group.genes == gene_names(30)
+    np.testing.assert_array_equal(group.targets().toarray(), counts(N))
+
+
+def test_cells_may_share_a_name(se: Path, tmp_path: Path) -> None:
+    obs = pd.DataFrame({"perturbation": ["ctrl", "A"] * 20}, index=["same"] * N)
+    with pytest.warns(UserWarning, match="not unique"):
+        path = write_cells(tmp_path / "a.h5ad", counts(N), obs=obs)
+    run(path, tmp_path / "s.zarr", se)
+    assert open_cache(tmp_path / "s.zarr").groups["a"].obs.index.tolist() == ["same"] * N
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(cells: Path, se: Path, tmp_path: Path) -> None:
+    config = EmbedConfig(encoder=str(se), device="cpu")
+    plan = embed([cells], tmp_path / "s.zarr", config, Notes(), dry_run=True)
+    assert (plan.n_selected, plan.dim) == (N, OUT)
+    assert plan.n_bytes == N * OUT * 2 + 6 * np.count_nonzero(counts(N))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").touch()
+    with pytest.raises(StoreError, match="not a sest store"):
+        embed([cells], tmp_path, config, Notes(), dry_run=True)
+
+
+# --- several files
+
+
+TOML = """
+[datasets]
+held = "held.h5ad"
+many = "{more,most{1,2}}.h5ad"
+[training]
+many = "train"
+[zeroshot]
+"held.k562" = "test"
+"held.rpe1" = "test"
+[fewshot."many.k562"]
+val = ["STAT1"]
+test = ["JAK2"]
+"""
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TOML of four files: one dataset is all test, in another some perturbations of k562 are."""
+    folder = tmp_path_factory.mktemp("screen")
+    for i, name in enumerate(("held", "more", "most1", "most2")):
+        write_cells(folder / f"{name}.h5ad", counts(24, seed=i))
+    (folder / "splits.toml").write_text(TOML)
+    return folder / "splits.toml"
+
+
+@pytest.mark.parametrize("encoder", ["se", "pca"])
+def test_the_pca_is_fitted_on_training_cells_only_where_splits_are_given(
+    screen: Path, se: Path, tmp_path: Path, encoder: str
+) -> None:
+    notes, name = Notes(), se if encoder == "se" else "pca"
+    run(screen, tmp_path / "s.zarr", name, notes, dim="4")
+    assert "The PCA is fitted on training cells of splits.toml only." in notes.notes
+    cache = open_cache(tmp_path / "s.zarr")
+    assert list(cache.groups) == ["held", "many/more", "many/most1", "many/most2"]
+    assert {g.dataset for g in cache.groups.values()} == {"held", "many"}
+    if encoder == "se":
+        run(screen, tmp_path / "native.zarr", se, dim="native")
+        native = np.concatenate([g.embeddings() for g in open_cache(tmp_path / "native.zarr").groups.values()])
+    else:
+        values = np.concatenate([counts(24, seed=i) for i in range(4)])
+        native = np.log1p(1e4 * values / np.maximum(values.sum(1, keepdims=True), 1))
+    obs = pd.concat([g.obs for g in cache.groups.values()])
+    in_held = np.arange(96) < 24
+    perturbed = (obs["perturbation"] != "non-targeting").to_numpy()
+    train = np.where(in_held, ~perturbed, ~perturbed | (obs["cell_type"] == "rpe1").to_numpy())
+    found = np.concatenate([g.embeddings() for g in cache.groups.values()])
+    np.testing.assert_allclose(found, pca(native, 4, train), atol=1e-6 if encoder == "se" else 5e-5)  # scores to 30
+
+
+def test_a_file_of_which_no_cell_is_in_the_sample_may_come_first(
+    tmp_path: Path, se: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sest.embed, "SAMPLE_CELLS", 6)
+    paths = [write_cells(tmp_path / "one.h5ad", counts(3)), write_cells(tmp_path / "two.h5ad", counts(N))]
+    plan = run(paths, tmp_path / "s.zarr", se, dim="3")
+    assert [len(rows) for rows in plan.sample] == [0, 6]
+    run(paths, tmp_path / "native.zarr", se, dim="native")
+    native = np.concatenate([stored(tmp_path / "native.zarr", group) for group in ("one", "two")])
+    found = np.concatenate([stored(tmp_path / "s.zarr", group) for group in ("one", "two")])
+    np.testing.assert_allclose(found, pca(native, 3, 3 + plan.sample[1]), atol=1e-6)
+
+
+# --- going on after a stop
+
+
+class Encoded:
+    """Remembers which cells were encoded, and can stop the program in the middle."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, encoder: type = SeEncoder) -> None:
+        self.cells: list[tuple[str, int]] = []
+        self.before: Callable[[int], None] = lambda call: None
+        encode, calls = encoder.encode, iter(range(10_000))
+
+        def noted(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> np.ndarray:
+            self.before(next(calls))
+            self.cells += [(cells.group, int(n)) for n in numbers]
+            return encode(model, cells, rows, numbers)
+
+        monkeypatch.setattr(encoder, "encode", noted)
+
+
+def stop_at(call: int, signum: int) -> Callable[[int], None]:
+    return lambda now: os.kill(os.getpid(), signum) if now == call else None
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> list[Path]:
+    return [write_cells(tmp_path / "a.h5ad", counts(21)), write_cells(tmp_path / "b.h5ad", counts(13, seed=1))]
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "signum"),
+    [
+        ({}, 0, signal.SIGTERM),
+        ({}, 3, signal.SIGINT),
+        ({"dim": "4"}, 2, signal.SIGTERM),
+        ({"dim": "4"}, 9, signal.SIGINT),
+    ],
+)
+def test_a_stop_saves_every_encoded_row_and_the_same_command_reuses_them(
+    two_files: list[Path], se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str], call: int, signum: int,
+) -> None:  # fmt: skip
+    small_shards(monkeypatch)  # shards of 8 cells; batches of 3 end within them
+    monkeypatch.setattr(sest.embed, "SAMPLE_CELLS", 14)
+    run(two_files, tmp_path / "whole.zarr", se, batch_size=3, **options)
+    encoded = Encoded(monkeypatch)
+    encoded.before = stop_at(call, signum)
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match="the same command continues there") as stopped:
+        run(two_files, tmp_path / "s.zarr", se, batch_size=3, **options)
+    assert stopped.value.signum == signum and signal.getsignal(signum) is before
+    with pytest.raises(StoreError, match="unfinished"):
+        open_cache(tmp_path / "s.zarr")
+    run(two_files, tmp_path / "s.zarr", se, batch_size=3, **options)
+    assert len(encoded.cells) == len(set(encoded.cells)) == 34  # every cell once, over both runs
+    assert hashes(tmp_path / "s.zarr") == hashes(tmp_path / "whole.zarr")
+
+
+def test_after_a_kill_only_rows_since_the_last_save_are_encoded_again(
+    two_files: list[Path], se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 25))  # a save is due after 60 s: every third batch
+    monkeypatch.setattr(sest.embed, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    run(two_files, tmp_path / "whole.zarr", se, batch_size=2, dim="4")
+    encoded = Encoded(monkeypatch)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(call: int) -> None:
+        if call in (7, 19):
+            raise Killed
+
+    encoded.before = kill
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(two_files, tmp_path / "s.zarr", se, batch_size=2, dim="4")
+    run(two_files, tmp_path / "s.zarr", se, batch_size=2, dim="4")
+    twice = len(encoded.cells) - len(set(encoded.cells))
+    assert len(set(encoded.cells)) == 34 and 0 < twice <= 2 * 2 * 2  # two kills, at most two batches of two lost each
+    assert hashes(tmp_path / "s.zarr") == hashes(tmp_path / "whole.zarr")
+
+
+def test_a_finished_store_is_not_written_again(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(cells, tmp_path / "s.zarr", se)
+    before = hashes(tmp_path / "s.zarr")
+    encoded, notes = Encoded(monkeypatch), Notes()
+    run(cells, tmp_path / "s.zarr", se, notes)
+    assert notes.notes[-1] == f"{tmp_path / 's.zarr'} is complete already."
+    assert encoded.cells == [] and hashes(tmp_path / "s.zarr") == before
+
+
+def test_a_damaged_shard_alone_is_encoded_again_and_damaged_labels_cost_no_encoding(
+    two_files: list[Path], se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_shards(monkeypatch)
+    cache = tmp_path / "s.zarr"
+    run(two_files, cache, se, batch_size=8)
+    before = hashes(cache)
+    encoded = Encoded(monkeypatch)
+    (cache / "a" / "obsm" / "X_sest" / "c" / "1" / "0").write_bytes(b"")
+    (cache / "b" / "obs" / "cell_type" / "codes" / "c" / "0").unlink()
+    run(two_files, cache, se, batch_size=8)
+    assert encoded.cells == [("a", i) for i in range(8, 16)]
+    assert hashes(cache) == before and open_cache(cache).verify() == []
+
+
+def test_a_store_is_not_continued_with_anything_else(cells: Path, se: Path, tmp_path: Path) -> None:
+    cache, other_se = tmp_path / "s.zarr", write_se(tmp_path / "se", gene_names(35), seed=1)
+    run(cells, cache, se)
+    before = hashes(cache)
+    values = counts(N)
+    values[7, 7] += 1
+    changed = write_cells(tmp_path / "changed" / "a.h5ad", values)
+    for inputs, encoder, options, difference in (
+        (cells, other_se, {}, "encoder_sha256: "),
+        (cells, se, {"dim": "state"}, 'dim: 12 there, 22 asked; projection: "none" there, "state" asked'),
+        (cells, se, {"seed": 1}, "(seed: 0 there, 1 asked)"),
+        (cells, se, {"dtype": "float16"}, '(dtype: "float32" there, "float16" asked)'),
+        (cells, se, {"precision": "bf16"}, '(precision: "fp32" there, "bf16" asked)'),
+        (cells, se, {"control": "STAT1"}, 'inputs.a.columns.control: "non-targeting" there, "STAT1" asked'),
+        (changed, se, {}, "(inputs.a.sha256: "),
+        ([cells, write_cells(tmp_path / "b.h5ad", values)], se, {}, "inputs.b: null there"),
+        (cells, "pca", {}, '"model.safetensors" there, "pca" asked'),
+    ):
+        with pytest.raises(StoreError, match="was made differently") as refused:
+            run(inputs, cache, encoder, **options)
+        assert difference in str(refused.value) and "\n" not in str(refused.value)
+    assert hashes(cache) == before and open_cache(cache).verify() == []
+
+
+# --- what is refused
+
+
+def nan_once(encoder: type, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    encode = encoder.encode  # type: ignore[attr-defined]
+
+    def broken(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> np.ndarray:
+        found = encode(model, cells, rows, numbers)
+        found[numbers == 33, 0] = value
+        return found
+
+    monkeypatch.setattr(encoder, "encode", broken)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "the embedding of cell 33 is not finite. Try --precision fp32."), (1e6, "Pass --dtype float32.")],
+)
+def test_embeddings_that_cannot_be_stored_are_refused(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, message: str
+) -> None:
+    nan_once(SeEncoder, monkeypatch, value)
+    with pytest.raises(InputError, match=message):
+        run(cells, tmp_path / "s.zarr", se, dtype="float16")
+
+
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(se: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    unlabelled = pd.DataFrame({"n": np.arange(6.0)}, index=[f"c{i}" for i in range(6)])
+    plain = write_cells(folder / "plain.h5ad", counts(6))
+    ensembl = write_cells(folder / "e.h5ad", counts(6), var=pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(30)]))
+    no_labels = write_cells(folder / "n.h5ad", counts(6), obs=unlabelled)
+    garbage = folder / "g.h5ad"
+    garbage.write_bytes(b"not HDF5")
+    links = write_cells(folder / "l.h5ad", counts(6))
+    with h5py.File(links, "r+") as file:
+        del file["X"]
+        file["X"] = h5py.ExternalLink(str(plain), "X")
+    toml = folder / "t.toml"
+    toml.write_text('[datasets]\nd = "n.h5ad"\n[training]\nd = "train"\n')
+    typo = folder / "typo.toml"
+    typo.write_text('[datasets]\nd = "plain.h5ad"\n[training]\nd = "train"\n[zeroshot]\n"d.k526" = "test"\n')
+    before = hashes(folder)
+    for inputs, options, message in (
+        (ensembl, {}, "these look like ENSEMBL ids"),
+        (no_labels, {"cells": "controls"}, "no file has control cells. Pass --pert-col and --control."),
+        (plain, {"control": "STAT3"}, "no cell has the label 'STAT3'"),
+        (plain, {"pert_col": "guide"}, "No column 'guide' in obs"),
+        (plain, {"layer": "umi"}, "umi"),
+        (plain, {"encoder": str(tmp_path / "SE")}, "No SE folder or checkpoint"),
+        (plain, {"encoder": ""}, "No encoder"),
+        (garbage, {}, "not HDF5"),
+        (links, {}, "as a link"),
+        (toml, {}, "n.h5ad has no perturbation column, which the splits of"),
+        (typo, {}, "k526"),
+        (folder / "missing.h5ad", {}, "does not exist"),
+    ):
+        with pytest.raises(InputError) as refused:
+            run(inputs, tmp_path / "s.zarr", **{"encoder": se, **options})
+        assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "s.zarr").exists() and hashes(folder) == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_cells_are_read(
+    cells: Path, se: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("text")
+    for cache in (tmp_path, tmp_path / "mine"):
+        notes = Notes()
+        with pytest.raises(StoreError, match="Choose another --cache path"):
+            run(cells, cache, se, notes)
+        assert notes.steps == []
+    with pytest.raises(StoreError, match="Cannot write to .*mine/s.zarr: Not a directory"):
+        run(cells, tmp_path / "mine" / "s.zarr", se)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+# --- the command
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run `sest ...` in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["sest", *map(str, words)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    return int(done.value.code or 0)
+
+
+def test_the_command_embeds_and_says_what_it_did(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "s.zarr"
+    words = ("embed", cells, "--encoder", se, "--cache", cache, "--device", "cpu", "--cells", "controls")
+    assert command(monkeypatch, *words, "--dry-run") == 0
+    assert "Would embed 14 of 40 cells at width 12" in capsys.readouterr().out and not cache.exists()
+    assert command(monkeypatch, *words) == 0
+    said = capsys.readouterr()
+    assert f"{cache}: 14 of 40 cells embedded at width 12, complete." in said.out and "non-commercial" in said.out
+    assert "a.h5ad: 40 cells x 30 genes, counts." in said.err
+    assert open_cache(cache).groups["a"].n_cells == N
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_exits_130_or_143_when_stopped_after_saving(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    signum: int, code: int,
+) -> None:  # fmt: skip
+    encoded = Encoded(monkeypatch)
+    encoded.before = stop_at(1, signum)
+    cache = tmp_path / "s.zarr"
+    words = ("embed", cells, "--encoder", se, "--cache", cache, "--device", "cpu", "--batch-size", 10)
+    assert command(monkeypatch, *words) == code
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"Error: Stopped. Finished rows are in {cache}; the same command continues there."
+    assert [len(np.load(file)) for file in (cache / schema.SPOOL).rglob("*.npy")] == [20]
+
+
+def test_the_command_exits_2_with_one_line_for_bad_input(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "s.zarr"
+    assert command(monkeypatch, "embed", tmp_path / "none.h5ad", "--encoder", "pca", "--cache", below) == 2
+    assert capsys.readouterr().err == f"Error: {tmp_path}/none.h5ad does not exist.\n"
+    assert command(monkeypatch, "embed", cells, "--encoder", "pca", "--cache", below) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"Error: Cannot write to {below}: Not a directory. Choose another --cache path."
+
+
+# --- memory
+
+
+def test_memory_does_not_grow_with_the_expression_of_more_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peaks of 2,000 and 8,000 cells differ by labels and row starts only, 1/10 of a cell's values."""
+    n_genes = 1000
+    monkeypatch.setattr(sest.h5ad, "READ_VALUES", 2**17)  # blocks and shards of some 200 cells, so that 2,000 are many
+    monkeypatch.setattr(sest.inputs, "ROWS_PER_READ", 128)
+    monkeypatch.setattr(sest.embed, "ROWS_PER_READ", 128)
+    monkeypatch.setattr(sest.embed, "SAMPLE_CELLS", 200)
+    for name, value in {
+        "ROWS_PER_CHUNK": 64,
+        "ROWS_PER_SHARD": 256,
+        "ENTRIES_PER_CHUNK": 2**12,
+        "ENTRIES_PER_SHARD": 2**16,
+    }.items():
+        monkeypatch.setattr(schema, name, value)
+    peaks, rng = {}, np.random.default_rng(0)
+    for n in (2000, 8000):
+        x = scipy.sparse.random_array((n, n_genes), density=0.2, dtype=np.float32, rng=rng)
+        x.data = np.ceil(x.data * 5)
+        obs = pd.DataFrame({"perturbation": pd.Categorical(["ctrl", "A"] * (n // 2))}, index=np.arange(n).astype(str))
+        var = pd.DataFrame(index=gene_names(n_genes))
+        path = tmp_path / f"{n}.h5ad"
+        anndata.AnnData(x.tocsr(), obs=obs, var=var).write_h5ad(path)
+        del x
+        tracemalloc.start()
+        run(path, tmp_path / f"{n}.zarr", "pca", dim="8", batch_size=64)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    per_cell = (peaks[8000] - peaks[2000]) / 6000
+    assert per_cell < 160, peaks  # 200 values of 8 bytes are 1,600

@@ -1,0 +1,170 @@
+"""The head against upstream's numbers (arc-state 0.11.1), its size, its symmetries and its first weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sest.loss import energy_distance
+from sest.model import HeadSizes, StateTransition, n_parameters, new_model
+
+SMALL = HeadSizes(
+    dim=6, n_features=5, n_genes=9, hidden=16, n_layers=2, n_heads=4, ffn=24, n_encoder_layers=2, n_decoder_layers=3
+)
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def upstream(folder: Path) -> tuple[StateTransition, dict[str, Tensor]]:
+    """Upstream's weights in our head, in eval mode, and the arrays of its reference.npz."""
+    made = json.loads((folder / "config.json").read_text())
+    sizes = HeadSizes(
+        dim=made["dim"],
+        n_features=made["pert_dim"],
+        n_genes=made["genes"],
+        hidden=made["hidden"],
+        n_layers=made["layers"],
+        n_heads=made["heads"],
+        ffn=made["ffn"],
+        n_encoder_layers=made["mlp"],
+        n_decoder_layers=made["mlp"],
+    )
+    weights = load_file(folder / "state.safetensors")
+    frozen = weights.pop("transformer_backbone.embed_tokens.weight", None)
+    assert frozen is None or not frozen.any()
+    model = StateTransition(sizes)
+    model.load_state_dict(weights)
+    with np.load(folder / "reference.npz") as arrays:
+        return model.eval(), {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def one_vector_a_set(perturbation: Tensor) -> Tensor:
+    """Upstream repeats a set's vector for every cell: (B, S, P) -> (B, P)."""
+    if perturbation.ndim == 2:
+        return perturbation
+    assert (perturbation == perturbation[:, :1]).all()
+    return perturbation[:, 0]
+
+
+def test_predictions_losses_and_gradients_are_upstreams(shared_reference: Path) -> None:
+    model, made = upstream(shared_reference / "st")
+    predicted = model(made["basal"], one_vector_a_set(made["pert"]))
+    # float32 sums of up to 96 terms in another order: 1e-7 was measured
+    torch.testing.assert_close(predicted, made["pred"], rtol=0, atol=1e-6)
+    losses = energy_distance(predicted, made["target"])
+    # 3e-6 was measured: the Gram matrices are centred here, so that upstream's cancellation does not happen
+    torch.testing.assert_close(losses, made["per_set_loss"], rtol=0, atol=1e-5)
+    losses.mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert {f"grad/{name}" for name in gradients} == {name for name in made if name.startswith("grad/")}
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        error = (gradient - made[f"grad/{name}"]).norm() / made[f"grad/{name}"].norm()
+        assert error < 1e-4, (name, float(error))
+
+
+def test_the_default_head_has_exactly_48_931_616_parameters_in_the_documented_parts() -> None:
+    with torch.device("meta"):
+        model = StateTransition(HeadSizes(dim=512, n_features=5120, n_genes=18_080))
+    parts = {name: n_parameters(part) for name, part in model.named_children()}
+    assert parts == {
+        "pert_encoder": 4_798_080,
+        "basal_encoder": 1_701_504,
+        "transformer_backbone": 28_907_424,
+        "project_out": 13_524_608,
+    }
+    assert n_parameters(model) == 48_931_616
+    names = set(model.state_dict())
+    assert {"pert_encoder.0.weight", "project_out.9.weight"} <= names
+    assert "transformer_backbone.layers.0.self_attn.q_proj.weight" in names
+    assert not any("embed_tokens" in name for name in names)
+
+
+def test_permuting_the_cells_of_a_set_permutes_its_predictions() -> None:
+    model = new_model(SMALL, 0).eval()
+    basal, perturbation = noise(3, 7, 6), noise(3, 5)
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    # sums over cells in another order: float32 rounding
+    torch.testing.assert_close(
+        model(basal[:, order], perturbation), model(basal, perturbation)[:, order], rtol=0, atol=1e-6
+    )
+
+
+def test_the_sets_of_a_batch_do_not_see_each_other() -> None:
+    model = new_model(SMALL, 0).eval()
+    basal, perturbation = noise(3, 7, 6), noise(3, 5)
+    together = model(basal, perturbation)
+    for i in range(3):  # matrix products of another shape round differently
+        torch.testing.assert_close(model(basal[i : i + 1], perturbation[i : i + 1])[0], together[i], rtol=0, atol=1e-6)
+
+
+def test_a_perturbation_encoded_once_equals_one_repeated_for_every_cell() -> None:
+    model = new_model(SMALL, 0).eval()
+    basal, perturbation = noise(2, 4, 6), noise(2, 5)
+    controls = model.basal_encoder(basal)
+    repeated = model.pert_encoder(perturbation.unsqueeze(1).expand(-1, 4, -1))
+    expected = torch.relu(model.project_out(model.transformer_backbone(controls + repeated) + controls))
+    torch.testing.assert_close(model(basal, perturbation), expected, rtol=0, atol=1e-6)
+
+
+def test_predictions_are_not_negative() -> None:
+    model = new_model(SMALL, 0).eval()
+    predicted = model(noise(4, 5, 6), noise(4, 5))
+    assert predicted.shape == (4, 5, 9) and (predicted >= 0).all() and (predicted > 0).any()
+
+
+def test_first_weights_depend_on_the_seed_and_on_nothing_else() -> None:
+    torch.manual_seed(1)
+    first = new_model(SMALL, 3).state_dict()
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second, other = new_model(SMALL, 3).state_dict(), new_model(SMALL, 4).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert value.isfinite().all(), name
+        if "norm" not in name:
+            assert not torch.equal(value, other[name]), name
+
+
+def test_first_weights_are_drawn_from_the_documented_distributions() -> None:
+    model = new_model(HeadSizes(dim=64, n_features=64, n_genes=64, hidden=128, n_layers=1, ffn=512), 0)
+    weight = model.basal_encoder.get_parameter("3.weight").detach()  # uniform within 1 / sqrt(128)
+    assert weight.abs().max() <= 128**-0.5 and float(weight.std()) == pytest.approx((3 * 128) ** -0.5, rel=0.02)
+    query = model.transformer_backbone.get_parameter("layers.0.self_attn.q_proj.weight").detach()
+    # 16,384 draws: the standard error of their standard deviation is 0.6%
+    assert float(query.std()) == pytest.approx(0.02, rel=0.03) and abs(float(query.mean())) < 1e-3
+    assert (model.transformer_backbone.norm.weight == 1).all()
+
+
+def test_dropout_acts_in_training_only_and_in_the_mlps_only() -> None:
+    model = new_model(SMALL, 0)
+    basal, perturbation = noise(2, 4, 6), noise(2, 5)
+    assert torch.equal(model.eval()(basal, perturbation), model(basal, perturbation))
+    model.train()
+    assert not torch.equal(model(basal, perturbation), model(basal, perturbation))
+    dropouts = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and not any(name.startswith("transformer_backbone") for name in dropouts)
+
+
+def test_a_hidden_width_that_the_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hidden \(16\) must divide by n_heads \(3\)"):
+        HeadSizes(dim=6, n_features=5, n_genes=9, hidden=16, n_heads=3)
+
+
+def test_bf16_autocast_gives_the_float32_prediction_to_bf16_rounding_and_warns_of_nothing() -> None:
+    model = new_model(SMALL, 0).eval()
+    basal, perturbation = noise(2, 4, 6), noise(2, 5)
+    exact = model(basal, perturbation)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = model(basal, perturbation)  # warnings are errors: one kernel for each norm
+    assert predicted.dtype == torch.bfloat16
+    torch.testing.assert_close(predicted.float(), exact, rtol=0, atol=8 * 2.0**-8 * float(exact.detach().max()))
