@@ -48,6 +48,7 @@ PCA, RANDOM_SE = "pca", "random-se"
 DIM = 256  # width of the embeddings, of either encoder
 NARROW_DIM = 64  # of a PCA that leaves much of a cell out
 VARIANTS = ((PCA, DIM, (0.0, 0.1)), (PCA, NARROW_DIM, (0.0, 0.1)), (RANDOM_SE, DIM, (0.0,)))  # and their dropouts
+SMALL_VARIANTS = ((PCA, DIM, (0.0,)), (RANDOM_SE, DIM, (0.0,)))
 SHOWN = ("train_seconds", "train_loss", "val_loss", "test_loss", "spread")
 METRICS = ("test_loss", "pearson_delta", "mae", "pds")
 SETTLED_STEPS, SETTLING_LR = 1.4, 0.1  # every run goes on to 1.4 x max_steps at a tenth of the learning rate
@@ -324,8 +325,9 @@ def hardware() -> dict[str, Any]:
 def main() -> None:
     """Run every screen and encoder, print the tables, write all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="one seed, 500 steps: about 2 minutes on 2 cores")
+    parser.add_argument("--small", action="store_true", help="one seed, 500 + 200 steps, no dropout: about 2 minutes")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every training (3)")
+    parser.add_argument("--screen", choices=[screen.name for screen in SCREENS], help="only this one")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--work", type=Path, help="new folder for stores and runs; default: a temporary one")
     asked = parser.parse_args()
@@ -336,9 +338,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for screen in SCREENS:
+        for screen in (screen for screen in SCREENS if asked.screen in (None, screen.name)):
             cells = data / screen.file
-            for encoder, dim, dropouts in VARIANTS:
+            for encoder, dim, dropouts in SMALL_VARIANTS if asked.small else VARIANTS:
                 store = embed_screen(screen, cells, encoder, dim, work)
                 for dropout in dropouts:
                     runs = []

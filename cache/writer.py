@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -291,7 +292,7 @@ class StoreWriter:
             yield int(file.stem), rows
 
     def drop_spool(self, name: str) -> None:
-        """Delete the blocks spooled under `name`."""
+        """Delete the blocks spooled under `name` ("": all of the spool)."""
         shutil.rmtree(self.path / schema.SPOOL / name, ignore_errors=True)
 
     def finish(self) -> None:
@@ -320,6 +321,8 @@ def _parents(file: Path, root: Path) -> list[Path]:
 
 def refuse_foreign(path: Path) -> None:
     """Raise StoreError if `path` is something else than a store, the beginning of one, or an empty folder."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        raise StoreError(f"{path} is a URL. Stores are written to local folders: choose one, and copy it afterwards.")
     if not path.exists():
         return
     if not path.is_dir():

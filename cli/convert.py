@@ -14,9 +14,9 @@ def import_(
     source: Annotated[Path, typer.Argument(metavar="UPSTREAM.ckpt", help="checkpoint of `state tx train`")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder to write; must not exist")],
 ) -> None:
-    """Turn a checkpoint of upstream's `state tx train` into a checkpoint folder that predicts the same.
+    """Import a checkpoint of upstream's `state tx train`.
 
-    The file is read without running anything in it.
+    It becomes a checkpoint folder that predicts the same. The file is read without running anything in it.
     """
     from sest.import_upstream import import_checkpoint
 

@@ -18,9 +18,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes: only to see that everything works")] = False,
     seed: Annotated[int, typer.Option(min=0, help="of the simulated cells and the training")] = 0,
 ) -> None:
-    """Simulate a Perturb-seq experiment and run the whole pipeline on it (under 3 minutes on 2 CPU cores).
+    """Run the whole pipeline on simulated cells.
 
-    Shows the command of every step, and at the end the model beside the baselines.
+    Takes under 3 minutes on 2 CPU cores. Shows the command of every step, and the model beside baselines at the end.
     """
     from sest.demo import run_demo
 

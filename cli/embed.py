@@ -34,9 +34,12 @@ def embed(
     device: Annotated[Text, opt(EmbedConfig, "device")] = None,
     precision: Annotated[Text, opt(EmbedConfig, "precision")] = None,
     seed: Annotated[Optional[int], opt(EmbedConfig, "seed")] = None,  # noqa: UP045
+    data_root: Annotated[
+        list[Path], typer.Option(help="folder that a .toml's paths may lead to, beside its own; may be repeated")
+    ] = [],  # noqa: B006 - Typer copies it
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
 ) -> None:
-    """Run the frozen encoder once over all cells and write their embeddings to a Zarr store.
+    """Run the frozen encoder once and store every cell's embedding.
 
     Running the same command again continues where it stopped.
     """
@@ -45,7 +48,7 @@ def embed(
     from sest.embed import embed as run  # imports torch
 
     with console.ConsoleProgress() as progress:
-        plan = run(inputs, cache, config, progress, dry_run=dry_run)
+        plan = run(inputs, cache, config, progress, data_roots=data_root, dry_run=dry_run)
     total = sum(c.file.n_cells for c in plan.cells)
     if dry_run:
         console.say(

@@ -20,14 +20,14 @@ def evaluate(
     pert_col: Annotated[Text, typer.Option(help="obs column with the perturbation; default: detected")] = None,
     cell_type_col: Annotated[Text, typer.Option(help="obs column with the cell type; default: detected")] = None,
     control: Annotated[Text, typer.Option(help="label of control cells; default: detected")] = None,
-    layer: Annotated[Text, typer.Option(help="layer of REAL to read instead of X")] = None,
+    layer: Annotated[Text, typer.Option(help="layer of REAL to read; default: X")] = None,
     counts: Annotated[str, typer.Option(help="what REAL holds (auto | raw | log1p)")] = "auto",
     target_sum: Annotated[Real, typer.Option(help="counts a cell before log1p; default: the prediction's")] = None,
     cell_eval: Annotated[bool, typer.Option(help="also run cell-eval, where it is installed")] = True,
     threads: Annotated[int, typer.Option(min=1, help="threads of cell-eval's differential expression")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="of the control cells that stand for baselines in cell-eval")] = 0,
 ) -> None:
-    """Score predicted cells against real ones, beside baselines that need no network.
+    """Score predicted cells against real ones, beside baselines.
 
     Metrics: pearson_delta, mae and pds on pseudobulks; with the extra `eval` also cell-eval's.
     """

@@ -20,7 +20,10 @@ def info(
         bool, typer.Option("--verify", help="read every file and compare its sha256 (stores, checkpoints)")
     ] = False,
 ) -> None:
-    """Say what a path is: a store, a run, a checkpoint, an encoder folder or a file of cells."""
+    """Say what a path is, and whether it is sound.
+
+    A store, a run, a checkpoint, an encoder folder or a file of cells.
+    """
     from sest.describe import describe
 
     facts, damaged = describe(path, verify=verify)

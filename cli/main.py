@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from typing import Annotated
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     help="Embed every cell once, then train, predict and evaluate perturbation responses from the stored embeddings.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (embed, train, predict, evaluate, info, demo, simulate):
@@ -51,7 +53,8 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 bad input, 130 or 143 interrupted after saving."""
+    """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 or 143 interrupted after saving."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: unfinished files are removed
     try:
         app()
     except (InputError, StoreError) as error:

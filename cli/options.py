@@ -21,6 +21,8 @@ def opt(config: type[Config], name: str, flag: str | None = None) -> Any:
         text += " [default: on]" if default else " [default: off]"
     elif default not in (None, ""):
         text += f" [default: {default}]"
+    elif default is None and "default: " not in text:
+        text += " [default: none]"
     flag = flag or "--" + name.replace("_", "-")
     flags = [f"{flag}/--no-{flag[2:]}"] if isinstance(default, bool) else [flag]
     return typer.Option(*flags, help=text, show_default=False)

@@ -37,8 +37,9 @@ def predict(
     precision: Annotated[Text, opt(PredictConfig, "precision")] = None,
     seed: Annotated[Whole, opt(PredictConfig, "seed")] = None,
 ) -> None:
-    """Predict perturbed cells and write them, with real control cells, as an h5ad (log1p, at most 14).
+    """Predict perturbed cells with a trained head.
 
+    They are written, with real control cells, as an h5ad (log1p, at most 14).
     Without --template, --counts or --only: the cells of the run's test split.
     """
     options = given({name: value for name, value in locals().items() if name in PredictConfig.names()})

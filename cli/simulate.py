@@ -19,23 +19,22 @@ def simulate(
         File, typer.Option(help="also write perturbation features (.npz, .safetensors, .pt); default: none")
     ] = None,
     splits: Annotated[
-        File, typer.Option(help="also write a splits TOML (some perturbations of the last cell type)")
+        File, typer.Option(help="also write a splits TOML that holds some perturbations out; default: none")
     ] = None,
     n_perturbations: Annotated[int, typer.Option(min=1, help="perturbed genes")] = 40,
     n_cells: Annotated[int, typer.Option(min=1, help="cells a perturbation and cell type")] = 100,
     n_controls: Annotated[int, typer.Option(min=1, help="control cells a cell type")] = 400,
     n_genes: Annotated[int, typer.Option(min=50, help="genes of the panel")] = 2000,
-    genes: Annotated[
-        File, typer.Option(help="file with one gene name a line, instead of --n-genes made-up ones")
-    ] = None,
+    genes: Annotated[File, typer.Option(help="file with one gene name a line; default: made-up names")] = None,
     expressed_genes: Annotated[int, typer.Option(min=1, help="mean number of genes with counts in a cell")] = 700,
     umi_per_cell: Annotated[int, typer.Option(min=1, help="median counts a cell")] = 5000,
     n_features: Annotated[int, typer.Option(min=1, help="width of a perturbation's features")] = 64,
     cell_types: Annotated[str, typer.Option(help="names of the cell types, separated by commas")] = "alpha,beta",
     seed: Annotated[int, typer.Option(min=0, help="everything follows from it")] = 0,
 ) -> None:
-    """Simulate a Perturb-seq experiment: counts, controls, cell types, batches, and effects that generalise.
+    """Simulate a Perturb-seq experiment of any size.
 
+    Raw counts with controls, cell types, batches, and effects that generalise.
     A full panel: --n-genes 18080 --expressed-genes 3700 --umi-per-cell 15000.
     """
     from sest.simulate import Simulation, write_screen

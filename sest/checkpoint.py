@@ -183,8 +183,9 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Delete what a kill left of checkpoints that were being written."""
-    for folder in run.glob(f".*{_NEW}"):
+    """Delete what a kill left of checkpoints that were being written, or that had been replaced already."""
+    replaced = [folder for folder in run.glob(f".*{_OLD}") if (run / _meant(folder.name) / STATE).exists()]
+    for folder in [*run.glob(f".*{_NEW}"), *replaced]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -64,7 +64,13 @@ class EmbedPlan:
 
 
 def embed(
-    inputs: Sequence[Path], cache: Path, config: EmbedConfig, progress: Progress, *, dry_run: bool = False
+    inputs: Sequence[Path],
+    cache: Path,
+    config: EmbedConfig,
+    progress: Progress,
+    *,
+    data_roots: Sequence[Path] = (),
+    dry_run: bool = False,
 ) -> EmbedPlan:
     """Embed every cell of the inputs into the store `cache`; the same call again continues where it stopped.
 
@@ -73,13 +79,14 @@ def embed(
         cache: the store's folder.
         config: see `EmbedConfig`.
         progress: is told what happens.
+        data_roots: folders that a .toml's paths may lead to, beside its own and the working folder.
         dry_run: read and check everything, write nothing.
 
     Raises:
         InputError, StoreError: bad input; nothing was written, or everything finished before is kept.
         Interrupted: after SIGINT or SIGTERM; finished rows are saved.
     """
-    sources, splits = resolve_inputs(inputs)
+    sources, splits = resolve_inputs(inputs, data_roots)
     refuse_foreign(cache)  # all that can be refused before the inputs are read, which can take an hour
     check_encoder(config)
     _asked_dim(config.dim)
@@ -341,19 +348,15 @@ def _encode_all(
     cache: Path,
 ) -> None:
     """Fit the projection where there is one, then write every missing shard of embeddings."""
+    todo = [(i, shard) for i, group in enumerate(groups) for shard in writer.missing_embedding_shards(group)]
+    if not todo:
+        return
     encoder = plan.encoder
     run = _RowEncoder(writer, encoder, encoder.batch_size(config.batch_size), progress, stop, cache)
     projection = _stored_projection(writer) or encoder.fitted
     sampled = [np.zeros((0, encoder.native_dim), np.float32)] * len(groups)
     if plan.projected and encoder.fitted is None:
-        native = encoder.native_dim
-        done = sum(
-            len(run.spooled(f".sample/{g.path}", len(s), native)) for g, s in zip(groups, plan.sample, strict=True)
-        )
-        progress.begin("Encoding the PCA's sample", sum(map(len, plan.sample)), "cells", done)
-        for i, (c, rows) in enumerate(zip(plan.cells, plan.sample, strict=True)):
-            sampled[i] = run.run(f".sample/{c.group}", c, rows, native, lambda x: x[:, :native])
-            writer.spool_rows(f".sample/{c.group}", 0, sampled[i])  # whole: it stands in for all blocks after it
+        sampled = _encode_sample(run, writer, plan, progress, needed=projection is None)
         projection = projection or fit_pca(sampled, plan.dim)
     if projection is not None and not writer.has_projection():
         writer.write_projection(projection.arrays(), {"sha256": projection.sha256, **encoder.projection_attributes()})
@@ -362,7 +365,6 @@ def _encode_all(
     def finish(x: np.ndarray) -> np.ndarray:  # (B, D + extra) -> (B, E)
         return projection.apply(x[:, :native]) if projection is not None else x[:, :width]
 
-    todo = [(i, shard) for i, group in enumerate(groups) for shard in writer.missing_embedding_shards(group)]
     left = sum(len(_rows_of(plan.selected[i], groups[i], shard)) for i, shard in todo)
     progress.begin("Embedding", plan.n_selected, "cells", plan.n_selected - left)
     for i, shard in todo:
@@ -381,6 +383,30 @@ def _encode_all(
         writer.write_embedding_shard(group, shard, out)
         writer.drop_spool(spool)
         _check_stop(stop, cache)
+
+
+def _encode_sample(
+    run: _RowEncoder, writer: StoreWriter, plan: EmbedPlan, progress: Progress, *, needed: bool
+) -> list[np.ndarray]:
+    """Native embeddings of the PCA's sample, (n, D) a file, from the spool where they are there.
+
+    Where they are not and the PCA is stored (a finished store is repaired), they are not `needed`, and the result is
+    empty: these cells are encoded with their shards.
+    """
+    native = plan.encoder.native_dim
+    names = [f".sample/{c.group}" for c in plan.cells]
+    done = [len(run.spooled(name, len(rows), native)) for name, rows in zip(names, plan.sample, strict=True)]
+    total = sum(map(len, plan.sample))
+    if not needed and sum(done) < total:
+        writer.drop_spool("")  # rows of a shard spooled beside a sample are out of place without it
+        return [np.zeros((0, native), np.float32)] * len(names)
+    progress.begin("Encoding the PCA's sample", total, "cells", sum(done))
+    sampled = []
+    for name, c, rows, n in zip(names, plan.cells, plan.sample, done, strict=True):
+        sampled.append(run.run(name, c, rows, native, lambda x: x[:, :native]))
+        if n < len(rows):
+            writer.spool_rows(name, 0, sampled[-1])  # whole: it stands in for all blocks after it
+    return sampled
 
 
 def _rows_of(selected: np.ndarray, group: GroupPlan, shard: int) -> np.ndarray:

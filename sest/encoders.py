@@ -23,7 +23,7 @@ from sest.project import Projection, fit_pca
 from sest.weights import find_encoder, load_encoder
 
 PCA = "pca"
-PCA_GENES = 4096  # of more genes, those with the largest variance are kept: a covariance matrix of 128 MB
+PCA_GENES = 2048  # of more genes, those with the largest variance are kept: eigenvectors take seconds, not a minute
 PCA_TARGET_SUM = 10_000.0  # counts are normalised to this sum before log1p
 ACTIVATION_BUDGET = 2**30  # bytes of activations of one forward pass on a CPU
 
@@ -134,7 +134,7 @@ class SeEncoder:
 class PcaEncoder:
     """PCA of log1p expression: what every SE result should be held against.
 
-    Counts are normalised to 10,000 a cell and log1p-ed, log1p values are used as they are; of more than 4,096 genes
+    Counts are normalised to 10,000 a cell and log1p-ed, log1p values are used as they are; of more than 2,048 genes
     those with the largest variance in the sample are kept; the PCA is exact, in float64.
     """
 
@@ -186,9 +186,9 @@ class PcaEncoder:
             self._columns[cells.group] = np.array([place[name] for name in self.genes])
         if cells.scale == "counts":
             total = np.asarray(rows.sum(1), dtype=np.float64).ravel()
-            factor = np.divide(PCA_TARGET_SUM, total, out=np.zeros_like(total), where=total > 0)
+            factor = np.divide(PCA_TARGET_SUM, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
             rows = rows.copy()
-            rows.data = np.log1p(rows.data * np.repeat(factor, np.diff(rows.indptr))).astype(np.float32)
+            rows.data = np.log1p(rows.data * np.repeat(factor, np.diff(rows.indptr)))
         return rows[:, self._columns[cells.group]]
 
     def encode(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:

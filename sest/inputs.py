@@ -107,8 +107,12 @@ def group_cells(path: str, dataset: str, obs: pd.DataFrame, control: str) -> Gro
     )
 
 
-def resolve_inputs(inputs: Sequence[Path]) -> tuple[list[Source], SplitFile | None]:
+def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[list[Source], SplitFile | None]:
     """Turn the command's arguments into files: .h5ad/.h5 files, or one .toml that names datasets.
+
+    Args:
+        inputs: what was given on the command line.
+        roots: folders, beside the TOML's own and the working folder, that its paths may lead to.
 
     Raises:
         InputError: nothing there, another kind of file, two files of one name, or a TOML beside other inputs.
@@ -119,8 +123,7 @@ def resolve_inputs(inputs: Sequence[Path]) -> tuple[list[Source], SplitFile | No
     if tomls:
         if len(inputs) > 1:
             raise InputError(f"Give one .toml or several .h5ad files, not both ({shown(map(str, inputs))}).")
-        roots = (tomls[0].resolve().parent,)
-        splits = read_splits(tomls[0], roots=roots)
+        splits = read_splits(tomls[0], roots=tuple(roots))
         sources = [
             Source(name if len(files) == 1 else f"{name}/{file.stem}", name, file)
             for name, files in splits.datasets.items()
@@ -174,6 +177,11 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, progress: Progres
     for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
         scan = file.scan(progress.advance)
         scale = decide_scale(scan, config.counts, file.path, file.layers)
+        if scan.n_negative and config.counts == "auto":
+            raise InputError(
+                f"{file.path} has {scan.n_negative:,} values below zero, as scaled data have: not counts, not log1p. "
+                f"Choose with --layer ({shown(('X', *file.layers))}), or pass --counts log1p to have them read as 0."
+            )
         result.append(Cells(source, file, scan, scale, found, obs))
     for cells in result:
         _describe(cells, progress)
@@ -210,4 +218,6 @@ def _describe(cells: Cells, progress: Progress) -> None:
     if empty:
         progress.note(f"{name}: {empty:,} cells have no counts at all; they are embedded with uniform gene shares.")
     if cells.scan.n_negative:
-        progress.note(f"{name}: {cells.scan.n_negative:,} negative values are read as 0 by the encoder.")
+        progress.note(
+            f"{name}: {cells.scan.n_negative:,} negative values are read as 0 by the encoder, and stay targets."
+        )

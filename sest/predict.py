@@ -71,7 +71,7 @@ def predict(run: Path, out: Path, config: PredictConfig, progress: Progress) -> 
     checkpoint = sound_checkpoint(find_checkpoint(run, config.checkpoint))
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device, training=False)
-    train_config, cache = _run_of(checkpoint, config)
+    train_config, cache, source = _run_of(checkpoint, config)
     data = read_dataset(cache, train_config, progress, feature_names=_one_hot_names(checkpoint))
     _check_data(checkpoint, data)
     genes, places = _genes(config.genes, data.targets.genes)
@@ -79,7 +79,7 @@ def predict(run: Path, out: Path, config: PredictConfig, progress: Progress) -> 
     pools = new_pools(config, checkpoint, data, progress) if config.cells else None
     requests, columns = make_requests(config, listed, made_columns, data, pools)
     asked = [request for request in requests if not request.is_control]
-    vectors = _vectors(sorted({request.perturbation for request in asked}), train_config, data)
+    vectors = _vectors(sorted({request.perturbation for request in asked}), source, checkpoint, train_config, data)
     if not checkpoint.state["genes"]:
         progress.note(f"{checkpoint.folder} does not name its genes: they are taken to be those of {cache}, in order.")
     uns = {"sest": _provenance(checkpoint, data, columns)}
@@ -115,8 +115,8 @@ def predict(run: Path, out: Path, config: PredictConfig, progress: Progress) -> 
     )
 
 
-def _run_of(checkpoint: Checkpoint, config: PredictConfig) -> tuple[TrainConfig, Path]:
-    """The configuration the checkpoint was trained with and the store of its control cells."""
+def _run_of(checkpoint: Checkpoint, config: PredictConfig) -> tuple[TrainConfig, Path, str]:
+    """The configuration the checkpoint was trained with, the store of its control cells and its features (a file)."""
     run = checkpoint.folder.parent
     values: dict[str, Any] = dict(checkpoint.state["config"])
     provenance: dict[str, Any] = {}
@@ -127,17 +127,17 @@ def _run_of(checkpoint: Checkpoint, config: PredictConfig) -> tuple[TrainConfig,
         raise InputError(f"{checkpoint.folder} does not say where its perturbation features are. Pass --perturbations.")
     if config.perturbations is not None:
         values["perturbations"] = config.perturbations
-    features = values.get("perturbations", ONE_HOT)
-    if features != ONE_HOT and not Path(features).is_file():
-        raise InputError(f"No file {features} with the run's perturbation features. Pass --perturbations.")
+    source = values.get("perturbations", ONE_HOT)
+    if source != ONE_HOT and not Path(source).is_file():
+        raise InputError(f"No file {source} with the run's perturbation features. Pass --perturbations.")
     cache = config.cache or provenance.get("cache")
     if cache is None:
         raise InputError(f"{checkpoint.folder} does not say where its store is. Pass --cache.")
     if not Path(cache).exists():
         raise InputError(f"The store {cache} does not exist. Pass --cache with the one the run was trained on.")
-    if checkpoint.state["cache_sha256"] is None:  # an imported one needs features of what is asked for only
-        values["missing_perturbations"] = "drop"
-    return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache)
+    if checkpoint.state["cache_sha256"] is None:  # imported: only what is asked for needs features, not the whole store
+        values["perturbations"] = ONE_HOT
+    return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache), source
 
 
 def _one_hot_names(checkpoint: Checkpoint) -> tuple[str, ...] | None:
@@ -152,11 +152,8 @@ def _check_data(checkpoint: Checkpoint, data: Dataset) -> None:
         raise InputError(f"{store} is not the store {checkpoint.folder} was trained on. Pass --cache with that one.")
     if data.cache.dim != sizes.dim:
         raise InputError(f"{store} has embeddings of width {data.cache.dim}; the checkpoint takes {sizes.dim}.")
-    if features.width != sizes.n_features:
-        raise InputError(
-            f"{features.source} has features of width {features.width}; the checkpoint takes {sizes.n_features}. "
-            "Pass --perturbations with the file it was trained with."
-        )
+    if state["features"]["sha256"] is not None:
+        _check_width(features.source, features.width, checkpoint)
     if state["features"]["sha256"] not in (None, features.sha256):
         raise InputError(
             f"{features.source} has other features than the checkpoint was trained with. "
@@ -170,6 +167,14 @@ def _check_data(checkpoint: Checkpoint, data: Dataset) -> None:
         raise InputError(f"{store} has other genes, or in another order, than the checkpoint predicts: {first}.")
 
 
+def _check_width(source: str, width: int, checkpoint: Checkpoint) -> None:
+    if width != checkpoint.sizes.n_features:
+        raise InputError(
+            f"{source} has features of width {width}; the checkpoint takes {checkpoint.sizes.n_features}. "
+            "Pass --perturbations with the file it was trained with."
+        )
+
+
 def _is_own_split(checkpoint: Checkpoint, data: Dataset) -> bool:
     """Whether `data` says which cells the checkpoint was trained on: baselines must not see others."""
     state, file = checkpoint.state, data.split_file
@@ -177,23 +182,26 @@ def _is_own_split(checkpoint: Checkpoint, data: Dataset) -> bool:
     return state["cache_sha256"] == data.cache_sha256 and same_splits
 
 
-def _vectors(names: Sequence[str], config: TrainConfig, data: Dataset) -> dict[str, np.ndarray]:
+def _vectors(
+    names: Sequence[str], source: str, checkpoint: Checkpoint, config: TrainConfig, data: Dataset
+) -> dict[str, np.ndarray]:
     """Features (P,) of the perturbations to predict; a file may have more than the run was trained on."""
-    is_one_hot = config.perturbations == ONE_HOT
-    known = data.features.as_mapping() if is_one_hot else load_features(Path(config.perturbations))
+    known = data.features.as_mapping() if source == ONE_HOT else load_features(Path(source))
     absent = [name for name in names if name not in known]
-    if absent and is_one_hot:
+    if absent and source == ONE_HOT:
         raise InputError(
             f"The run has one-hot features and never saw {shown(absent)}.{nearest(absent[0], known)} "
             "Train with --perturbations FILE to predict unseen perturbations."
         )
     if absent and config.missing_perturbations != "zero":
         raise InputError(
-            f"{data.features.source} has no features for {len(absent)} of {len(names)} perturbations: {shown(absent)}."
+            f"{source} has no features for {len(absent)} of {len(names)} perturbations: {shown(absent)}."
             f"{nearest(absent[0], known)} Pass --perturbations with a file that has them too."
         )
-    zero = np.zeros(data.features.width, np.float32)
-    return {name: known.get(name, zero) for name in names}
+    zero = np.zeros(checkpoint.sizes.n_features, np.float32)
+    vectors = {name: known.get(name, zero) for name in names}
+    _check_width(source, len(next(iter(known.values()))), checkpoint)
+    return vectors
 
 
 def _random(request: Request, seed: int) -> np.random.Generator:

@@ -254,7 +254,8 @@ def write_screen(
 ) -> None:
     """Write the cells and, where asked, features and splits that fit them; the long work, the cells, comes last.
 
-    The splits hold out a quarter of the perturbations of the last cell type for testing and a twelfth for validation.
+    The splits hold out a quarter of the perturbations of the last cell type for testing and a twelfth for validation;
+    their dataset is named as the file, so that they fit a store made from the file and one made from the splits.
     Raises InputError as the three writers do; no cells are written then.
     """
     check_writable(cells)
@@ -265,7 +266,7 @@ def write_screen(
         relative = os.path.relpath(cells.resolve(), splits.resolve().parent)
         last = sim.cell_types[-1]
         write_splits(
-            sim, splits, "screen", relative, test_cell_type=last, n_test=n_test, n_val=n_val, gene_names=gene_names
+            sim, splits, cells.stem, relative, test_cell_type=last, n_test=n_test, n_val=n_val, gene_names=gene_names
         )
     if features is not None:
         write_features(sim, features, gene_names=gene_names)

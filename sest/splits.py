@@ -279,7 +279,7 @@ def _find_files(name: str, pattern: str, folder: Path, roots: tuple[Path, ...]) 
     """Return the files of one dataset. Every alternative of the braces must match: a missing one is missing data."""
     places = list(dict.fromkeys((str(folder), os.getcwd())))
     permitted_folders = places + [os.path.abspath(root) for root in roots]
-    outside = f"outside the permitted folders ({shown(permitted_folders)}). Permit its folder on the command line."
+    outside = f"outside the permitted folders ({shown(permitted_folders)}). Permit its folder with --data-root."
     allowed = permitted_folders + [os.path.realpath(root) for root in permitted_folders]
     found: set[str] = set()
     for one in expand_braces(pattern):

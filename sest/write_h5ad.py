@@ -15,6 +15,8 @@ import scipy.sparse
 from sest.errors import InputError
 
 HDF5_CHUNK = 2**18  # stored values a chunk
+SPARE = 2**23  # bytes kept free for HDF5's own tables and half-filled chunks
+A_NAME = 64  # bytes, at most, that HDF5 adds to a string
 
 
 def check_writable(path: Path) -> None:
@@ -38,6 +40,10 @@ class H5adWriter:
         path: the file to make; one that exists is replaced when the new one is whole.
         n_genes: columns of X.
         dtype: of the stored values.
+
+    Raises:
+        InputError: see `check_writable`.
+        OSError: the disk is full; nothing is left of the new file.
     """
 
     def __init__(self, path: Path, n_genes: int, dtype: str) -> None:
@@ -48,7 +54,15 @@ class H5adWriter:
         self._finished = False
 
     def __enter__(self) -> Self:
-        self._file = h5py.File(self._partial, "w")
+        self._disk = open(self._partial, "wb")
+        try:
+            self._take_room(SPARE)
+            self._file = h5py.File(self._partial, "w")
+            self._take_room(SPARE)  # again: opening empties the file
+        except BaseException:
+            self._disk.close()
+            self._partial.unlink()
+            raise
         self._file.attrs["encoding-type"], self._file.attrs["encoding-version"] = "anndata", "0.1.0"
         x = self._file.create_group("X")
         x.attrs["encoding-type"], x.attrs["encoding-version"] = "csr_matrix", "0.1.0"
@@ -58,9 +72,21 @@ class H5adWriter:
         )
         return self
 
+    def _take_room(self, n_bytes: int) -> None:
+        """Lengthen the file before HDF5 writes: it cannot close what it cannot write, and crashes at exit."""
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            try:
+                os.posix_fallocate(self._disk.fileno(), 0, n_bytes)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def _take_more(self, n_bytes: int) -> None:
+        self._take_room(self._file.id.get_filesize() + n_bytes + SPARE)
+
     def add(self, rows: scipy.sparse.csr_matrix) -> None:
         """Append rows (n, n_genes)."""
         assert rows.shape[1] == self._n_genes, rows.shape
+        self._take_more(rows.data.nbytes + rows.indices.nbytes)
         first = self._ends[-1]
         for dataset, values in ((self._data, rows.data), (self._indices, rows.indices)):
             dataset.resize((first + rows.nnz,))
@@ -73,6 +99,7 @@ class H5adWriter:
 
         n_cells = len(self._ends) - 1
         assert (len(obs), len(var)) == (n_cells, self._n_genes), (len(obs), len(var), n_cells)
+        self._take_more(8 * len(self._ends) + _n_bytes(obs) + _n_bytes(var) + _n_bytes(uns))
         self._file["X"].create_dataset("indptr", data=np.asarray(self._ends, dtype=np.int64))
         self._file["X"].attrs["shape"] = (n_cells, self._n_genes)
         for name, value in (("obs", obs), ("var", var), ("uns", uns)):
@@ -83,11 +110,25 @@ class H5adWriter:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._file.close()  # a full disk can fail here too
+            self._file.flush()
+            size = self._file.id.get_filesize()
+            self._file.close()
             if kind is None:
                 assert self._finished, "finish() was not called"
-                with self._partial.open("rb") as file:
-                    os.fsync(file.fileno())
+                self._disk.truncate(size)  # give back what was reserved for nothing
+                os.fsync(self._disk.fileno())
                 os.replace(self._partial, self._path)
         finally:
+            self._disk.close()
             self._partial.unlink(missing_ok=True)
+
+
+def _n_bytes(value: Any) -> int:
+    """Bytes that a table, an array or a dictionary of them takes in the file, at most."""
+    if isinstance(value, pd.DataFrame):
+        return 2 * int(value.memory_usage(deep=True).sum()) + A_NAME * len(value) * (1 + value.shape[1])
+    if isinstance(value, dict):
+        return sum(A_NAME + _n_bytes(inner) for inner in value.values())
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return int(value.nbytes)
+    return sum(A_NAME + 4 * len(str(item)) for item in np.ravel(value))

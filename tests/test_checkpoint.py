@@ -264,7 +264,11 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else_is(tmp_path: 
     shutil.copytree(tmp_path / step_folder(4), tmp_path / ".last.old")
     assert [folder.name for folder in checkpoints(tmp_path)] == [".last.old", step_folder(4)]
     remove_unfinished(tmp_path)
-    assert visible(tmp_path) == [".last.old", step_folder(4)]
+    assert visible(tmp_path) == [".last.old", step_folder(4)]  # the only last/ there is
+    saved(tmp_path / "last", 5)
+    shutil.copytree(tmp_path / step_folder(4), tmp_path / ".last.old")
+    remove_unfinished(tmp_path)
+    assert visible(tmp_path) == [step_folder(4), LAST]
 
 
 def test_a_copy_is_the_same_checkpoint_and_outlives_its_source(tmp_path: Path) -> None:

@@ -189,12 +189,15 @@ def test_odd_values_are_said(tmp_path: Path) -> None:
     values[3, 3] = -0.5
     notes = Notes()
     with ExitStack() as stack:
-        cells = opened(stack, write_cells(tmp_path / "a.h5ad", values, layers={"counts": counts()}), notes)
+        path = write_cells(tmp_path / "a.h5ad", values, layers={"counts": counts()})
+        with pytest.raises(InputError, match=r"1 values below zero, as scaled data have.*--layer \(X, counts\)"):
+            opened(stack, path)
+        cells = opened(stack, path, notes, counts="log1p")
         assert cells.scale == "log1p"
         assert opened(stack, cells.source.path, layer="counts").scale == "counts"
     assert "a.h5ad: 40 cells x 30 genes, log1p." in notes.notes
     assert "a.h5ad: 1 cells have no counts at all; they are embedded with uniform gene shares." in notes.notes
-    assert "a.h5ad: 1 negative values are read as 0 by the encoder." in notes.notes
+    assert "a.h5ad: 1 negative values are read as 0 by the encoder, and stay targets." in notes.notes
 
 
 def test_every_file_is_refused_before_any_is_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,3 +207,14 @@ def test_every_file_is_refused_before_any_is_scanned(tmp_path: Path, monkeypatch
     with ExitStack() as stack, pytest.raises(InputError, match="No control cells"):
         open_cells([Source(p.stem, p.stem, p) for p in paths], EmbedConfig(encoder="pca"), notes, stack)
     assert notes.steps == []
+
+
+def test_a_toml_leads_out_of_its_folder_only_where_a_root_permits_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    path = write_cells(tmp_path / "elsewhere" / "a.h5ad", counts())
+    listing = tmp_path / "here" / "starter.toml"
+    listing.parent.mkdir()
+    listing.write_text(f'[datasets]\nd = "{path}"\n[training]\nd = "train"\n')
+    with pytest.raises(InputError, match="--data-root"):
+        resolve_inputs([listing])
+    assert resolve_inputs([listing], [path.parent])[0] == [Source("d", "d", path)]

@@ -1,7 +1,6 @@
 """The training loop: the same run whatever interrupts it, and options that do what they say.
 
-Runs are of a head with some thousand parameters on 72 cells (see tiny.py). Where checkpoints are compared, it is byte by
-byte.
+Runs are of a head with some thousand parameters on 72 cells (see tiny.py). Checkpoints are compared byte by byte.
 """
 
 from __future__ import annotations
@@ -965,8 +964,16 @@ def test_the_command_line_trains_resumes_and_repeats_a_run_from_its_config(
     capsys.readouterr()
     assert sest_train(monkeypatch, store, "--run", tmp_path / "no", "--resume", "auto") == 2
     assert "nothing to resume" in capsys.readouterr().err
-    # a run that has not been validated yet has no best val_loss to show
-    assert sest_train(monkeypatch, store, "-r", tmp_path / "b", "--resume", run / step_folder(4), "--max-steps", 4) == 0
+
+
+def test_a_run_that_was_never_validated_has_no_best_val_loss_to_show(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Crash):
+        train(store, run, tiny_config(checkpoint_every=2, val_every=9), Silent(), on_log=crash_after(2))
+    assert sest_train(monkeypatch, store, "--run", run, "--resume", "auto", "--max-steps", 2) == 0
+    assert "step 2 (all steps done)." in capsys.readouterr().out
 
 
 def test_the_command_line_says_what_failed_and_exits_with_1_or_143(

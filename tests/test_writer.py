@@ -199,6 +199,20 @@ def test_a_changed_journal_has_every_byte_of_the_store_checked(store: Path, fini
     open_cache(store)
 
 
+def test_a_check_of_every_byte_that_is_killed_is_made_again(
+    store: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = store / "a" / "obsm" / "X_sest" / "c" / "0" / "0"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    (store / schema.COMPLETE).write_text("{}")
+    with monkeypatch.context() as killed:
+        killed.setattr(StoreWriter, "_drop", lambda self, names: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_store(store)
+    assert write_store(store) == ["a embeddings 0"]
+    assert hashes(store) == hashes(finished)
+
+
 def test_a_store_without_its_journal_is_written_anew(store: Path, finished: Path) -> None:
     (store / schema.JOURNAL).unlink()
     assert len(write_store(store)) == 1 + sum(
@@ -214,6 +228,29 @@ def test_a_journal_with_a_foreign_whole_line_is_refused(store: Path, line: bytes
     with pytest.raises(StoreError, match=r"journal.jsonl is damaged .* Delete the store") as refused:
         write_store(store)
     assert "\n" not in str(refused.value)
+
+
+def test_a_writer_killed_just_before_complete_finishes_when_called_again(
+    store: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store / schema.COMPLETE).unlink()
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == schema.COMPLETE:
+            raise InterruptedError
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(InterruptedError):
+        write_store(store)
+    monkeypatch.undo()
+    assert (store / f"{schema.COMPLETE}.partial").exists()
+    with pytest.raises(StoreError, match="unfinished"):
+        open_cache(store)
+    small_shards(monkeypatch)
+    assert write_store(store) == []
+    assert hashes(store) == hashes(finished) and open_cache(store).verify() == []
 
 
 def test_strays_of_a_killed_writer_are_swept_away(store: Path) -> None:
@@ -281,6 +318,7 @@ def test_other_peoples_files_are_refused_and_left_untouched(tmp_path: Path) -> N
         (other_zarr, "is a Zarr store that sest did not write. Choose another"),
         (damaged, "zarr.json cannot be read .* If sest made it, delete it"),
         (file / "below", "Cannot write to .*/file/below: Not a directory. Choose another"),
+        (Path("s3://bucket/store.zarr"), "s3:/bucket/store.zarr is a URL. Stores are written to local folders"),
     ):
         with pytest.raises(StoreError, match=message) as refused:
             write_store(path)

@@ -1,0 +1,75 @@
+"""`sest demo`: the commands it shows do what it did."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Demo
+
+from sest import demo as demo_module
+from sest.cli.main import main
+from sest.demo import run_demo
+from sest.errors import InputError
+from sest.progress import Silent
+
+
+def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
+    assert {path.name for path in demo.folder.iterdir()} == {
+        "cells.h5ad",
+        "features.safetensors",
+        "starter.toml",
+        "cache.zarr",
+        "run",
+        "predicted.h5ad",
+        "evaluation",
+    }
+    summary = json.loads((demo.folder / "evaluation" / "summary.json").read_text())["metrics"]
+    assert set(summary) == {"pearson_delta", "mae", "pds"}
+    assert set(summary["mae"]) == {"model", "context_mean", "perturbation_mean", "ridge"}
+    assert summary["mae"]["model"] == demo.result.evaluation.summary["mae"]["model"]
+    assert demo.result.training.step == 20
+
+
+def test_the_commands_shown_give_the_same_files(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [shlex.split(command)[1] for command in demo.commands] == "simulate embed train predict evaluate".split()
+    for command in demo.commands:
+        words = shlex.split(command.replace(str(demo.folder), str(tmp_path)))
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == 0, capsys.readouterr().err
+    same = ["cells.h5ad", "features.safetensors", "starter.toml", "predicted.h5ad", "evaluation/results.csv"]
+    for name in [*same, "run/best/model.safetensors"]:
+        assert (tmp_path / name).read_bytes() == (demo.folder / name).read_bytes(), name
+
+
+def test_another_seed_is_shown_in_the_commands_that_depend_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(demo_module, "write_screen", lambda *_, **__: None)
+    monkeypatch.setattr(demo_module, "embed", lambda *_, **__: None)
+    monkeypatch.setattr(demo_module, "train", stop)
+    commands: list[str] = []
+    with pytest.raises(Stop):
+        run_demo(tmp_path / "out", Silent(), seed=7, on_command=commands.append)
+    assert [command.count("--seed 7") for command in commands] == [1, 1, 1]
+
+
+def test_an_older_folder_is_never_written_into(demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    for out in (tmp_path, tmp_path / "x"):
+        with pytest.raises(InputError, match="not an empty folder"):
+            run_demo(out, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -1,0 +1,176 @@
+"""What `sest info` says of stores, runs, checkpoints, encoders and cells: the keys other programs rely on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Demo
+from small import gene_names, write_se
+
+from sest.cache import open_cache
+from sest.cache.schema import COMPLETE, StoreError
+from sest.checkpoint import load_model, open_checkpoint
+from sest.describe import describe
+from sest.errors import InputError
+
+PROMISED_OF_A_CACHE = {"kind", "complete", "n_cells", "dim", "encoder", "groups"}
+PROMISED_OF_A_GROUP = {"n_cells", "n_genes", "perturbations", "controls"}
+PROMISED_OF_A_RUN = {"kind", "step", "trainable_parameters", "n_genes", "dim", "val_loss", "best_step"}
+
+
+def strict(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts after a trip through JSON, which knows neither NaN nor infinity."""
+    read: dict[str, Any] = json.loads(json.dumps(facts, allow_nan=False))
+    return read
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file, also where other names share its bytes."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_a_store_says_what_is_in_it(demo: Demo) -> None:
+    facts = strict(describe(demo.cache)[0])
+    assert set(facts) >= PROMISED_OF_A_CACHE
+    assert (facts["kind"], facts["complete"], facts["n_cells"], facts["dim"]) == ("cache", True, 880, 64)
+    assert facts["encoder"] == "pca" and set(facts["groups"]) == {"cells"}
+    group = facts["groups"]["cells"]
+    assert set(group) >= PROMISED_OF_A_GROUP
+    assert {key: group[key] for key in PROMISED_OF_A_GROUP} == {
+        "n_cells": 880,
+        "n_genes": 300,
+        "perturbations": 12,
+        "controls": 160,
+    }
+    assert facts["bytes"] == open_cache(demo.cache).size
+
+
+def test_an_unfinished_store_says_so_and_what_is_known_already(demo: Demo, tmp_path: Path) -> None:
+    store = shutil.copytree(demo.cache, tmp_path / "store.zarr")
+    (store / COMPLETE).unlink()
+    facts = strict(describe(store)[0])
+    assert set(facts) >= PROMISED_OF_A_CACHE
+    assert (facts["complete"], facts["n_cells"], facts["dim"], facts["encoder"]) == (False, 880, 64, "pca")
+    shutil.rmtree(store / "cells")  # nothing but the root group is written yet
+    facts = strict(describe(store)[0])
+    assert (facts["complete"], facts["n_cells"]) == (False, None)
+    assert set(facts["groups"]["cells"].values()) == {None}
+
+
+def test_a_zarr_store_of_another_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(StoreError, match="not one of sest's"):
+        describe(tmp_path)
+
+
+def test_verifying_finds_a_flipped_bit_of_a_store(demo: Demo, tmp_path: Path) -> None:
+    store = shutil.copytree(demo.cache, tmp_path / "store.zarr")
+    facts, damaged = describe(store, verify=True)
+    assert facts["verified"] and not damaged
+    shard = next(file for file in sorted((store / "cells" / "obsm").rglob("c/0/0")))
+    flip(shard)
+    assert describe(store)[1] == []  # the size is the same: only reading every byte shows it
+    facts, damaged = describe(store, verify=True)
+    assert not facts["verified"] and damaged == [shard.relative_to(store).as_posix()]
+
+
+@pytest.mark.parametrize("folder", ["best", "last", "checkpoint-step-10"])
+def test_a_checkpoint_says_where_it_stands(demo: Demo, folder: str) -> None:
+    facts = strict(describe(demo.run / folder, verify=True)[0])
+    state = open_checkpoint(demo.run / folder).state
+    assert set(facts) >= PROMISED_OF_A_RUN
+    assert (facts["kind"], facts["step"], facts["n_genes"], facts["dim"]) == ("checkpoint", state["step"], 300, 64)
+    assert facts["trainable_parameters"] == sum(p.numel() for p in load_model(demo.run).parameters())
+    assert facts["val_loss"] == state["run"]["val_loss"] and facts["verified"]
+
+
+def test_a_run_says_how_far_it_is_and_which_step_was_best(demo: Demo) -> None:
+    facts = strict(describe(demo.run, verify=True)[0])
+    assert set(facts) >= PROMISED_OF_A_RUN and facts["kind"] == "run"
+    lines = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert (facts["step"], facts["max_steps"], facts["best_step"]) == (20, 20, best)
+    assert facts["best_val_loss"] == facts["val_loss"] == losses[best]
+    assert facts["metrics"] == {line["step"]: line for line in lines if "val_loss" in line}[20]
+    assert set(facts["checkpoints"]) == {"best", "last", "checkpoint-step-10", "checkpoint-step-20"}
+    assert facts["cache"] == str(demo.cache)
+
+
+def test_a_run_without_a_checkpoint_yet_has_the_same_keys(demo: Demo, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.toml", "splits.toml"):
+        shutil.copy(demo.run / name, run)
+    (run / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
+    facts = strict(describe(run)[0])
+    assert set(facts) >= PROMISED_OF_A_RUN
+    assert (facts["kind"], facts["step"], facts["checkpoints"], facts["metrics"]) == ("run", 0, [], None)
+    assert facts["val_loss"] is None and facts["trainable_parameters"] is None
+
+
+def test_a_metric_that_is_nan_becomes_null_and_a_line_cut_short_is_passed_over(demo: Demo, tmp_path: Path) -> None:
+    run = shutil.copytree(demo.run, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    broken = json.loads(lines[-1]) | {"pds": math.nan, "step": 20}
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(broken), lines[-1][:50]]))
+    metrics = strict(describe(run)[0])["metrics"]
+    assert metrics["pds"] is None and metrics["val_loss"] == broken["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "name", ["best/model.safetensors", "last/optimizer.safetensors", "checkpoint-step-10/state.json"]
+)
+def test_verifying_a_run_finds_a_flipped_bit_in_any_checkpoint(demo: Demo, tmp_path: Path, name: str) -> None:
+    run = shutil.copytree(demo.run, tmp_path / "run")
+    file = run / name
+    if file.name == "state.json":
+        file.write_text(file.read_text().replace('"target_sum": 10000.0', '"target_sum": 10001.0'))
+    else:
+        flip(file)
+    assert describe(run)[0]["step"] == 20
+    with pytest.raises(InputError, match=f"{file.parent.name} is damaged.*{file.name}"):
+        describe(run, verify=True)
+    with pytest.raises(InputError, match="is damaged"):
+        describe(file.parent, verify=True)
+
+
+def test_an_encoder_folder_gives_its_sizes(tmp_path: Path) -> None:
+    facts = strict(describe(write_se(tmp_path / "se", gene_names(9)))[0])
+    assert (facts["kind"], facts["n_genes"], facts["pad_length"], facts["output_dim"]) == ("encoder", 9, 16, 12)
+    assert facts == strict(describe(tmp_path / "se" / "model.safetensors")[0])
+
+
+def test_a_file_of_cells_gives_its_columns(demo: Demo, tmp_path: Path) -> None:
+    facts = strict(describe(demo.cells)[0])
+    assert (facts["kind"], facts["n_cells"], facts["n_genes"]) == ("cells", 880, 300)
+    assert (facts["perturbation_column"], facts["cell_type_column"]) == ("target_gene", "cell_type")
+    assert (facts["batch_column"], facts["control"]) == ("batch", "non-targeting")
+
+
+def test_columns_that_cannot_be_told_are_said_and_are_no_error(tmp_path: Path) -> None:
+    import anndata as ad
+    import pandas as pd
+    import scipy.sparse as sp
+
+    obs = pd.DataFrame({"perturbation": ["A", "B"], "drug": ["x", "y"]}, index=["a", "b"])
+    ad.AnnData(sp.csr_matrix((2, 5), dtype="float32"), obs=obs).write_h5ad(tmp_path / "x.h5ad")
+    assert "Several columns" in strict(describe(tmp_path / "x.h5ad")[0])["columns"]
+
+
+def test_what_is_nothing_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        describe(tmp_path / "gone")
+    with pytest.raises(InputError, match="is no store, run, checkpoint, encoder folder or h5ad file"):
+        describe(tmp_path)
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(InputError, match="is no store"):
+        describe(tmp_path / "x.txt")

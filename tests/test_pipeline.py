@@ -1,0 +1,65 @@
+"""All stages through the command line, each in a process of its own, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+
+
+def sest(folder: Path, *words: str) -> str:
+    """Run `sest` in a folder; returns its standard output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sest", *words]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stderr}"
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def info(folder: Path, path: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(sest(folder, "info", path, "--json"))
+    return facts
+
+
+@pytest.mark.slow
+def test_cells_become_a_store_a_run_a_prediction_and_scores(tmp_path: Path) -> None:
+    """Sizes of seconds: 8 perturbations, 200 genes, 480 cells. Paths are relative: everything lies in one folder."""
+    size = "--n-perturbations 8 --n-cells 20 --n-controls 80 --n-genes 200 --expressed-genes 80 --umi-per-cell 400"
+    sest(tmp_path, "simulate", "cells.h5ad", "--features", "f.npz", "--splits", "starter.toml", *size.split())
+    sest(tmp_path, "embed", "cells.h5ad", "--encoder", "pca", "--dim", "16", "--cache", "cells.zarr")
+    store = info(tmp_path, "cells.zarr")
+    assert (store["complete"], store["n_cells"], store["dim"], store["encoder"]) == (True, 480, 16, "pca")
+    assert store["groups"]["cells"]["perturbations"] == 8
+
+    head = "--batch-size 4 --set-size 8 --hidden 16 --n-layers 1 --n-heads 2 --num-workers 1"
+    steps = "--max-steps 6 --val-every 3 --checkpoint-every 3 --log-every 3"
+    inputs = ("--splits", "starter.toml", "--perturbations", "f.npz")
+    sest(tmp_path, "train", "cells.zarr", "--run", "run", *inputs, *head.split(), *steps.split())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == [3, 6]
+    assert all({"loss", "it_per_s"} <= set(line) for line in lines if "val_loss" not in line)
+
+    sest(tmp_path, "predict", "run", "--out", "predicted.h5ad")
+    predicted = ad.read_h5ad(tmp_path / "predicted.h5ad")
+    assert dict(predicted.obs["target_gene"].value_counts())["non-targeting"] == 80
+    assert predicted.n_obs == 80 + 2 * 20 and np.isfinite(predicted.X.data).all()
+
+    sest(tmp_path, "evaluate", "predicted.h5ad", "cells.h5ad", "--out", "scores", "--no-cell-eval")
+    metrics = json.loads((tmp_path / "scores" / "summary.json").read_text())["metrics"]
+    assert set(metrics) == {"pearson_delta", "mae", "pds"}
+    assert set(metrics["mae"]) == {"model", "context_mean", "perturbation_mean", "ridge"}
+
+    sest(tmp_path, "train", "cells.zarr", "--run", "run", "--resume", "auto", "--max-steps", "9")
+    run = info(tmp_path, "run")
+    assert (run["kind"], run["step"], run["dim"], run["n_genes"]) == ("run", 9, 16, 200)
+    assert run["best_step"] in (3, 6, 9) and run["val_loss"] == run["best_val_loss"] > 0
