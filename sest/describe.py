@@ -9,15 +9,14 @@ from typing import Any
 
 from sest.cache import open_cache
 from sest.cache.schema import COMPLETE, root_attributes
-from sest.checkpoint import STATE, checkpoints, find_checkpoint, open_checkpoint
 from sest.errors import InputError
-from sest.train import CONFIG, METRICS, read_run_config
 
 Facts = dict[str, Any]
 CACHE_FACTS = (
     "dtype cells encoder encoder_sha256 native_dim projection precision seed sest_version schema_version licence"
 ).split()
 GROUP_FACTS = "n_cells n_genes perturbations controls n_embedded scale".split()
+WEIGHTS = (".ckpt", ".safetensors")
 RUN_FACTS = "trainable_parameters dim n_features n_genes val_loss best_val_loss best_step".split()
 
 
@@ -31,15 +30,10 @@ def describe(path: Path, *, verify: bool = False) -> tuple[Facts, list[str]]:
         raise InputError(f"{path} does not exist.")
     if (path / "zarr.json").exists():
         return _cache(path, verify)
-    if (path / STATE).exists():
-        facts = _checkpoint(path, verify)
-    elif (path / CONFIG).exists() and (path / METRICS).exists():
-        facts = _run(path, verify)
-    elif path.suffix in (".h5ad", ".h5"):
-        facts = _cells(path)
-    elif path.suffix in (".ckpt", ".safetensors") or any(path.glob("*.ckpt")) or any(path.glob("*.safetensors")):
+    facts = _cells(path) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
+    if facts is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
         facts = _encoder(path)
-    else:
+    if facts is None:
         raise InputError(f"{path} is no store, run, checkpoint, encoder folder or h5ad file.")
     return _finite(facts), []
 
@@ -88,8 +82,19 @@ def _unfinished_cache(path: Path, attributes: Facts) -> Facts:
     }
 
 
+def _run_or_checkpoint(path: Path, verify: bool) -> Facts | None:
+    from sest.checkpoint import STATE  # imports torch, which stores and cells do not need
+    from sest.train import CONFIG, METRICS
+
+    if (path / STATE).exists():
+        return _checkpoint(path, verify)
+    return _run(path, path / METRICS, verify) if (path / CONFIG).exists() and (path / METRICS).exists() else None
+
+
 def _checkpoint(path: Path, verify: bool) -> Facts:
     """Sizes and state of a checkpoint; `verify` compares the sha256 of its files (a difference is an error)."""
+    from sest.checkpoint import open_checkpoint
+
     state = open_checkpoint(path, check=verify).state
     run = state["run"]
     facts = {
@@ -115,8 +120,11 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
     return facts
 
 
-def _run(path: Path, verify: bool) -> Facts:
+def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     """The furthest checkpoint of a run, and where it stands."""
+    from sest.checkpoint import checkpoints, find_checkpoint, open_checkpoint
+    from sest.train import read_run_config
+
     config, provenance = read_run_config(path)
     found = [folder for folder in checkpoints(path) if not folder.name.startswith(".")]
     facts: Facts = {"kind": "run", "step": 0, **dict.fromkeys(RUN_FACTS)}  # before the first checkpoint
@@ -129,12 +137,12 @@ def _run(path: Path, verify: bool) -> Facts:
     facts["max_steps"] = config.get("max_steps")
     facts["checkpoints"] = [folder.name for folder in found]
     facts["cache"] = provenance.get("cache")
-    facts["metrics"] = _last_validation(path)
+    facts["metrics"] = _last_validation(metrics)
     return facts
 
 
-def _last_validation(path: Path) -> dict[str, float] | None:
-    for line in reversed((path / METRICS).read_text().splitlines()):
+def _last_validation(metrics: Path) -> dict[str, float] | None:
+    for line in reversed(metrics.read_text().splitlines()):
         if '"val_loss"' in line and line.endswith("}"):  # a kill can cut the last line short
             found: dict[str, float] = json.loads(line)
             return found

@@ -348,9 +348,6 @@ def _encode_all(
     cache: Path,
 ) -> None:
     """Fit the projection where there is one, then write every missing shard of embeddings."""
-    todo = [(i, shard) for i, group in enumerate(groups) for shard in writer.missing_embedding_shards(group)]
-    if not todo:
-        return
     encoder = plan.encoder
     run = _RowEncoder(writer, encoder, encoder.batch_size(config.batch_size), progress, stop, cache)
     projection = _stored_projection(writer) or encoder.fitted
@@ -365,6 +362,7 @@ def _encode_all(
     def finish(x: np.ndarray) -> np.ndarray:  # (B, D + extra) -> (B, E)
         return projection.apply(x[:, :native]) if projection is not None else x[:, :width]
 
+    todo = [(i, shard) for i, group in enumerate(groups) for shard in writer.missing_embedding_shards(group)]
     left = sum(len(_rows_of(plan.selected[i], groups[i], shard)) for i, shard in todo)
     progress.begin("Embedding", plan.n_selected, "cells", plan.n_selected - left)
     for i, shard in todo:

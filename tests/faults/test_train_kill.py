@@ -51,6 +51,12 @@ def content(run: Path) -> dict[str, bytes]:
     return found
 
 
+def warm_up() -> None:
+    """What PyTorch imports, for seconds, and makes in its caches at the first use of these."""
+    new_model(HeadSizes(dim=2, n_features=2, n_genes=2, hidden=8), 0)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
+
+
 def failing_at(k: int, original: Callable[..., Any], fail: Callable[[], None]) -> Callable[..., Any]:
     """`original`, but for its k-th call: that fails first."""
     calls = 0
@@ -90,6 +96,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
 
         return call
 
+    warm_up()
     with ExitStack() as stack:
         for name in OPERATIONS:
             stack.enter_context(mock.patch.object(os, name, counted(name, getattr(os, name))))
@@ -153,8 +160,7 @@ def test_a_disk_that_fails_at_any_operation_costs_nothing(
 
 def _kill_server(store: Path, runs: Path, jobs: list[tuple[str, int]]) -> None:
     """For each (operation, k): train in a child that kills itself there, then in another one."""
-    new_model(HeadSizes(dim=2, n_features=2, n_genes=2, hidden=8), 0)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports for seconds at its first use
+    warm_up()
     for operation, k in jobs:
         run = runs / f"{operation}-{k}"
         assert _child(store, run, operation, k), f"{operation} is not used {k} times"
