@@ -184,6 +184,8 @@ def test_epochs_and_seeds_differ() -> None:
         assert not np.array_equal(first["targets"], other["targets"])
         assert not np.array_equal(first["controls"], other["controls"])
         assert not np.array_equal(first["perturbation"], other["perturbation"])  # the order of sets too
+        together = {frozenset(rows) for rows in first["targets"].tolist()}
+        assert not together & {frozenset(rows) for rows in other["targets"].tolist()}  # and which cells share a set
 
 
 def test_cells_outside_the_mask_are_never_drawn() -> None:

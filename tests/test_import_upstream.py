@@ -28,16 +28,18 @@ from sest.weights import TransitionCheckpoint, load_transition
 
 
 @pytest.fixture(scope="module")
-def imported(shared_reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("imported") / "st"
-    import_checkpoint(shared_reference / "st" / "st.ckpt", folder)
-    return folder
+def read(shared_reference: Path) -> TransitionCheckpoint:
+    """The reference checkpoint as `sest.weights` reads it, in a process of its own: once, as that takes seconds."""
+    return load_transition(shared_reference / "st" / "st.ckpt")
 
 
 @pytest.fixture(scope="module")
-def read(shared_reference: Path) -> TransitionCheckpoint:
-    """The reference checkpoint as `sest.weights` reads it."""
-    return load_transition(shared_reference / "st" / "st.ckpt")
+def imported(shared_reference: Path, read: TransitionCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported") / "st"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_upstream, "load_transition", lambda source: read)
+        import_checkpoint(shared_reference / "st" / "st.ckpt", folder)
+    return folder
 
 
 @pytest.fixture

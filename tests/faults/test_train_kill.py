@@ -209,7 +209,7 @@ def test_a_run_killed_at_any_operation_and_resumed_is_the_uninterrupted_run(
 def test_the_command_stopped_at_any_moment_and_resumed_is_the_uninterrupted_run(
     store: Path, whole: dict[str, bytes], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """`sest train` as a user starts it, signalled after 0.0, 0.1, 0.2 ... s of training until it ends by itself."""
+    """`sest train` as a user starts it, signalled after 0, 0.3, 0.6 ... s of training until it ends by itself."""
     run = tmp_path / "run"
     values = {k: v for k, v in config().to_values().items() if v != getattr(TrainConfig(), k)}
     (tmp_path / "config.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
@@ -224,7 +224,7 @@ def test_the_command_stopped_at_any_moment_and_resumed_is_the_uninterrupted_run(
         before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
         while process.poll() is None:  # wait until training has begun
             if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime_ns != before:
-                time.sleep(0.1 * stops)
+                time.sleep(0.3 * stops)
                 process.send_signal(number)
                 break
             time.sleep(0.01)
