@@ -35,7 +35,10 @@ def embed(
     precision: Annotated[Text, opt(EmbedConfig, "precision")] = None,
     seed: Annotated[Optional[int], opt(EmbedConfig, "seed")] = None,  # noqa: UP045
     data_root: Annotated[
-        list[Path], typer.Option(help="folder that a .toml's paths may lead to, beside its own; may be repeated")
+        list[Path],
+        typer.Option(
+            help="folder a .toml's paths may lead to, may be repeated; default: its own and the working folder"
+        ),
     ] = [],  # noqa: B006 - Typer copies it
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
 ) -> None:

@@ -28,12 +28,15 @@ def train(
     resume: Annotated[
         Text,
         typer.Option(
-            help="continue from 'auto' (the run's furthest checkpoint) or a checkpoint folder", show_default=False
+            help="continue from 'auto' (the run's furthest checkpoint) or a checkpoint folder; default: a new run",
+            show_default=False,
         ),
     ] = None,
     config: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="TOML with options (as config.toml of a run); the command line wins", show_default=False),
+        typer.Option(
+            help="TOML with options (as config.toml of a run); the command line wins; default: none", show_default=False
+        ),
     ] = None,
     perturbations: Annotated[Text, opt(TrainConfig, "perturbations")] = None,
     splits: Annotated[Text, opt(TrainConfig, "splits")] = None,

@@ -102,19 +102,27 @@ def make_requests(
         return [*asked, Request(pool, control, True, len(pool))], usual
     if new is not None:
         raise InputError("--cells gives new controls; say what to predict with --only, --counts or --template.")
-    return _test_split(data, control), usual
+    return _test_split(data, control, config.cell_type), usual
 
 
-def _test_split(data: Dataset, control: str) -> list[Request]:
-    """As many cells of every test (context, perturbation) as there are real ones, and all test controls."""
+def _test_split(data: Dataset, control: str, only: str | None) -> list[Request]:
+    """As many cells of every test (context, perturbation) as there are real ones, and all test controls.
+
+    `only` is the cell type that is wanted, if not all are.
+    """
     labels, mask = data.labels, data.in_split(TEST)
     perturbed = mask & ~labels.is_control
     if not perturbed.any():
         raise InputError("The run has no test split. Say what to predict with --only, --counts or --template.")
+    contexts = {context: labels.contexts[context][1] for context in np.unique(labels.context[perturbed]).tolist()}
+    if only not in (None, *contexts.values()):
+        raise InputError(f"No test cells of cell type '{only}'. There are: {shown(sorted(set(contexts.values())))}.")
     requests = []
-    for context in np.unique(labels.context[perturbed]):
+    for context, cell_type in contexts.items():
+        if only not in (None, cell_type):
+            continue
         here = labels.context == context
-        pool = store_pool(data, np.flatnonzero(mask & here & labels.is_control), labels.contexts[context][1])
+        pool = store_pool(data, np.flatnonzero(mask & here & labels.is_control), cell_type)
         codes, counts = np.unique(labels.perturbation[perturbed & here], return_counts=True)
         requests += [
             Request(pool, labels.perturbations[code], False, int(n)) for code, n in zip(codes, counts, strict=True)

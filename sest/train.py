@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from sest import __version__
 from sest.batches import SetSampler, batch_source, store_cells
-from sest.cache.schema import write_durably
+from sest.cache.schema import fsync_file, write_durably
 from sest.checkpoint import (
     BEST,
     LAST,
@@ -163,6 +162,7 @@ def train(
         return total
 
     def save(name: str, *, with_optimizer: bool = True) -> None:
+        fsync_file(run / METRICS)  # lines up to this step are not written again by a run resumed from here
         save_checkpoint(
             run / name,
             {
@@ -446,12 +446,10 @@ def _step_of(line: str) -> float:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line, durably; a number that is not finite becomes null, as JSON has none."""
+    """Add a line, to be made durable with the next checkpoint; a number that is not finite becomes null."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
     with open(path, "a") as file:
         file.write(json.dumps(plain, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _dropout_seed(seed: int, batch: int, part: int) -> int:

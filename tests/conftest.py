@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,14 @@ from sest.progress import Silent
 if TYPE_CHECKING:
     from sest.demo import DemoResult
 
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_not_ignored() -> None:
+    """A shell starts background jobs with SIGINT ignored; what tests say of Ctrl-C must hold there too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _folder(variable: str, name: str) -> Path:

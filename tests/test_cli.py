@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import anndata as ad
 import pytest
 import typer
 from conftest import ROOT, Demo
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from small import write_se
 
@@ -390,6 +392,25 @@ def test_a_finished_step_is_said_when_it_is_finished(capsys: pytest.CaptureFixtu
         stopped, command = [line for line in capsys.readouterr().err.splitlines() if line]
         assert stopped.startswith("Training: 4/10 it") and command == "$ sest after"
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_one_bar_and_commands_that_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=written, force_terminal=True, width=80))
+    text = "sest train /tmp/demo/cache.zarr --run /tmp/demo/run " + " ".join(f"--option-{i} {i}" for i in range(9))
+    with console.ConsoleProgress() as progress:
+        progress.command(text)
+        progress.begin("Reading", 10, "cells")
+        progress.advance(10)
+        progress.note("a note")
+        progress.begin("Training", 10, "it")
+        progress.advance(4)
+        assert progress._bars is not None and len(progress._bars.tasks) == 1
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue())
+    assert text in re.sub(r" \\\n +", " ", plain)
+    assert max(map(len, re.split(r"[\r\n]", plain))) <= 80
+    assert plain.index("$ sest") < plain.index("Reading: 10/10 cells") < plain.index("a note")
+    assert "Training: 4/10 it" in plain
 
 
 # --- signals and exit codes

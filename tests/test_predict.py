@@ -167,6 +167,18 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_choice(demo
     assert a == b and b != c
 
 
+def test_the_test_split_can_be_that_of_one_cell_type(predicted: Predict, tmp_path: Path) -> None:
+    """Both cell types of a small store have a test perturbation."""
+    store = write_store(tmp_path / "store.zarr", [tiny_group("d")])
+    splits, text = tmp_path / "splits.toml", '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n'
+    splits.write_text(text + '[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n[fewshot."d.y"]\ntest = ["P", "S"]\n')
+    train(store, tmp_path / "run", tiny_config(splits=str(splits), max_steps=1), Silent())
+    both, one = predicted(tmp_path / "run"), predicted(tmp_path / "run", cell_type="y")
+    assert dict(both.obs["cell_type"].value_counts()) == {"x": 8 + 7, "y": 8 + 6 + 7}
+    assert set(one.obs["cell_type"]) == {"y"}
+    np.testing.assert_array_equal(one.X.toarray(), both[both.obs["cell_type"] == "y"].X.toarray())
+
+
 def test_a_prediction_does_not_depend_on_what_else_is_asked(
     predicted: Predict, whole: ad.AnnData, held_out: dict[str, list[str]]
 ) -> None:
@@ -305,6 +317,7 @@ def test_bad_requests_are_refused_in_one_line_and_nothing_is_written(
 ) -> None:
     assert "several cell types: alpha, beta. Pass --cell-type." in refusal(only=names[0])
     assert "Did you mean 'beta'?" in refusal(only=names[0], cell_type="betta")
+    assert "No test cells of cell type 'alpha'. There are: beta." in refusal(cell_type="alpha")
     near = refusal(only=names[0] + "x", cell_type="beta")
     assert "no features for 1 of 1 perturbations" in near and f"'{names[0]}'" in near
     assert f"'{CONTROL}' is the control" in refusal(only=CONTROL, cell_type="beta")

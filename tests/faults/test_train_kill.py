@@ -146,6 +146,28 @@ def test_a_disk_that_is_full_at_some_fsync_costs_nothing(
     assert disk_fails_once(store, tmp_path / "run", whole, "fsync", 1 + round(share * (uses["fsync"] - 1)))
 
 
+def test_the_lines_before_a_checkpoint_are_on_the_disk_when_it_takes_its_place(store: Path, tmp_path: Path) -> None:
+    metrics, durable = tmp_path / "run" / "metrics.jsonl", -1
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(file: int) -> None:
+        nonlocal durable
+        fsync(file)
+        if metrics.exists() and os.path.samestat(os.fstat(file), metrics.stat()):
+            durable = metrics.stat().st_size
+
+    renamed = []
+
+    def check_rename(source: Path, target: Path) -> None:
+        assert durable == metrics.stat().st_size
+        renamed.append(target)
+        rename(source, target)
+
+    with mock.patch("os.fsync", note_fsync), mock.patch("os.rename", check_rename):
+        train(store, tmp_path / "run", config(), Silent())
+    assert len(renamed) >= 6
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_disk_that_fails_at_any_operation_costs_nothing(
