@@ -8,8 +8,8 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := sest cli cache tests benchmarks
-# One thread a process: on few cores, test processes and OpenMP threads would fight for them.
-export OMP_NUM_THREADS ?= 1
+# One thread a test process: on few cores, test processes and OpenMP threads would fight for them.
+unit faults: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
