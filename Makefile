@@ -21,7 +21,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo ## install, then run the whole pipeline on made-up cells
-	$(BIN)/sest demo
+	rm -rf build/demo
+	$(BIN)/sest demo --out build/demo
 
 test: lint types unit ## install, then lint, type-check and run every test but the long fault sweep
 

@@ -297,6 +297,7 @@ def first_batch(store: Path, config: TrainConfig, n_sets: int) -> tuple[StateTra
     [
         {},
         {"loss": "mse"},
+        {"loss": "energy+sinkhorn"},
         {"controls": "batch"},
         {"control_targets": True},
         {"target_sum": "median"},
@@ -310,6 +311,8 @@ def first_batch(store: Path, config: TrainConfig, n_sets: int) -> tuple[StateTra
 def test_the_first_step_is_what_pytorch_does_with_the_same_sets(
     store: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    if "sinkhorn" in changes.get("loss", ""):
+        pytest.importorskip("geomloss")
     config = tiny_config(max_steps=1, dropout=0.0, **changes)
     train(store, tmp_path / "run", config, Silent())
     model, batch = first_batch(store, config, config.batch_size * config.accumulate)
@@ -685,6 +688,43 @@ def test_bf16_trains_on_the_cpu_and_can_be_resumed_in_fp32(store: Path, whole: P
     )  # 8 bits of mantissa in the matrix products
     train(store, run, tiny_config(precision="fp32"), Silent(), resume="auto")
     assert open_checkpoint(run / LAST).state["precision"] == "fp32"
+
+
+def in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in fp16 with its GradScaler, on the CPU, where sest itself refuses it; on older GPUs it is the default."""
+    monkeypatch.setattr(sest.train, "choose_precision", lambda name, device, training: "fp16")
+
+
+def test_fp16_clips_and_logs_unscaled_gradients_and_resumes_with_its_scale(
+    store: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fp16(monkeypatch)
+    train(store, tmp_path / "whole", tiny_config(), Silent())
+    for ours, fp32 in zip(metrics(tmp_path / "whole")[:3], metrics(whole)[:3], strict=True):
+        assert ours["loss"] == pytest.approx(fp32["loss"], rel=1e-3)  # 11 bits of mantissa
+        assert ours["grad_norm"] == pytest.approx(fp32["grad_norm"], rel=1e-2)
+    assert_close(weights(tmp_path / "whole" / step_folder(4)), weights(whole / step_folder(4)), atol=1e-3)
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(store, run, tiny_config(), Silent(), on_log=signal_after(6))
+    assert open_checkpoint(run / LAST).state["scaler"]["_growth_tracker"] == 6
+    train(store, run, tiny_config(), Silent(), resume="auto")
+    assert files(run) == files(tmp_path / "whole")
+
+
+def test_fp16_skips_a_step_that_overflows_and_halves_its_scale(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fp16(monkeypatch)
+    nan_at(monkeypatch, {3})
+    run = tmp_path / "run"
+    train(store, run, tiny_config(max_steps=4, checkpoint_every=1), Silent())
+    scales = [open_checkpoint(run / step_folder(step)).state["scaler"]["scale"] for step in (1, 2, 3, 4)]
+    assert scales == [65536.0, 65536.0, 32768.0, 32768.0]
+    for which in (MODEL, OPTIMIZER):
+        assert same(weights(run / step_folder(2), which), weights(run / step_folder(3), which))
+        assert not same(weights(run / step_folder(3), which), weights(run / step_folder(4), which))
+    assert metrics(run)[-2]["skipped_steps"] == 1
 
 
 def test_progress_is_told_every_step_also_those_done_before(store: Path, whole: Path, tmp_path: Path) -> None:
