@@ -362,10 +362,10 @@ def _encode_all(
     def finish(x: np.ndarray) -> np.ndarray:  # (B, D + extra) -> (B, E)
         return projection.apply(x[:, :native]) if projection is not None else x[:, :width]
 
-    todo = [(i, shard) for i, group in enumerate(groups) for shard in writer.missing_embedding_shards(group)]
-    left = sum(len(_rows_of(plan.selected[i], groups[i], shard)) for i, shard in todo)
+    missing = [(i, shard) for i, group in enumerate(groups) for shard in writer.missing_embedding_shards(group)]
+    left = sum(len(_rows_of(plan.selected[i], groups[i], shard)) for i, shard in missing)
     progress.begin("Embedding", plan.n_selected, "cells", plan.n_selected - left)
-    for i, shard in todo:
+    for i, shard in missing:
         group, c = groups[i], plan.cells[i]
         start, end = group.embedding_shards()[shard]
         rows = _rows_of(plan.selected[i], group, shard)

@@ -25,6 +25,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from sest.cache.schema import fsync_file, fsync_folder
 from sest.errors import InputError, nearest, shown
 from sest.unpickle import DAMAGE, Checkpoint, damaged, read_checkpoint, read_dictionary
 
@@ -360,20 +361,12 @@ def save_safetensors_copy(weights_path: Path) -> Path:
     try:
         save_file(read.tensors, partial, metadata={"sest": json.dumps(record, sort_keys=True)})
         shutil.copymode(weights_path, partial)  # safetensors writes for the owner only
-        _fsync(partial)
+        fsync_file(partial)
         os.replace(partial, copy)
     finally:
         partial.unlink(missing_ok=True)
-    _fsync(copy.parent)
+    fsync_folder(copy.parent)
     return copy
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_features(path: Path) -> dict[str, np.ndarray]:

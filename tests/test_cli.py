@@ -397,7 +397,7 @@ def test_a_finished_step_is_said_when_it_is_finished(capsys: pytest.CaptureFixtu
 def test_a_terminal_shows_one_bar_and_commands_that_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=written, force_terminal=True, width=80))
-    text = "sest train /tmp/demo/cache.zarr --run /tmp/demo/run " + " ".join(f"--option-{i} {i}" for i in range(9))
+    text = "sest train demo/cache.zarr --run demo/run " + " ".join(f"--option-{i} {i}" for i in range(9))
     with console.ConsoleProgress() as progress:
         progress.command(text)
         progress.begin("Reading", 10, "cells")
