@@ -18,7 +18,7 @@ from sest.config import TrainConfig
 from sest.errors import InputError, shown
 from sest.features import Features, make_features
 from sest.progress import Progress
-from sest.splits import SPLIT_NAMES, TRAIN, VAL, SplitFile, SplitRow, assign_splits, read_splits, split_table
+from sest.splits import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, SplitRow, assign_splits, read_splits, split_table
 
 ROWS_PER_BLOCK = 8192
 
@@ -40,6 +40,13 @@ class Dataset:
     def in_split(self, bit: int) -> np.ndarray:
         """(N,) bool: the cells of a split."""
         return (self.mask & bit) > 0
+
+    def held_out_whole(self) -> list[str]:
+        """Contexts with perturbed cells to validate or test on, and none to train on."""
+        perturbed = ~self.labels.is_control
+        seen = set(self.labels.context[perturbed & self.in_split(TRAIN)].tolist())
+        asked = set(self.labels.context[perturbed & (self.in_split(VAL) | self.in_split(TEST))].tolist())
+        return [" / ".join(self.labels.contexts[code]) for code in sorted(asked - seen)]
 
     @property
     def cache_sha256(self) -> str:
@@ -77,24 +84,10 @@ def read_dataset(
                     f"None of the perturbations of the {SPLIT_NAMES[bit]} split has features "
                     f"({shown(features.missing)}). Name others in a splits file, or pass --missing-perturbations zero."
                 )
-    held_out = _held_out_whole(labels, mask)
-    if held_out and not config.control_targets:
-        progress.note(
-            f"The head never sees {shown(held_out)} in training. With --control-targets it learns from their control "
-            "cells, which such cell types usually need (measured: benchmarks/README.md)."
-        )
     table = split_table(groups, dataclasses.replace(splits, masks=_per_group(mask, labels)))
     targets = read_targets(cache, config.target_sum, progress)
     embeddings, embedding_row = read_embeddings(cache, labels)
     return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
-
-
-def _held_out_whole(labels: Labels, mask: np.ndarray) -> list[str]:
-    """Contexts with perturbed cells to validate or test on, and none to train on."""
-    perturbed = ~labels.is_control
-    seen = set(labels.context[perturbed & ((mask & TRAIN) > 0)].tolist())
-    asked = set(labels.context[perturbed & ((mask & ~np.uint8(TRAIN)) > 0)].tolist())
-    return [" / ".join(labels.contexts[code]) for code in sorted(asked - seen)]
 
 
 def _per_group(mask: np.ndarray, labels: Labels) -> dict[str, np.ndarray]:

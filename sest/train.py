@@ -135,6 +135,12 @@ def train(
         same_batch=config.controls == "batch",
         control_targets=config.control_targets,
     )
+    unseen = data.held_out_whole()
+    if unseen and not config.control_targets:
+        progress.note(
+            f"The head never sees {shown(unseen)} in training. With --control-targets it learns from their control "
+            "cells, which such cell types usually need (measured: benchmarks/README.md)."
+        )
     alone = sampler.without_same_batch()
     if alone:
         progress.note(f"{alone:,} training cells have no control in their batch; any of their cell type serves.")

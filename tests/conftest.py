@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,3 +78,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder, commands = tmp_path_factory.mktemp("demo") / "out", list[str]()
     result = run_demo(folder, Silent(), quick=True, on_command=commands.append)
     return Demo(folder, commands, result)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of two groups, one below a folder, with several shards each. Tests work on copies."""
+    from small import small_shards, write_store
+
+    path = tmp_path_factory.mktemp("finished") / "store.zarr"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_shards(monkeypatch)
+        write_store(path)
+    return path
+
+
+@pytest.fixture
+def store(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished store, to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "store.zarr"))

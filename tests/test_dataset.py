@@ -68,12 +68,9 @@ def test_a_splits_file_decides_which_cells_train_validate_and_test(store: Path, 
     ]
 
 
-def test_a_cell_type_held_out_whole_is_named_unless_its_controls_are_learned(store: Path, splits: str) -> None:
-    notes, with_controls = Notes(), Notes()
-    read_dataset(store, tiny_config(splits=splits), notes)
-    read_dataset(store, tiny_config(splits=splits, control_targets=True), with_controls)
-    assert [note for note in notes.texts if "never sees other / y in training. With --control-targets" in note]
-    assert not [note for note in with_controls.texts if "--control-targets" in note]
+def test_a_cell_type_held_out_whole_is_named(store: Path, splits: str) -> None:
+    assert read_dataset(store, tiny_config(splits=splits), Silent()).held_out_whole() == ["other / y"]
+    assert read_dataset(store, tiny_config(), Silent()).held_out_whole() == []
 
 
 def test_missing_features_are_an_error_drop_leaves_their_cells_out_and_zero_keeps_them(

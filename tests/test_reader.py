@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from small import ATTRIBUTES, GROUPS, PROJECTION, small_shards, write_store
+from small import ATTRIBUTES, GROUPS, PROJECTION
 
 from sest.cache import StoreError, open_cache, schema
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of two groups with several shards each. Tests that change it work on copies."""
-    path = tmp_path_factory.mktemp("finished") / "store.zarr"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small_shards(monkeypatch)
-        write_store(path)
-    return path
-
-
-@pytest.fixture
-def store(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "store.zarr"))
 
 
 def refusal(store: Path) -> str:

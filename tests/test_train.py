@@ -1036,3 +1036,15 @@ def test_the_command_line_says_what_failed_and_exits_with_1_or_143(
     monkeypatch.setattr(sest.train._Window, "add", add)
     assert sest_train(monkeypatch, *arguments, "--run", tmp_path / "stopped") == 143
     assert "Stopped after step 1, saved in" in capsys.readouterr().err
+
+
+def test_a_cell_type_the_head_never_sees_is_named_unless_its_controls_are_learned(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "splits.toml").write_text(
+        '[datasets]\nscreen = "s.h5ad"\n[training]\nscreen = "train"\n[zeroshot]\n"screen.y" = "test"\n'
+    )
+    for control_targets in (False, True):
+        notes = Notes()
+        config = tiny_config(splits=str(tmp_path / "splits.toml"), control_targets=control_targets, max_steps=1)
+        train(store, tmp_path / f"run{control_targets}", config, notes)
+        said = any("never sees screen / y in training. With --control-targets" in text for text in notes.texts)
+        assert said == (not control_targets)

@@ -24,21 +24,6 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     small_shards(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of two groups, one below a folder, with several shards each. Tests work on copies."""
-    path = tmp_path_factory.mktemp("finished") / "store.zarr"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small_shards(monkeypatch)
-        write_store(path)
-    return path
-
-
-@pytest.fixture
-def store(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "store.zarr"))
-
-
 def journal(store: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (store / schema.JOURNAL).read_text().splitlines()]
 
