@@ -13,15 +13,17 @@ import pandas as pd
 import scipy.sparse
 import zarr
 
-from sest.cache import schema
+from sest.cache import journal, schema
+from sest.cache.journal import Entries
 from sest.cache.schema import StoreError
+from sest.cache.storage import LocalStorage, Storage, open_group, storage_at
 
 
 @dataclass(frozen=True)
 class Group:
     """One input file's cells: an AnnData group of the store."""
 
-    root: Path
+    storage: Storage
     path: str  # group path, such as "replogle/rpe1"
     attributes: dict[str, Any]  # dataset, columns, control, scale, fingerprint, n_cells, n_genes, dim ...
 
@@ -54,7 +56,7 @@ class Group:
 
     @cached_property
     def _zarr(self) -> zarr.Group:
-        return zarr.open_group(self.root / self.path, mode="r", use_consolidated=False)
+        return open_group(self.storage, self.path)
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of obsm/X_sest: (rows, dim), float16 or float32 as stored; NaN rows were not embedded."""
@@ -73,10 +75,13 @@ class Group:
         try:
             array = self._zarr[name]
             assert isinstance(array, zarr.Array)
-            return np.asarray(array[start:stop])
+            with self.storage.reached():
+                return np.asarray(array[start:stop])
+        except StoreError:
+            raise
         except ValueError as error:
             raise StoreError(
-                f"{self.root} is damaged: {self.path}/{name} cannot be read ({error}). "
+                f"{self.storage} is damaged: {self.path}/{name} cannot be read ({error}). "
                 "`sest info --verify` names the file; delete that, and the same `sest embed` command writes it again."
             ) from error
 
@@ -85,10 +90,15 @@ class Group:
 class Cache:
     """A finished store: how it was made (`attributes`) and its groups by path."""
 
-    path: Path
+    storage: Storage
     attributes: dict[str, Any]
     groups: dict[str, Group]
-    _entries: dict[str, dict[str, Any]] = field(repr=False)
+    _entries: Entries = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """Its path or URL, as it was given."""
+        return str(self.storage)
 
     @property
     def dim(self) -> int:
@@ -109,18 +119,17 @@ class Cache:
         """The PCA that made the embeddings (mean, basis, explained_variance), or None."""
         if f"{schema.PROJECTION}/zarr.json" not in self._entries:
             return None
-        group = zarr.open_group(self.path / schema.PROJECTION, mode="r", use_consolidated=False)
+        group = open_group(self.storage, schema.PROJECTION)
         return {name: np.asarray(array[:]) for name, array in group.arrays()}
 
     @cached_property
     def projection_attributes(self) -> dict[str, Any]:
         """What the projection says of itself (for the pca encoder: its genes)."""
-        group = zarr.open_group(self.path / schema.PROJECTION, mode="r", use_consolidated=False)
-        return dict(group.attrs)
+        return dict(open_group(self.storage, schema.PROJECTION).attrs)
 
     def verify(self) -> list[str]:
         """Read every file and list those that are missing or whose sha256 is not the journal's (empty: sound)."""
-        return schema.damaged_files(self.path, self._entries.values(), every_byte=True)
+        return journal.damaged_files(self.storage, self._entries.values(), every_byte=True)
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -130,38 +139,39 @@ def open_cache(path: str | Path) -> Cache:
         StoreError: no such store, not one of sest's, unfinished (no COMPLETE), of another schema version, or damaged
             (a file is missing, has another size than the journal says, or is metadata of another content).
     """
-    root = Path(path)
-    if not (root / "zarr.json").is_file():
-        what = "is not a sest store (no zarr.json in it)" if root.exists() else "does not exist"
-        raise StoreError(f"{root} {what}. Make one with `sest embed INPUT --encoder ... --cache {root}`.")
-    attributes = schema.root_attributes(root)
+    storage = storage_at(path)
+    there = storage.here()
+    if schema.ROOT not in there:
+        exists = there or (isinstance(storage, LocalStorage) and storage.root.exists())
+        what = "is not a sest store (no zarr.json in it)" if exists else "does not exist"
+        raise StoreError(f"{storage} {what}. Make one with `sest embed INPUT --encoder ... --cache {storage}`.")
+    attributes = journal.root_attributes(storage)
     if attributes is None:
-        raise StoreError(f"{root} is a Zarr store, but not one of sest's (no 'sest' attribute).")
+        raise StoreError(f"{storage} is a Zarr store, but not one of sest's (no 'sest' attribute).")
     if attributes.get("schema_version") != schema.SCHEMA_VERSION:
         raise StoreError(
-            f"{root} has schema version {attributes.get('schema_version')}; this sest reads version "
+            f"{storage} has schema version {attributes.get('schema_version')}; this sest reads version "
             f"{schema.SCHEMA_VERSION}. Embed again, or use the sest version it was made with "
             f"({attributes.get('sest_version')})."
         )
-    if not (root / schema.COMPLETE).is_file():
-        raise StoreError(f"{root} is unfinished (no COMPLETE file). Run the same `sest embed` command to finish it.")
-    if not schema.journal_is_promised(root):
+    if schema.COMPLETE not in there:
+        raise StoreError(f"{storage} is unfinished (no COMPLETE file). Run the same `sest embed` command to finish it.")
+    if not journal.is_promised(storage):
         raise StoreError(
-            f"{root} is damaged: journal.jsonl is not the one COMPLETE was written for. "
+            f"{storage} is damaged: journal.jsonl is not the one COMPLETE was written for. "
             "Run the same `sest embed` command to check every file and write again what is wrong."
         )
-    lines, _ = schema.read_journal(root / schema.JOURNAL)
-    entries = schema.journal_entries(lines)
-    damaged = schema.damaged_files(root, entries.values())
+    entries, _ = journal.read_journal(storage, schema.JOURNAL)
+    damaged = journal.damaged_files(storage, entries.values())
     if damaged:
         raise StoreError(
-            f"{root} is damaged: {len(damaged)} of {len(entries)} files are missing or are not as they were written "
+            f"{storage} is damaged: {len(damaged)} of {len(entries)} files are missing or are not as they were written "
             f"(first: {damaged[0]}). Run the same `sest embed` command to write them again."
         )
-    groups = {name: _group(root, name) for name in attributes["groups"]}
-    return Cache(root, attributes, groups, entries)
+    groups = {name: _group(storage, name) for name in attributes["groups"]}
+    return Cache(storage, attributes, groups, entries)
 
 
-def _group(root: Path, path: str) -> Group:
-    attributes: Any = zarr.open_group(root / path, mode="r", use_consolidated=False).attrs["sest"]
-    return Group(root, path, attributes)
+def _group(storage: Storage, path: str) -> Group:
+    attributes: Any = open_group(storage, path).attrs["sest"]
+    return Group(storage, path, attributes)

@@ -1,18 +1,21 @@
 """Write a store so that a kill at any moment loses nothing that was journalled.
 
-Order of every step: bytes, fsync of the file, fsync of its folder, one fsynced line in the journal. Resuming reads the
-journal, never a file's mere existence. COMPLETE is written last, with the journal's sha256.
+Order of every step: bytes, fsync of the file, fsync of its folders, one fsynced line in the journal. Resuming reads the
+journal, never a file's mere existence. COMPLETE is written last, with the journal's sha256. Every file is made in
+memory and put in place whole, so that a folder and an object store are written alike.
+
+Several processes ("ranks", as torchrun numbers them) may write one store. Rank 0 creates the groups and the projection;
+whoever writes which shard is the caller's to decide, and any of them may call `finish`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import io
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +26,13 @@ import numpy as np
 import pandas as pd
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
-from sest.cache import schema
+from sest.cache import journal, schema
+from sest.cache.journal import Entries
 from sest.cache.schema import StoreError
+from sest.cache.storage import Held, LocalStorage, Storage, open_group, storage_at
 
 
 @dataclass(frozen=True)
@@ -58,133 +65,228 @@ class GroupPlan:
 
 
 class StoreWriter:
-    """The one process that writes a store. A context manager: it holds a file lock while open.
+    """A process that writes a store. A context manager: it holds file locks while open (none on object stores).
+
+    Args:
+        path: folder or URL.
+        attributes: of the root; a store that exists must have the same.
+        rank, world_size: which of how many processes that write this store at the same time.
+        add: "groups" and "inputs" of `attributes` may name new files, which are added to those of the store.
 
     Raises:
         StoreError: another process writes the store, the path is no store, or the store on disk was made with other
             attributes (the differences are shown).
     """
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any]) -> None:
-        self.path = path
-        self.attributes = json.loads(json.dumps(attributes))
-        self._entries: dict[str, dict[str, Any]] = {}
+    def __init__(
+        self,
+        path: str | Path,
+        attributes: Mapping[str, Any],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        add: bool = False,
+    ) -> None:
+        self.storage: Storage = storage_at(path)
+        self.attributes: dict[str, Any] = json.loads(json.dumps(attributes))
+        self.rank, self.world_size = rank, world_size
+        self._add = add
+        self._journal = journal.journal_name(rank)
+        self._entries: Entries = {}
+        self._locks = ExitStack()
 
     def __enter__(self) -> Self:
-        refuse_foreign(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / schema.LOCK, "a+")
-        except OSError as error:
-            raise StoreError(f"Cannot write to {self.path}: {error.strerror}. Choose another --cache path.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise StoreError(f"{self.path} is being written by process {owner}. Wait for it or stop it.") from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        try:
+        refuse_foreign(self.storage)
+        with ExitStack() as locks:
+            self._lock(locks)
             self._open()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._locks = locks.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
+        self._locks.close()
+
+    def _lock(self, locks: ExitStack) -> None:
+        """One lock for the store, shared by the ranks, and one for every rank."""
+        me = f"{os.getpid()} of {self.world_size}"
+        alone = self.world_size == 1
+        try:
+            locks.callback(self.storage.hold(schema.LOCK, alone=alone, text=str(os.getpid())).close)
+        except Held as held:
+            raise StoreError(f"{self.storage} is being written by process {held}. Wait for it or stop it.") from held
+        if alone:
+            return
+        try:
+            locks.callback(self.storage.hold(_rank_lock(self.rank), alone=True, text=me).close)
+        except Held as held:
+            raise StoreError(
+                f"{self.storage} is being written by a process with --rank {self.rank} already ({held})."
+            ) from held
+        for rank, lock in self._others():
+            process, _, size = lock.partition(" of ")
+            if size != str(self.world_size):
+                raise StoreError(
+                    f"{self.storage} is being written with --world-size {size} (rank {rank}, process {process}), not "
+                    f"{self.world_size}. Wait for that, or give the same --world-size."
+                )
+
+    def _others(self) -> Iterator[tuple[int, str]]:
+        """Ranks whose processes write this store now, and what their locks say. Unknown on object stores."""
+        if not isinstance(self.storage, LocalStorage):
+            return
+        for file in (self.storage.root / schema.SPOOL).glob("lock-*"):
+            rank = int(file.name.removeprefix("lock-"))
+            if rank != self.rank:
+                try:
+                    self.storage.hold(_rank_lock(rank), alone=False, text="").close()
+                except Held as held:
+                    yield rank, str(held)
 
     def _open(self) -> None:
-        lines, end = schema.read_journal(self.path / schema.JOURNAL)
-        if (self.path / "zarr.json").exists():
-            _refuse_differences(self.path, schema.root_attributes(self.path) or {}, self.attributes)
-        else:
-            zarr.create_group(self.path, attributes={"sest": self.attributes}, zarr_format=3)
-            schema.fsync_file(self.path / "zarr.json")
-            schema.fsync_folder(self.path)
-        self._journal = self.path / schema.JOURNAL
-        if self._journal.exists() and self._journal.stat().st_size != end:
-            os.truncate(self._journal, end)
-        self._entries = schema.journal_entries(lines)
-        finished = (self.path / schema.COMPLETE).exists()
-        promised = not finished or schema.journal_is_promised(self.path)
-        damaged = schema.damaged_files(self.path, self._entries.values(), every_byte=not promised)
+        self._entries = self._read()
+        own, whole = journal.read_journal(self.storage, self._journal)
+        if own and self.storage.sizes()[self._journal] != len(whole):
+            self.storage.write({self._journal: whole})  # without a torn last line
+        if not self.created:
+            if self.rank == 0:
+                self._write_root()
+            return
+        new = self._agree()
+        if self.rank == 0:
+            self._check()
+            if new:
+                self.storage.remove([schema.COMPLETE])
+                self._drop([schema.ROOT])
+                self._write_root()
+
+    def _write_root(self) -> None:
+        self.storage.write(_in_memory(lambda root: root.attrs.update({"sest": self.attributes})))
+
+    def _agree(self) -> list[str]:
+        """Compare with the attributes of the store that is there; returns the groups that are to be added to it."""
+        made, asked = journal.root_attributes(self.storage) or {}, self.attributes
+        new = [name for name in asked["groups"] if name not in made["groups"]] if self._add else []
+        if self._add:
+            self.attributes = {
+                **asked,
+                "groups": [*made["groups"], *new],
+                "inputs": {**made["inputs"], **asked["inputs"]},
+            }
+            made = {
+                **made,
+                "groups": self.attributes["groups"],
+                "inputs": {**made["inputs"], **{name: asked["inputs"][name] for name in new}},
+            }
+        self.attributes |= {key: made[key] for key in schema.MEASURED if key in made}
+        _refuse_differences(self.storage, made, self.attributes)
+        if new and not self.complete and (begun := self._unfinished(set(made["groups"]) - set(asked["groups"]))):
+            raise StoreError(
+                f"{self.storage} is unfinished: {', '.join(begun)}. Run the command that began it before adding files."
+            )
+        return new
+
+    def _unfinished(self, names: set[str]) -> list[str]:
+        """Those of the store's groups of which the journal lacks something."""
+        found = []
+        for name in sorted(names):
+            expected = [f"{name}/{schema.ROOT}"]
+            if expected[0] in self._entries:
+                group = open_group(self.storage, name)
+                for array in ("X/data", "X/indices", f"obsm/{schema.EMBEDDING}"):
+                    opened = group[array]
+                    assert isinstance(opened, zarr.Array) and opened.shards is not None
+                    ending = "/0" * (opened.ndim - 1)
+                    shards = range(-(-opened.shape[0] // opened.shards[0]))
+                    expected += [f"{name}/{array}/c/{i}{ending}" for i in shards]
+            if not self._entries.keys() >= set(expected):
+                found.append(name)
+        return found
+
+    def _check(self) -> None:
+        """Take damaged files out of the journal: they will be written again."""
+        finished = schema.COMPLETE in self.storage.here()
+        promised = not finished or journal.is_promised(self.storage)
+        damaged = journal.damaged_files(self.storage, self._entries.values(), every_byte=not promised)
         if damaged:
+            if others := [rank for rank, _ in self._others()]:
+                raise StoreError(
+                    f"{self.storage} has {len(damaged)} damaged files (first: {damaged[0]}), and other processes (rank "
+                    f"{', '.join(map(str, others))}) are writing it. Stop them and start all again."
+                )
             self._drop(damaged + self._follow_up(damaged))
         if finished and (damaged or not promised):  # after the journal: a kill before this has every byte checked again
-            (self.path / schema.COMPLETE).unlink()
-            schema.fsync_folder(self.path)
+            self.storage.remove([schema.COMPLETE])
+
+    def _read(self) -> Entries:
+        if schema.COMPLETE in self.storage.here():  # then all is in the first
+            return journal.read_journal(self.storage, schema.JOURNAL)[0]
+        return journal.read_journals(self.storage)
+
+    def refresh(self) -> None:
+        """Read again what other processes have finished."""
+        self._entries = {**self._read(), **self._entries}
+        if self.created and not self._add:
+            made = journal.root_attributes(self.storage) or {}
+            self.attributes |= {key: made[key] for key in schema.MEASURED if key in made}
+            _refuse_differences(self.storage, made, self.attributes)
+
+    @property
+    def created(self) -> bool:
+        """Whether the root group is there."""
+        return schema.ROOT in self.storage.here()
 
     @property
     def complete(self) -> bool:
-        """Whether the store was finished before, and its files are as they were then."""
-        return (self.path / schema.COMPLETE).exists()
+        """Whether the store was finished, with all the groups it is to have."""
+        if schema.COMPLETE not in self.storage.here():
+            return False
+        made = journal.root_attributes(self.storage) or {}
+        return set(made["groups"]) >= set(self.attributes["groups"])
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
-        new = not self._journal.exists()
-        with open(self._journal, "ab") as file:
-            file.write(b"".join(json.dumps(line, sort_keys=True).encode() + b"\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            schema.fsync_folder(self.path)
+        self.storage.append(self._journal, b"".join(map(journal.line_of, lines)))
 
-    def _promise(self, files: list[Path], **about: Any) -> None:
+    def _promise(self, files: Mapping[str, bytes], **about: Any) -> None:
         """Make files durable, then journal them; `about` goes into each line (rows, entries)."""
-        for file in files:
-            schema.fsync_file(file)
-        for folder in sorted({parent for file in files for parent in _parents(file, self.path)}):
-            schema.fsync_folder(folder)
+        self.storage.write(files)
         lines = [
-            {
-                "file": file.relative_to(self.path).as_posix(),
-                "size": file.stat().st_size,
-                "sha256": schema.sha256_file(file),
-                **about,
-            }
-            for file in files
+            {"file": name, "size": len(data), "sha256": schema.sha256(data), **about} for name, data in files.items()
         ]
         self._append(lines)
         self._entries.update({line["file"]: line for line in lines})
 
+    def has_group(self, plan: GroupPlan) -> bool:
+        """Whether the group was created whole."""
+        return bool(self._entries.get(f"{plan.path}/{schema.ROOT}", {}).get("ready"))
+
     def add_group(self, plan: GroupPlan, obs: pd.DataFrame, var: pd.DataFrame) -> None:
         """Create one file's AnnData group with its arrays at their final shape. Done before: nothing happens.
 
-        Made aside and moved into place file by file, so that shards that are there already stay (a repair).
+        Shards that are there already stay (a repair).
 
         Args:
             plan: shapes, dtypes and attributes of the group.
             obs: (n_cells, ...) perturbation, cell type and batch; the index holds the original names.
             var: (n_genes, ...) index holds the gene names.
         """
-        marker = f"{plan.path}/zarr.json"
-        if marker in self._entries and self._entries[marker].get("ready"):
+        if self.has_group(plan):
             return
-        aside = self.path / schema.SPOOL / ".group"
-        shutil.rmtree(aside, ignore_errors=True)
-        _create_group(zarr.create_group(aside, zarr_format=3).require_group(plan.path), plan, obs, var)
-        files = []
-        for file in sorted(p for p in aside.rglob("*") if p.is_file() and p.parent != aside):
-            files.append(self.path / file.relative_to(aside))
-            files[-1].parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, files[-1])
-        last = self.path / marker
-        self._promise([file for file in files if file != last])
-        self._promise([last], ready=True)
+        files = _in_memory(lambda root: _create_group(root.require_group(plan.path), plan, obs, var))
+        del files[schema.ROOT]
+        marker = f"{plan.path}/{schema.ROOT}"
+        self._promise({name: data for name, data in files.items() if name != marker})
+        self._promise({marker: files[marker]}, ready=True)
 
     def _drop(self, names: list[str]) -> None:
-        """Take files out of the journal: they will be written again."""
-        self._append([{"drop": name} for name in names])
+        """Take files out of the journals: they will be written again."""
+        if not self._entries.keys() & set(names):
+            return
         for name in names:
             self._entries.pop(name, None)
-
-    def _forget(self, prefix: str) -> None:
-        self._drop([name for name in self._entries if name.startswith(prefix)])
+        self.storage.write({self._journal: journal.merged(self._entries)})
+        self.storage.remove(name for name in journal.journals(self.storage.here()) if name != self._journal)
 
     def _follow_up(self, damaged: list[str]) -> list[str]:
         """What must be written again because of damaged files that are no shards.
@@ -192,24 +294,21 @@ class StoreWriter:
         The "ready" marks of the groups they belong to; with a damaged projection, all embeddings that it made.
         """
         shards = {name for name, entry in self._entries.items() if "rows" in entry or "entries" in entry}
-        others = [name for name in damaged if name not in shards and name != "zarr.json"]
+        others = [name for name in damaged if name not in shards and name != schema.ROOT]
         again = []
         for mark in (name for name, entry in self._entries.items() if entry.get("ready")):
-            folder = mark.removesuffix("zarr.json")
-            if any(name.startswith(folder) or folder.startswith(name.removesuffix("zarr.json")) for name in others):
+            folder = mark.removesuffix(schema.ROOT)
+            if any(name.startswith(folder) or folder.startswith(name.removesuffix(schema.ROOT)) for name in others):
                 again.append(mark)
-        if f"{schema.PROJECTION}/zarr.json" in again:
+        if f"{schema.PROJECTION}/{schema.ROOT}" in again:
             again += [name for name, entry in self._entries.items() if "rows" in entry]
-            shutil.rmtree(self.path / schema.SPOOL, ignore_errors=True)
+            self.storage.remove_folder(schema.SPOOL)
         return again
 
     def missing_embedding_shards(self, plan: GroupPlan) -> list[int]:
         """Numbers of the embedding shards that the journal does not have."""
-        return [
-            i
-            for i in range(len(plan.embedding_shards()))
-            if f"{plan.path}/obsm/{schema.EMBEDDING}/c/{i}/0" not in self._entries
-        ]
+        shards = range(len(plan.embedding_shards()))
+        return [i for i in shards if f"{plan.path}/obsm/{schema.EMBEDDING}/c/{i}/0" not in self._entries]
 
     def missing_target_shards(self, plan: GroupPlan) -> list[int]:
         """Numbers of the target shards of which the journal lacks data or indices."""
@@ -223,44 +322,48 @@ class StoreWriter:
         """Write one whole shard of embeddings. Args: rows: (rows of the shard, dim) floats."""
         start, stop = plan.embedding_shards()[shard]
         assert rows.shape == (stop - start, plan.dim), rows.shape
-        file = self.path / plan.path / "obsm" / schema.EMBEDDING / "c" / str(shard) / "0"
-        file.unlink(missing_ok=True)  # Zarr would read what a kill or damage left of it
-        _array(self.path, f"{plan.path}/obsm/{schema.EMBEDDING}")[start:stop] = rows.astype(plan.embedding_dtype)
-        self._promise([file], rows=[start, stop])
+        name = f"{plan.path}/obsm/{schema.EMBEDDING}"
+        self._promise(self._shard(name, start, stop, rows.astype(plan.embedding_dtype)), rows=[start, stop])
 
     def write_target_shard(self, plan: GroupPlan, shard: int, data: np.ndarray, indices: np.ndarray) -> None:
         """Write one whole shard of the CSR targets: its stored values and their gene positions."""
         start, stop = plan.target_shards()[shard]
         assert len(data) == len(indices) == stop - start, (len(data), len(indices), start, stop)
-        files = []
-        for name, values in (("data", data), ("indices", indices)):
-            files.append(self.path / plan.path / "X" / name / "c" / str(shard))
-            files[-1].unlink(missing_ok=True)
-            _array(self.path, f"{plan.path}/X/{name}")[start:stop] = values
+        files = self._shard(f"{plan.path}/X/data", start, stop, data)
+        files |= self._shard(f"{plan.path}/X/indices", start, stop, indices)
         self._promise(files, entries=[start, stop])
+
+    def _shard(self, array: str, start: int, stop: int, values: np.ndarray) -> dict[str, bytes]:
+        """The file that holds entries [start, stop) of an array, a whole shard of it."""
+        held = {schema.ROOT: default_buffer_prototype().buffer.from_bytes(self.storage.read(f"{array}/{schema.ROOT}"))}
+        opened = zarr.open_array(MemoryStore(held), mode="r+")
+        assert isinstance(opened, zarr.Array)
+        opened.with_config({"write_empty_chunks": True})[start:stop] = values
+        del held[schema.ROOT]
+        assert len(held) == 1, sorted(held)
+        return {f"{array}/{key}": data.to_bytes() for key, data in held.items()}
 
     def write_projection(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
         """Store the PCA (mean, basis, explained variance, float32) that made the embeddings."""
-        folder = self.path / schema.PROJECTION
-        if folder.exists():
-            shutil.rmtree(folder)
-            self._forget(schema.PROJECTION + "/")
-        root = zarr.open_group(self.path, mode="r+", use_consolidated=False)
-        group = root.create_group(schema.PROJECTION, attributes=dict(attributes))
-        for name, values in arrays.items():
-            group.create_array(name, data=np.ascontiguousarray(values), chunks=values.shape)
-        last = folder / "zarr.json"
-        self._promise(sorted(p for p in folder.rglob("*") if p.is_file() and p != last))
-        self._promise([last], ready=True)
+
+        def create(root: zarr.Group) -> None:
+            group = root.create_group(schema.PROJECTION, attributes=dict(attributes))
+            for name, values in arrays.items():
+                group.create_array(name, data=np.ascontiguousarray(values), chunks=values.shape)
+
+        files = _in_memory(create)
+        del files[schema.ROOT]
+        marker = f"{schema.PROJECTION}/{schema.ROOT}"
+        self._promise({name: data for name, data in files.items() if name != marker})
+        self._promise({marker: files[marker]}, ready=True)
 
     def has_projection(self) -> bool:
         """Whether the projection was stored whole."""
-        return bool(self._entries.get(f"{schema.PROJECTION}/zarr.json", {}).get("ready"))
+        return bool(self._entries.get(f"{schema.PROJECTION}/{schema.ROOT}", {}).get("ready"))
 
     def read_projection(self) -> dict[str, np.ndarray]:
         """The stored projection's arrays by name."""
-        group = zarr.open_group(self.path / schema.PROJECTION, mode="r", use_consolidated=False)
-        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+        return {name: np.asarray(array[:]) for name, array in open_group(self.storage, schema.PROJECTION).arrays()}
 
     def spool_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Keep finished rows of an unfinished shard, durably, so that a kill does not cost their encoding.
@@ -270,85 +373,70 @@ class StoreWriter:
             start: number of the first row.
             rows: (n, width).
         """
-        folder = self.path / schema.SPOOL / name
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{start:012d}.npy"
-        aside = file.with_suffix(".partial")
-        with open(aside, "wb") as stream:
-            np.save(stream, rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-        for parent in _parents(file, self.path):
-            schema.fsync_folder(parent)
+        stream = io.BytesIO()
+        np.save(stream, rows)
+        self.storage.write({f"{schema.SPOOL}/{name}/{start:012d}.npy": stream.getvalue()})
 
     def spooled_rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of every block spooled under `name`, in order, up to one that cannot be read."""
-        for file in sorted((self.path / schema.SPOOL / name).glob("*.npy")):
+        for file in sorted(self.storage.sizes(f"{schema.SPOOL}/{name}")):
             try:
-                rows = np.load(file, allow_pickle=False)
+                rows = np.load(io.BytesIO(self.storage.read(file)), allow_pickle=False)
             except (OSError, ValueError, EOFError):
                 return  # damaged since: these rows are made again
-            yield int(file.stem), rows
+            yield int(Path(file).stem), rows
 
     def drop_spool(self, name: str) -> None:
-        """Delete the blocks spooled under `name` ("": all of the spool)."""
-        shutil.rmtree(self.path / schema.SPOOL / name, ignore_errors=True)
+        """Delete the blocks spooled under `name`."""
+        self.storage.remove_folder(f"{schema.SPOOL}/{name}")
 
     def finish(self) -> None:
-        """Mark the store complete: spool and strays deleted, COMPLETE written last."""
-        shutil.rmtree(self.path / schema.SPOOL, ignore_errors=True)
-        for stray in self.path.rglob("*.partial"):
-            stray.unlink()
-        self._promise([self.path / "zarr.json"])
-        content = {"files": len(self._entries), "journal_sha256": schema.sha256_file(self._journal)}
-        schema.write_durably(self.path / schema.COMPLETE, json.dumps(content, sort_keys=True).encode() + b"\n")
+        """Mark the store complete: spool and strays deleted, one sorted journal, COMPLETE written last."""
+        self.storage.remove_folder(schema.SPOOL)
+        self.storage.sweep()
+        root = self.storage.read(schema.ROOT)
+        self._entries[schema.ROOT] = {"file": schema.ROOT, "size": len(root), "sha256": schema.sha256(root)}
+        self.storage.write({schema.JOURNAL: journal.merged(self._entries)})
+        self.storage.write({schema.COMPLETE: journal.complete_line(self._entries)})
+        self.storage.remove(name for name in journal.journals(self.storage.here()) if name != schema.JOURNAL)
+
+
+def _rank_lock(rank: int) -> str:
+    return f"{schema.SPOOL}/lock-{rank}"
 
 
 def _ranges(total: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def _parents(file: Path, root: Path) -> list[Path]:
-    """The folders from the file's own up to `root`, both included."""
-    folders = []
-    for parent in file.parents:
-        folders.append(parent)
-        if parent == root:
-            return folders
-    raise AssertionError(f"{file} is not below {root}")
+def _in_memory(create: Any) -> dict[str, bytes]:
+    """The files of a new Zarr group by name; `create(group)` fills it."""
+    held: dict[str, Any] = {}
+    create(zarr.create_group(MemoryStore(held), zarr_format=3))
+    return {name: data.to_bytes() for name, data in held.items()}
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise StoreError if `path` is something else than a store, the beginning of one, or an empty folder."""
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
-        raise StoreError(f"{path} is a URL. Stores are written to local folders: choose one, and copy it afterwards.")
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise StoreError(f"{path} is a file, not a store. Choose another --cache path.")
-    if (path / "zarr.json").exists():
-        if schema.root_attributes(path) is None:
-            raise StoreError(f"{path} is a Zarr store that sest did not write. Choose another --cache path.")
-    elif any(child.name != schema.LOCK and child.suffix != ".partial" for child in path.iterdir()):
-        raise StoreError(f"{path} exists and is not a sest store. Choose another --cache path.")
+def refuse_foreign(storage: Storage) -> None:
+    """Raise StoreError if a path is something else than a store, the beginning of one, or an empty folder."""
+    if isinstance(storage, LocalStorage) and storage.root.exists() and not storage.root.is_dir():
+        raise StoreError(f"{storage} is a file, not a store. Choose another --cache path.")
+    there = storage.here()
+    if schema.ROOT in there:
+        if journal.root_attributes(storage) is None:
+            raise StoreError(f"{storage} is a Zarr store that sest did not write. Choose another --cache path.")
+    elif any(name not in (schema.LOCK, schema.SPOOL) and not name.endswith(schema.PARTIAL) for name in there):
+        raise StoreError(f"{storage} exists and is not a sest store. Choose another --cache path.")
 
 
 def _has_auto_shard() -> bool:
     return hasattr(anndata.settings, "auto_shard_zarr_v3")
 
 
-def _array(root: Path, name: str) -> zarr.Array:
-    array = zarr.open_array(root / name, mode="r+")
-    assert isinstance(array, zarr.Array)
-    return array
-
-
-def _refuse_differences(path: Path, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _refuse_differences(storage: Storage, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     different = list(_differences(made, asked))
     if different:
         shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
-        raise StoreError(f"{path} was made differently ({shown}). Choose another --cache path or delete the store.")
+        raise StoreError(f"{storage} was made differently ({shown}). Choose another --cache path or delete the store.")
 
 
 def _differences(made: Mapping[str, Any], asked: Mapping[str, Any], above: str = "") -> Iterator[str]:

@@ -59,9 +59,14 @@ def _rate(speed: float) -> str:
 
 
 class ConsoleProgress:
-    """A sest.progress.Progress: a Rich bar with rate and time left, or plain lines when not on a terminal."""
+    """A sest.progress.Progress: a Rich bar with rate and time left, or plain lines when not on a terminal.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: of every line where several processes share a terminal; then there are no bars.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._unit = "", ""
@@ -69,7 +74,7 @@ class ConsoleProgress:
         self._started = self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
-        if err.is_terminal:
+        if err.is_terminal and not self._prefix:
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
@@ -105,7 +110,7 @@ class ConsoleProgress:
             self._line()
 
     def note(self, text: str) -> None:
-        err.print(Text(text), soft_wrap=not err.is_terminal)
+        err.print(Text(self._prefix + text), soft_wrap=not err.is_terminal)
 
     def command(self, text: str) -> None:
         """A command line that is about to be carried out; a terminal shows it in lines that can be copied."""
@@ -152,5 +157,5 @@ class ConsoleProgress:
         rate = (self._done - self._began_with) / max(now - self._started, 1e-9)
         left = f", {(self._total - self._done) / rate:,.0f} s left" if rate and not final else ""
         text = f"{self._name}: {self._done:,}/{self._total:,} {self._unit}, {_rate(rate)} {self._unit}/s{left}"
-        err.print(Text(text), soft_wrap=not err.is_terminal)
+        err.print(Text(self._prefix + text), soft_wrap=not err.is_terminal)
         self._printed = now

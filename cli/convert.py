@@ -1,9 +1,9 @@
-"""`sest import`: an upstream checkpoint to one of ours."""
+"""`sest import` and `sest convert`: files of other programs to forms that sest reads fast."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -26,3 +26,24 @@ def import_(
         f"{out}: step {state['step']:,}, {state['trainable_parameters']:,} parameters; embeddings {sizes['dim']}, "
         f"features {sizes['n_features']}, {sizes['n_genes']:,} genes."
     )
+
+
+def convert(
+    encoder: Annotated[Path, typer.Argument(metavar="ENCODER", help="SE folder, or its .ckpt file")],
+    checkpoint: Annotated[
+        Optional[str],  # noqa: UP045 - Typer shows Optional types as plain ones
+        typer.Option(help="which of several .ckpt files in the folder, by file name; default: the only one"),
+    ] = None,
+) -> None:
+    """Keep a safetensors copy beside an encoder's .ckpt, which loads in seconds.
+
+    `sest embed` and `sest predict` read the copy from then on, while the .ckpt is unchanged.
+    """
+    from sest.weights import convert_encoder
+
+    copy, made = convert_encoder(encoder, checkpoint)
+    size = f"{copy.stat().st_size / 1e9:.2f} GB"
+    if made:
+        console.say(f"{copy}: written ({size}). It is read instead of the .ckpt from now on.")
+    else:
+        console.say(f"{copy} is there already ({size}), and a copy of the present .ckpt.")

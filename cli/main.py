@@ -12,7 +12,7 @@ import typer
 from sest import __version__
 from sest.cache.schema import StoreError
 from sest.cli import console
-from sest.cli.convert import import_
+from sest.cli.convert import convert, import_
 from sest.cli.demo import demo
 from sest.cli.embed import embed
 from sest.cli.evaluate import evaluate
@@ -34,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, train, predict, evaluate, info, demo, simulate):
+for command in (embed, train, predict, evaluate, info, convert, demo, simulate):
     app.command()(command)
 app.command("import")(import_)
 

@@ -126,8 +126,12 @@ def read_targets(cache: Cache, target_sum: str, progress: Progress) -> Targets:
         target_sum: a number, or "median" of the cells' total counts.
 
     Raises:
-        InputError: no gene in common, or an unusable target sum.
+        InputError: no expression values in the store, no gene in common, or an unusable target sum.
     """
+    if not cache.attributes.get("targets", True):
+        raise InputError(
+            f"{cache.path} holds no expression values (an unfinished --to-h5ad made it). Embed with --cache."
+        )
     groups = list(cache.groups.values())
     genes = _common_genes(groups, progress)
     progress.begin("Loading targets", sum(g.n_cells for g in groups), "cells")

@@ -12,6 +12,7 @@ from typing import Any, Self, get_args, get_type_hints
 from sest.errors import InputError, nearest, shown
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+EMBED_PRECISIONS = (*PRECISIONS, "fp8")
 LARGEST_SEED = 2**63 - 1
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
 
@@ -113,7 +114,16 @@ class EmbedConfig(Config):
     control: str | None = option(None, "label of control cells; default: detected")
     batch_size: int = option(0, "cells a forward pass; 0: from the device's memory", least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = option("auto", "of the encoder; auto: bf16 on GPUs that have it, else fp32", choices=PRECISIONS)
+    precision: str = option(
+        "auto",
+        "of the encoder; auto: bf16 on GPUs that have it, else fp32; fp8: bf16 with the large products in 8 bits",
+        choices=EMBED_PRECISIONS,
+    )
+    max_tokens: int | None = option(
+        None,
+        "read only CLS and the N - 1 most expressed genes of a cell: faster, approximate; default: all slots",
+        least=2,
+    )
     seed: int = option(0, "of tie-breaking and of the PCA's sample", least=0, most=LARGEST_SEED)
 
 

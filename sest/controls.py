@@ -24,6 +24,7 @@ from sest.dataset import Dataset
 from sest.encoders import PCA, CellEncoder, PcaEncoder, make_encoder
 from sest.errors import InputError, nearest, shown
 from sest.h5ad import CellFile
+from sest.hub import with_local_encoder
 from sest.inputs import SUFFIXES, Cells, open_cells, resolve_inputs
 from sest.progress import Progress
 from sest.project import Projection
@@ -130,9 +131,11 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset, prog
         encoder=PCA if made["name"] == PCA else str(config.encoder),
         layer=config.layer,
         device=config.device,
+        max_tokens=made.get("max_tokens"),
         seed=made["seed"],
         **columns,
     )
+    embed_config = with_local_encoder(embed_config, progress)
     tensors = checkpoint.projection()
     projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
     with ExitStack() as stack:

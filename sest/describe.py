@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sest.cache import open_cache
-from sest.cache.schema import COMPLETE, root_attributes
+from sest.cache import journal, open_cache
+from sest.cache.schema import COMPLETE, ROOT
+from sest.cache.storage import Storage, is_url, storage_at
 from sest.errors import InputError
 
 Facts = dict[str, Any]
@@ -26,10 +27,10 @@ def describe(path: Path, *, verify: bool = False) -> tuple[Facts, list[str]]:
     Raises:
         InputError, StoreError: nothing there, nothing sest knows, or something that cannot be used.
     """
-    if not path.exists():
+    if not (path.exists() or is_url(path)):
         raise InputError(f"{path} does not exist.")
-    if (path / "zarr.json").exists():
-        return _cache(path, verify)
+    if is_url(path) or (path / ROOT).exists():
+        return _cache(storage_at(path), verify)
     facts = _cells(path) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
     if facts is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
         facts = _encoder(path)
@@ -45,11 +46,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cache(path: Path, verify: bool) -> tuple[Facts, list[str]]:
-    attributes = root_attributes(path)
-    if attributes is not None and not (path / COMPLETE).exists():
-        return _unfinished_cache(path, attributes), []
-    cache = open_cache(path)
+def _cache(storage: Storage, verify: bool) -> tuple[Facts, list[str]]:
+    there = storage.here()
+    if ROOT in there and COMPLETE not in there and (attributes := journal.root_attributes(storage)) is not None:
+        return _unfinished_cache(storage, attributes), []
+    cache = open_cache(str(storage))
     facts = {
         "kind": "cache",
         "complete": True,
@@ -65,11 +66,11 @@ def _cache(path: Path, verify: bool) -> tuple[Facts, list[str]]:
     return facts, damaged
 
 
-def _unfinished_cache(path: Path, attributes: Facts) -> Facts:
+def _unfinished_cache(storage: Storage, attributes: Facts) -> Facts:
     """What a store that is being written, or whose writing was stopped, says of itself already."""
-    groups = {}
+    groups, written = {}, storage.sizes()
     for name in attributes.get("groups", ()):
-        made = root_attributes(path / name) if (path / name / "zarr.json").exists() else None
+        made = journal.root_attributes(storage, name) if f"{name}/{ROOT}" in written else None
         groups[name] = {key: made.get(key) if made else None for key in GROUP_FACTS}
     sizes = [group["n_cells"] for group in groups.values()]
     return {

@@ -18,6 +18,7 @@ import torch
 
 from sest import __version__
 from sest.baselines import predict_baselines
+from sest.cache.storage import is_url
 from sest.cell_eval_scores import MAX_LOG1P
 from sest.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.columns import Columns
@@ -133,7 +134,7 @@ def _run_of(checkpoint: Checkpoint, config: PredictConfig) -> tuple[TrainConfig,
     cache = config.cache or provenance.get("cache")
     if cache is None:
         raise InputError(f"{checkpoint.folder} does not say where its store is. Pass --cache.")
-    if not Path(cache).exists():
+    if not (is_url(cache) or Path(cache).exists()):
         raise InputError(f"The store {cache} does not exist. Pass --cache with the one the run was trained on.")
     if checkpoint.state["cache_sha256"] is None:  # imported: only what is asked for needs features, not the whole store
         values["perturbations"] = ONE_HOT

@@ -301,6 +301,7 @@ def _identity(data: Dataset, config: TrainConfig, precision: str) -> dict[str, A
             "name": cache["encoder"],
             "sha256": cache["encoder_sha256"],
             "native_dim": cache["native_dim"],
+            "max_tokens": cache.get("max_tokens"),
             "projection": cache["projection"],
             "seed": cache["seed"],
             "genes": data.cache.projection_attributes.get("genes") if data.cache.projection else None,
@@ -428,7 +429,7 @@ def _open_run(run: Path, cache: Path, config: TrainConfig, data: Dataset, start:
             if getattr(config, key) not in (None, ONE_HOT)
         }
         provenance = {
-            "cache": str(cache.resolve()),
+            "cache": data.cache.storage.url,
             "sest_version": __version__,
             "torch_version": torch.__version__,
             "resumed_from": str(start.folder) if start else "",

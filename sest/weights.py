@@ -15,6 +15,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ _MODULES = {
     "dataset_embedder": "10 O",
 }
 _LAYER = {"qkv_proj": "3D D", "out_proj": "D D", "linear1": "H D", "linear2": "D H", "norm1": "D", "norm2": "D"}
+_HASH_BLOCK = 2**26
 _MAX_CONFIG_BYTES = 1_000_000
 _MAX_FEATURE_BYTES = 64 * 2**30
 
@@ -166,8 +168,21 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hash of a file's content: of the SHA-256 of its blocks of 64 MB, which all cores hash at once."""
+    n_blocks = -(-path.stat().st_size // _HASH_BLOCK)
+
+    def block(number: int) -> bytes:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            file.seek(number * _HASH_BLOCK)
+            left = _HASH_BLOCK
+            while left and (data := file.read(min(left, 2**20))):
+                digest.update(data)
+                left -= len(data)
+        return digest.digest()
+
+    with ThreadPoolExecutor() as threads:
+        return hashlib.sha256(b"".join(threads.map(block, range(n_blocks)))).hexdigest()
 
 
 def load_encoder(path: Path, checkpoint: str | None = None) -> EncoderWeights:
@@ -324,7 +339,9 @@ def _what_else(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _check_finite(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    bad = [key for key, tensor in tensors.items() if not _finite(tensor.float())]
+    with ThreadPoolExecutor() as threads:
+        finite = list(threads.map(lambda tensor: _finite(tensor.float()), tensors.values()))
+    bad = [key for key, good in zip(tensors, finite, strict=True) if not good]
     if bad:
         raise InputError(f"{name}: NaN or infinite numbers in {shown(bad)}. Take them out or get an intact file.")
 
@@ -337,11 +354,38 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _content_hash(tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"\n{name} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].reshape(-1).numpy().data)
-    return digest.hexdigest()
+    """Hash of names, shapes, values and `facts`; the tensors are hashed by all cores at once."""
+
+    def of_tensor(name: str) -> str:
+        return hashlib.sha256(tensors[name].reshape(-1).numpy().data).hexdigest()
+
+    names = sorted(tensors)
+    with ThreadPoolExecutor() as threads:
+        hashes = list(threads.map(of_tensor, names))
+    content = [[name, list(tensors[name].shape), value] for name, value in zip(names, hashes, strict=True)]
+    return hashlib.sha256(json.dumps([facts, content], sort_keys=True).encode()).hexdigest()
+
+
+def convert_encoder(path: Path, checkpoint: str | None = None) -> tuple[Path, bool]:
+    """Make sure that the `.ckpt` of an SE folder (or the `.ckpt` file `path`) has a safetensors copy.
+
+    Returns:
+        The copy, and whether it was written now: one that belongs to the present `.ckpt` is kept.
+
+    Raises:
+        InputError: no such encoder, an encoder without a `.ckpt` or gene vectors, or a folder that cannot be written.
+    """
+    files = find_encoder(path, checkpoint)
+    if _original(files.weights) is not None and files.weights.name.endswith(COPY_SUFFIX):
+        return files.weights, False
+    if files.weights.suffix != ".ckpt":
+        raise InputError(f"{files.weights} is read fast as it is: only a .ckpt needs a copy.")
+    if files.protein_embeddings is None:  # the copy would have no gene vectors
+        raise InputError(f"No {GENES_FILE} beside {files.weights}: without it the copy could not be used.")
+    try:
+        return save_safetensors_copy(files.weights), True
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"The copy of {files.weights} cannot be written: {error}.") from error
 
 
 def save_safetensors_copy(weights_path: Path) -> Path:
@@ -430,7 +474,8 @@ def _vectors(content: Mapping[Any, Any], file: str) -> tuple[tuple[str, ...], to
     for target, row in zip(matrix, rows.values(), strict=True):
         assert row is not None
         target.copy_(row)
-    _check_finite(file, dict(zip(rows, matrix, strict=True)))
+    if not _finite(matrix):
+        _check_finite(file, dict(zip(rows, matrix, strict=True)))
     return tuple(rows), matrix
 
 

@@ -207,9 +207,8 @@ def write_store(path: Path, attributes: Mapping[str, Any] = ATTRIBUTES) -> list[
 
 
 def hashes(store: Path) -> dict[str, str]:
-    """The sha256 of every file of a store but the lock and the journal (whose order differs) with its COMPLETE."""
-    besides = (schema.LOCK, schema.JOURNAL, schema.COMPLETE)
-    files = [file for file in sorted(store.rglob("*")) if file.is_file() and file.name not in besides]
+    """The sha256 of every file of a store but the lock."""
+    files = [file for file in sorted(store.rglob("*")) if file.is_file() and file.name != schema.LOCK]
     return {file.relative_to(store).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

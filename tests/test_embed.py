@@ -20,12 +20,15 @@ import scipy.sparse
 from small import FORMS, OUT, Notes, counts, gene_names, hashes, small_shards, write_cells, write_se
 
 import sest.embed
+import sest.embed_plan
+import sest.encode_rows
 import sest.h5ad
 import sest.inputs
-from sest.cache import StoreError, open_cache, schema
+from sest.cache import StoreError, StoreWriter, open_cache, schema
 from sest.cli.main import main
 from sest.config import EmbedConfig
-from sest.embed import EmbedPlan, embed
+from sest.embed import embed
+from sest.embed_plan import EmbedPlan
 from sest.encoders import SeEncoder
 from sest.errors import InputError
 from sest.signals import Interrupted
@@ -141,7 +144,7 @@ def test_width_is_512_or_what_is_there_and_said(
         ("pca", 6, {}, "Stored width: 6 (PCA of 30)."),
         ("pca", 6, {"dim": "native"}, "Stored width: 30 (PCA of 30)."),
     ):
-        monkeypatch.setattr(sest.embed, "DEFAULT_DIM", default)
+        monkeypatch.setattr(sest.embed_plan, "DEFAULT_DIM", default)
         notes = Notes()
         config = EmbedConfig(encoder=str(encoder), device="cpu", **options)
         plan = embed([cells], tmp_path / "s.zarr", config, notes, dry_run=True)
@@ -211,7 +214,7 @@ def test_groups_open_with_anndata_and_say_what_they_are(cells: Path, made: Path)
 )
 def test_targets_have_the_smallest_type_that_holds_them(scale: str, whole: bool, largest: float, dtype: str) -> None:
     scan = SimpleNamespace(all_integer=whole, max_value=float(largest))
-    assert sest.embed._target_dtype(SimpleNamespace(scale=scale, scan=scan)) == dtype
+    assert sest.embed_plan._target_dtype(SimpleNamespace(scale=scale, scan=scan)) == dtype
 
 
 @pytest.mark.parametrize(
@@ -338,14 +341,21 @@ class Encoded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, encoder: type = SeEncoder) -> None:
         self.cells: list[tuple[str, int]] = []
         self.before: Callable[[int], None] = lambda call: None
-        encode, calls = encoder.encode, iter(range(10_000))
+        stage, run, calls = encoder.stage, encoder.run, iter(range(10_000))
+        numbers_of: dict[int, tuple[Any, np.ndarray]] = {}  # by identity of the batch, which is kept alive
 
-        def noted(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> np.ndarray:
+        def staged(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> Any:
+            batch = stage(model, cells, rows, numbers)
+            numbers_of[id(batch)] = batch, numbers
+            return batch
+
+        def noted(model: Any, cells: Any, batch: Any) -> np.ndarray:
             self.before(next(calls))
-            self.cells += [(cells.group, int(n)) for n in numbers]
-            return encode(model, cells, rows, numbers)
+            self.cells += [(cells.group, int(n)) for n in numbers_of[id(batch)][1]]
+            return run(model, cells, batch)
 
-        monkeypatch.setattr(encoder, "encode", noted)
+        monkeypatch.setattr(encoder, "stage", staged)
+        monkeypatch.setattr(encoder, "run", noted)
 
 
 def stop_at(call: int, signum: int) -> Callable[[int], None]:
@@ -365,7 +375,7 @@ def test_a_stop_saves_every_encoded_row_and_the_same_command_reuses_them(
     """With a PCA, the first stop is while its sample is encoded, the second while the shards are."""
     small_shards(monkeypatch)  # shards of 8 cells; batches of 3 end within them
     monkeypatch.setattr(schema, "ENTRIES_PER_SHARD", 1024)
-    monkeypatch.setattr(sest.embed, "SAMPLE_CELLS", 14)
+    monkeypatch.setattr(sest.embed_plan, "SAMPLE_CELLS", 14)
     run(two_files, tmp_path / "whole.zarr", se, batch_size=3, **options)
     encoded, cache = Encoded(monkeypatch), tmp_path / "s.zarr"
     for call, signum in zip(calls, (signal.SIGTERM, signal.SIGINT), strict=True):
@@ -384,7 +394,7 @@ def test_after_a_kill_only_rows_since_the_last_save_are_encoded_again(
     two_files: list[Path], se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10_000, 25))  # a save is due after 60 s: every third batch
-    monkeypatch.setattr(sest.embed, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(sest.encode_rows, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     run(two_files, tmp_path / "whole.zarr", se, batch_size=2, dim="4")
     encoded = Encoded(monkeypatch)
 
@@ -435,10 +445,10 @@ def test_a_stored_pca_is_used_as_it_is_and_costs_no_encoding_again(
     two_files: list[Path], se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_shards(monkeypatch)
-    monkeypatch.setattr(sest.embed, "SAMPLE_CELLS", 14)
+    monkeypatch.setattr(sest.embed_plan, "SAMPLE_CELLS", 14)
     cache, encoded = tmp_path / "s.zarr", Encoded(monkeypatch)
     with monkeypatch.context() as killed:
-        killed.setattr(schema, "write_durably", lambda path, data: 1 / 0)  # killed while finishing
+        killed.setattr(StoreWriter, "finish", lambda self: 1 / 0)  # killed while finishing
         with pytest.raises(ZeroDivisionError):
             run(two_files, cache, se, batch_size=8, dim="4")
     assert len(encoded.cells) == 34
@@ -458,7 +468,7 @@ def test_a_spool_whose_sample_is_damaged_is_not_used(
     two_files: list[Path], se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_shards(monkeypatch)
-    monkeypatch.setattr(sest.embed, "SAMPLE_CELLS", 14)
+    monkeypatch.setattr(sest.embed_plan, "SAMPLE_CELLS", 14)
     sample = run(two_files, tmp_path / "whole.zarr", se, batch_size=3, dim="4").sample
     cache, encoded = tmp_path / "s.zarr", Encoded(monkeypatch)
     encoded.before = stop_at(7, signal.SIGTERM)
@@ -501,14 +511,21 @@ def test_a_store_is_not_continued_with_anything_else(cells: Path, se: Path, made
 
 
 def nan_once(encoder: type, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    encode = encoder.encode  # type: ignore[attr-defined]
+    stage, run = encoder.stage, encoder.run  # type: ignore[attr-defined]
+    places: dict[int, tuple[Any, np.ndarray]] = {}
 
-    def broken(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> np.ndarray:
-        found = encode(model, cells, rows, numbers)
-        found[numbers == 33, 0] = value
+    def staged(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> Any:
+        batch = stage(model, cells, rows, numbers)
+        places[id(batch)] = batch, numbers == 33
+        return batch
+
+    def broken(model: Any, cells: Any, batch: Any) -> np.ndarray:
+        found = run(model, cells, batch)
+        found[places[id(batch)][1], 0] = value
         return found
 
-    monkeypatch.setattr(encoder, "encode", broken)
+    monkeypatch.setattr(encoder, "stage", staged)
+    monkeypatch.setattr(encoder, "run", broken)
 
 
 @pytest.mark.parametrize(
@@ -636,7 +653,7 @@ def test_memory_does_not_grow_with_the_expression_of_more_cells(
     n_genes, peaks, rng = 1000, {}, np.random.default_rng(0)
     model = write_se(tmp_path / "se", gene_names(150), pad_length=4)
     monkeypatch.setattr(sest.h5ad, "READ_VALUES", 2**16)  # blocks and shards of some 100 cells: 600 are many
-    for module in (sest.inputs, sest.embed):
+    for module in (sest.inputs, sest.embed, sest.encode_rows):
         monkeypatch.setattr(module, "ROWS_PER_READ", 64)
     monkeypatch.setattr(schema, "ROWS_PER_CHUNK", 64)
     monkeypatch.setattr(schema, "ROWS_PER_SHARD", 128)

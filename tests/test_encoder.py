@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ import scipy.special
 import torch
 from small import HEADS, OUT, counts, gene_names, plain_counts, plain_sentence, write_se
 
-from sest.encoder import StateEncoder, densify, sizes
+from sest.encoder import SparseRows, StateEncoder, densify, sizes
 from sest.errors import InputError
 from sest.h5ad import CellFile
+from sest.tokenize import cell_keys
 from sest.weights import EncoderWeights, load_encoder
 
 CPU = torch.device("cpu")
@@ -80,7 +83,7 @@ def test_embeddings_equal_the_plain_float64_implementation(small: EncoderWeights
         values = np.where(values > 0, values - 1.3, 0).astype(np.float32)  # some are negative and count as 0
     encoder = encoder_of(small)
     cells = np.array([0, 1, 2, 7, 8, 9, 10, 11, 12, 2**33, 2**33 + 1, 2**40])
-    kept = encoder.keep(KEPT, TOKENS)
+    kept = encoder.keep(KEPT, TOKENS, 30)
     found = encoder.encode(scipy.sparse.csr_matrix(values), cells, scale, kept).numpy()
     logged = np.maximum(values[:, KEPT], 0)
     logged = np.log1p(logged) if scale == "counts" else logged
@@ -93,7 +96,7 @@ def test_embeddings_equal_the_plain_float64_implementation(small: EncoderWeights
 
 def test_embeddings_do_not_depend_on_the_batch(small: EncoderWeights) -> None:
     encoder, rows = encoder_of(small), scipy.sparse.csr_matrix(counts(11, 30))
-    kept = encoder.keep(KEPT, TOKENS)
+    kept = encoder.keep(KEPT, TOKENS, 30)
     whole = encoder.encode(rows, np.arange(11), "counts", kept).numpy()
     for size in (1, 4):
         for start in range(0, 11, size):
@@ -107,7 +110,7 @@ def test_embeddings_depend_on_the_cell_index_and_seed_only_through_ties(small: E
     tied = scipy.sparse.csr_matrix(np.ones((1, 30), np.float32))
     distinct = scipy.sparse.csr_matrix(np.arange(1, 31, dtype=np.float32)[None])
     encoder, other_seed = encoder_of(small), encoder_of(small, seed=SEED + 1)
-    kept = encoder.keep(KEPT, TOKENS)
+    kept = encoder.keep(KEPT, TOKENS, 30)
 
     def first(e: StateEncoder, rows: scipy.sparse.csr_matrix, cell: int) -> np.ndarray:
         return e.encode(rows, np.array([cell]), "counts", kept).numpy()
@@ -130,7 +133,7 @@ def test_embeddings_equal_upstreams_in_float32_and_point_the_same_way_in_bf16(sh
 
     def embeddings(dtype: torch.dtype, n: int) -> np.ndarray:
         encoder = encoder_of(weights, dtype, seed=0)  # cell 96 has a tie at the cut; 0 breaks it as upstream did
-        return encoder.encode(rows[:n], np.arange(n), "log1p", encoder.keep(positions, tokens)).numpy()
+        return encoder.encode(rows[:n], np.arange(n), "log1p", encoder.keep(positions, tokens, len(names))).numpy()
 
     found = embeddings(torch.float32, rows.shape[0])
     assert np.abs(found - expected).max() < 1e-5  # measured: 5e-7, float32 rounding
@@ -139,9 +142,95 @@ def test_embeddings_equal_upstreams_in_float32_and_point_the_same_way_in_bf16(sh
     assert cosine.min() > 0.999
 
 
+def test_staging_in_threads_while_another_batch_runs_changes_nothing(small: EncoderWeights) -> None:
+    encoder, rows = encoder_of(small), scipy.sparse.csr_matrix(counts(24, 30))
+    kept = encoder.keep(KEPT, TOKENS, 30)
+    expected = [encoder.encode(rows[i : i + 3], np.arange(i, i + 3), "counts", kept) for i in range(0, 24, 3)]
+    with ThreadPoolExecutor(3) as pool:
+        staged = pool.map(
+            lambda i: encoder.stage(rows[i : i + 3], np.arange(i, i + 3), "counts", kept), range(0, 24, 3)
+        )
+        for batch, out in zip(staged, expected, strict=True):
+            assert torch.equal(encoder.run(batch, kept), out)
+
+
+@pytest.mark.parametrize("scale", ["counts", "log1p"])
+def test_a_batch_that_is_tokenised_where_it_runs_gives_the_same_embeddings(
+    small: EncoderWeights, monkeypatch: pytest.MonkeyPatch, scale: str
+) -> None:
+    encoder, cells = encoder_of(small), np.arange(12) * 2**31
+    rows = scipy.sparse.csr_matrix(counts(12, 30) - np.float32(0.5))  # some are negative
+    kept = encoder.keep(KEPT, TOKENS, 30)
+    expected = encoder.encode(rows, cells, scale, kept)
+    monkeypatch.setattr(SparseRows, "wait", lambda self: None)  # as on a GPU, but without its streams
+    staged = SparseRows(
+        rows.indptr.astype(np.int64),
+        torch.as_tensor(rows.indices),
+        torch.as_tensor(rows.data),
+        cell_keys(SEED, torch.as_tensor(cells)),
+        scale,
+        copied=None,  # type: ignore[arg-type]
+    )
+    whole = encoder.run(staged, kept)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-6)  # NumPy and torch round log1p apart
+    parts = torch.cat([encoder.run(staged.part(start, start + 5), kept) for start in (0, 5, 10)])
+    # matrix products of other shapes add up in another order: float32 rounding
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_embeddings_of_a_cpu_and_stages_in_a_thread(small: EncoderWeights) -> None:
+    rows, cells = scipy.sparse.csr_matrix(counts(12, 30)), np.arange(12)
+    gpu, cpu = StateEncoder(small, torch.device("cuda"), torch.float32, SEED), encoder_of(small)
+    kept = gpu.keep(KEPT, TOKENS, 30)
+    expected = cpu.encode(rows, cells, "counts", cpu.keep(KEPT, TOKENS, 30))
+    with ThreadPoolExecutor(1) as pool:
+        batches = [pool.submit(gpu.stage, rows[i : i + 4], cells[i : i + 4], "counts", kept) for i in (0, 4, 8)]
+        found = torch.cat([gpu.run(batch.result(), kept).cpu() for batch in batches])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # float32 products, added up in another order
+
+
+def test_fewer_tokens_are_a_model_with_a_shorter_pad_length(small: EncoderWeights) -> None:
+    rows, cells = scipy.sparse.csr_matrix(counts(12, 30)), np.arange(12)
+    short = encoder_of(dataclasses.replace(small, pad_length=9))
+    cut = StateEncoder(small, CPU, torch.float32, SEED, max_tokens=9)
+    expected = short.encode(rows, cells, "counts", short.keep(KEPT, TOKENS, 30))
+    kept = cut.keep(KEPT, TOKENS, 30)
+    assert torch.equal(cut.encode(rows, cells, "counts", kept), expected)
+    whole = cut.with_slots(small.pad_length)
+    assert (cut.pad_length, whole.pad_length) == (9, small.pad_length)
+    assert torch.equal(whole.encode(rows, cells, "counts", kept), encoder_of(small).encode(rows, cells, "counts", kept))
+    assert StateEncoder(small, CPU, torch.float32, SEED, max_tokens=5000).pad_length == small.pad_length
+
+
+def test_eight_bit_products_point_where_bf16_does_and_do_not_depend_on_the_batch(small: EncoderWeights) -> None:
+    rows, cells = scipy.sparse.csr_matrix(counts(12, 30)), np.arange(12)
+    encoder = StateEncoder(small, CPU, torch.bfloat16, SEED, eight_bits=True)
+    exact = encoder_of(small, torch.bfloat16)
+    kept = encoder.keep(KEPT, TOKENS, 30)
+    found = encoder.encode(rows, cells, "counts", kept)
+    expected = exact.encode(rows, cells, "counts", kept)
+    cosine = (found[:, :OUT] * expected[:, :OUT]).sum(1)
+    assert cosine.min() > 0.995  # measured: 0.9990
+    assert not torch.equal(found, expected)
+    part = encoder.encode(rows[:5], cells[:5], "counts", kept)
+    torch.testing.assert_close(part, found[:5], rtol=0, atol=0.05)  # bf16: 2**-8 of numbers up to 3, twice
+
+
+def test_a_device_that_refuses_eight_bit_products_is_named(
+    small: EncoderWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no such units\nat line 1")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    with pytest.raises(InputError, match=r"cpu cannot multiply \(24, 16\) fp8 .*no such units\). Use --precision bf16"):
+        StateEncoder(small, CPU, torch.bfloat16, SEED, eight_bits=True)
+
+
 def test_too_few_known_genes_are_refused(small: EncoderWeights) -> None:
     with pytest.raises(InputError, match="Only 3 genes are known"):
-        encoder_of(small).keep(KEPT[:3], TOKENS[:3])
+        encoder_of(small).keep(KEPT[:3], TOKENS[:3], 30)
 
 
 def test_the_description_names_the_sizes_of_the_weights(small: EncoderWeights) -> None:
@@ -150,10 +239,14 @@ def test_the_description_names_the_sizes_of_the_weights(small: EncoderWeights) -
     assert encoder_of(small).n_heads == HEADS
 
 
-def test_densify_puts_every_stored_value_in_its_place() -> None:
+def test_densify_puts_every_value_of_a_kept_gene_in_its_place() -> None:
     values = counts(9, 13)
     values[[0, 4, 8]] = 0
-    dense = densify(scipy.sparse.csr_matrix(values), CPU)
-    assert dense.dtype == torch.float32
-    np.testing.assert_array_equal(dense.numpy(), values)
-    assert densify(scipy.sparse.csr_matrix((3, 5), dtype=np.float32), CPU).tolist() == [[0.0] * 5] * 3
+    columns = np.array([7, 0, 12, 3])
+    place = torch.full((13,), -1, dtype=torch.int32)
+    place[torch.as_tensor(columns)] = torch.arange(4, dtype=torch.int32)
+    for cells in (values, np.zeros((3, 13), np.float32)):
+        rows = scipy.sparse.csr_matrix(cells)
+        dense = densify(rows.indptr, torch.as_tensor(rows.indices), torch.as_tensor(rows.data), place, 4)
+        assert dense.dtype == torch.float32
+        np.testing.assert_array_equal(dense.numpy(), cells[:, columns])

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from small import Notes, counts, gene_names, write_cells, write_se
 
 import sest.encoders
-from sest.config import EmbedConfig
+from sest.config import EmbedConfig, TrainConfig
+from sest.devices import choose_precision
+from sest.encoder import KeptGenes, Staged, StateEncoder
 from sest.encoders import PcaEncoder, check_encoder, common_genes, make_encoder
 from sest.errors import InputError
 from sest.inputs import Cells, Source, open_cells
@@ -176,6 +180,84 @@ def test_batch_size_is_what_was_asked_or_fits_the_budget(
         assert se.batch_size(0) == expected
 
 
+def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Make forward passes of more than `most` cells fail as a full GPU does; returns the sizes of all."""
+    sizes, run = [], StateEncoder.run
+
+    def limited(self: StateEncoder, staged: Staged, kept: KeptGenes) -> torch.Tensor:
+        sizes.append(len(staged))
+        if len(staged) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(self, staged, kept)
+
+    monkeypatch.setattr(StateEncoder, "run", limited)
+    return sizes
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved_and_following_ones_stay_small(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = Notes()
+    with opened([write_cells(tmp_path / "a.h5ad", counts())]) as cells:
+        encoder = make_encoder(EmbedConfig(encoder=str(model), device="cpu"), cells, notes)
+        expected = embeddings(encoder, cells[0])
+        before = len(notes.notes)
+        sizes = out_of_memory_above(monkeypatch, 12)
+        for _ in range(2):
+            # matrix products of other shapes add up in another order: float32 rounding
+            np.testing.assert_allclose(embeddings(encoder, cells[0]), expected, atol=1e-6)
+    assert sizes == [40, 20, 10, 10, 10, 10, 10, 10, 10, 10]
+    assert notes.notes[before:] == ["40 cells at once do not fit the memory: going on with 10."]
+
+
+def test_a_cell_that_does_not_fit_the_memory_alone_is_an_error_that_says_what_to_do(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened([write_cells(tmp_path / "a.h5ad", counts())]) as cells:
+        encoder = make_encoder(EmbedConfig(encoder=str(model), device="cpu"), cells, Notes())
+        out_of_memory_above(monkeypatch, 0)
+        with pytest.raises(
+            InputError, match=r"A single cell does not fit the memory of cpu: its 16 tokens .*--max-tok"
+        ):
+            embeddings(encoder, cells[0])
+
+
+def test_fidelity_is_the_cosine_with_whole_sentences_where_they_are_cut_and_nothing_elsewhere(
+    tmp_path: Path, model: Path
+) -> None:
+    notes = Notes()
+    with opened([write_cells(tmp_path / "a.h5ad", counts())]) as cells:
+        whole = make_encoder(EmbedConfig(encoder=str(model), device="cpu"), cells, notes)
+        long = make_encoder(EmbedConfig(encoder=str(model), device="cpu", max_tokens=16), cells, notes)
+        pca = make_encoder(EmbedConfig(encoder="pca"), cells, notes)
+        cut = make_encoder(EmbedConfig(encoder=str(model), device="cpu", max_tokens=6), cells, notes)
+        numbers = np.arange(20)
+        rows = cells[0].read(numbers)
+        assert [e.fidelity(cells[0], rows, numbers) for e in (whole, long, pca)] == [None] * 3
+        assert [e.max_tokens for e in (whole, long, pca, cut)] == [None, None, None, 6]
+        a, b = (e.encode(cells[0], rows, numbers)[:, : e.native_dim].astype(np.float64) for e in (whole, cut))
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        found = cut.fidelity(cells[0], rows, numbers)
+    assert found == {"n_cells": 20, "cosine_mean": round(cosine.mean(), 5), "cosine_min": round(cosine.min(), 5)}
+    assert found["cosine_min"] < 0.9999
+    assert notes.notes[-1] == "Sentences are cut to 6 of 16 tokens: embeddings are approximate."
+
+
+def test_fidelity_of_eight_bits_is_against_bf16(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sest.encoders, "choose_precision", lambda name, device, training: name)  # as on a GPU
+    with opened([write_cells(tmp_path / "a.h5ad", counts())]) as cells:
+        e8 = make_encoder(EmbedConfig(encoder=str(model), device="cpu", precision="fp8"), cells, Notes())
+        e16 = make_encoder(EmbedConfig(encoder=str(model), device="cpu", precision="bf16"), cells, Notes())
+        numbers = np.arange(20)
+        rows = cells[0].read(numbers)
+        a, b = (e.encode(cells[0], rows, numbers)[:, : e.native_dim].astype(np.float64) for e in (e8, e16))
+        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        found = e8.fidelity(cells[0], rows, numbers)
+    assert e16.fidelity(cells[0], rows, numbers) is None
+    assert found == {"n_cells": 20, "cosine_mean": round(cosine.mean(), 5), "cosine_min": round(cosine.min(), 5)}
+    assert 0.98 < found["cosine_min"] < 0.99999
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -189,14 +271,32 @@ def test_batch_size_is_what_was_asked_or_fits_the_budget(
         ({"encoder": "MODEL", "device": "meta"}, "Device 'meta' is not supported"),
         ({"encoder": "MODEL", "device": "cuda:99"}, "No device 'cuda:99': this machine has [0-9]+ CUDA GPUs"),
         ({"encoder": "MODEL", "device": "cpu", "precision": "fp16"}, "Precision fp16 needs a GPU"),
+        (
+            {"encoder": "MODEL", "device": "cpu", "precision": "fp8"},
+            "Precision fp8 needs a GPU .* Use --precision bf16",
+        ),
+        ({"encoder": "MODEL", "max_tokens": 1}, "max-tokens is 1; it must be at least 2"),
+        ({"encoder": "pca", "max_tokens": 512}, "--max-tokens shortens the sentences of an SE encoder; 'pca' has none"),
     ],
 )
 def test_an_unusable_encoder_is_refused_before_the_cells_are_read(
-    model: Path, options: dict[str, str], message: str
+    model: Path, options: dict[str, Any], message: str
 ) -> None:
-    options = {name: value.replace("MODEL", str(model)) for name, value in options.items()}
+    options = {name: str(model) if value == "MODEL" else value for name, value in options.items()}
     with pytest.raises(InputError, match=message):
         check_encoder(EmbedConfig(**options))
+
+
+def test_fp8_is_for_embedding_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, usable in (((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        if usable:
+            assert choose_precision("fp8", torch.device("cuda"), training=False) == "fp8"
+        else:
+            with pytest.raises(InputError, match=r"capability 8.9 or more. Use --precision bf16 or fp32"):
+                choose_precision("fp8", torch.device("cuda"), training=False)
+    with pytest.raises(InputError, match="precision is 'fp8'; it takes one of: auto, fp32, bf16, fp16"):
+        TrainConfig(precision="fp8")
 
 
 def test_pca_reads_counts_per_ten_thousand_and_an_empty_cell_as_zero(tmp_path: Path) -> None:

@@ -1,12 +1,18 @@
-"""sest/tokenize.py: sentences are a pure function of (seed, cell index, values, tokens) as in plain Python."""
+"""sest/tokenize.py and tokenize_cpu.py: sentences follow from (seed, cell index, values, tokens) as in plain Python."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from small import plain_counts, plain_key, plain_mix, plain_sentence
 
+from sest import tokenize_cpu
 from sest.tokenize import cell_keys, mix32, sentences, tokenize
 
 SEED = 11
@@ -18,7 +24,44 @@ def positions_of(
     """Sentences of (B, K) values whose tokens are 100, 101, ... -> (B, pad_length - 1) positions."""
     numbers = list(range(len(values))) if cells is None else cells
     keys = cell_keys(seed, torch.tensor(numbers))
-    return sentences(torch.as_tensor(values), torch.arange(values.shape[1]) + 100, keys, pad_length).numpy()
+    tokens = torch.arange(100, 100 + values.shape[1], dtype=torch.int32)
+    return sentences(torch.as_tensor(values), tokens, keys, pad_length).numpy()
+
+
+def both(
+    values: np.ndarray, tokens: np.ndarray, cells: np.ndarray, pad_length: int, scale: str, n_parts: int = 2
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Positions and count features of (B, K) values from the dense form and from the compiled one.
+
+    The compiled one reads a file whose columns are the kept genes in another order, with two more that are not kept.
+    """
+    keys = cell_keys(SEED, torch.as_tensor(cells))
+    dense = tokenize(torch.as_tensor(values), torch.as_tensor(tokens).to(torch.int32), keys, pad_length, 3, scale=scale)
+    n_genes = values.shape[1] + 2
+    order = np.random.default_rng(9).permutation(n_genes)  # place in a file -> kept gene; the last two are none
+    place = np.where(order < n_genes - 2, order, -1).astype(np.int32)
+    rows = scipy.sparse.csr_matrix(np.pad(values, ((0, 0), (0, 2)), constant_values=7)[:, order])
+    logs = np.log1p(np.maximum(rows.data, 0)) if scale == "counts" else rows.data
+    with ThreadPoolExecutor(2) as pool:
+        compiled = tokenize_cpu.tokenize(
+            rows.indptr.astype(np.int64),
+            rows.indices,
+            rows.data,
+            logs,
+            place,
+            tokens.astype(np.uint32),
+            keys.numpy().view(np.uint32),
+            pad_length,
+            3,
+            pool,
+            n_parts,
+        )
+    return [(dense[0].numpy(), dense[1].numpy()), compiled]
+
+
+def unsigned(x: torch.Tensor) -> list[int]:
+    """The bits of int32 numbers read without a sign."""
+    return x.numpy().view(np.uint32).tolist()
 
 
 def tied(n_cells: int, n_genes: int, seed: int = 0) -> np.ndarray:
@@ -28,14 +71,16 @@ def tied(n_cells: int, n_genes: int, seed: int = 0) -> np.ndarray:
 
 def test_mix32_is_lowbias32_and_one_to_one() -> None:
     numbers = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, *range(1000, 60_000, 7)]
-    mixed = mix32(torch.tensor(numbers)).tolist()
+    mixed = unsigned(mix32(torch.tensor(numbers).to(torch.int32)))
+    assert mixed == [int(tokenize_cpu._mix32(np.uint32(x))) for x in numbers]
     assert mixed == [plain_mix(x) for x in numbers]  # unbounded Python integers: no overflow to hide
     assert len(set(mixed)) == len(numbers) and max(mixed) < 2**32
 
 
 def test_cell_keys_use_all_bits_of_the_cell_index_and_the_seed() -> None:
     cells = [0, 1, 5, 2**31, 2**32, 2**32 + 5, 2**40 + 5]
-    assert cell_keys(SEED, torch.tensor(cells)).tolist() == [plain_key(SEED, cell) for cell in cells]
+    assert unsigned(cell_keys(SEED, torch.tensor(cells))) == [plain_key(SEED, cell) for cell in cells]
+    assert unsigned(cell_keys(2**63 - 1, torch.tensor(cells))) == [plain_key(2**63 - 1, cell) for cell in cells]
     assert len({plain_key(seed, cell) for seed in range(4) for cell in cells}) == 4 * len(cells)
 
 
@@ -46,17 +91,23 @@ def test_genes_without_ties_come_in_descending_order_of_value() -> None:
 
 def test_counts_are_a_hundred_times_the_share_and_slot_0_has_that_of_kept_gene_3() -> None:
     values = torch.tensor([[1.0, 4.0, 0.0, 2.0, 3.0]])  # sum 10
-    positions, shares = tokenize(values, torch.arange(5), cell_keys(0, torch.tensor([0])), 4, 3)
-    assert positions.tolist() == [[1, 4, 3]]
-    np.testing.assert_allclose(shares, [[20.0, 40.0, 30.0, 20.0]], rtol=1e-6)  # float32 rounding
+    for positions, shares in both(values.numpy(), np.arange(5), np.array([0]), 4, "log1p"):
+        assert positions.tolist() == [[1, 4, 3]]
+        np.testing.assert_allclose(shares, [[20.0, 40.0, 30.0, 20.0]], rtol=1e-6)  # float32 rounding
+
+
+def test_counts_are_ordered_as_they_are_and_shared_by_their_log1p() -> None:
+    values = np.array([[1.0, np.e - 1, 0.0, np.e**3 - 1, 0.0]], np.float32)  # log1p: ln 2, 1, 0, 3, 0
+    for positions, shares in both(values, np.arange(5), np.array([0]), 4, "counts"):
+        assert positions.tolist() == [[3, 1, 0]]
+        np.testing.assert_allclose(shares, 100 / (np.log(2) + 4) * np.array([[3, 3, 1, np.log(2)]]), rtol=1e-6)
 
 
 def test_an_empty_cell_has_uniform_shares_and_a_sentence_of_any_genes() -> None:
-    values = torch.zeros((1, 5))
     for pad_length in (4, 9):  # more genes than slots; fewer
-        positions, shares = tokenize(values, torch.arange(5), cell_keys(0, torch.tensor([0])), pad_length, 3)
-        np.testing.assert_allclose(shares, np.full((1, pad_length), 20.0), rtol=1e-6)
-        assert set(positions[0].tolist()) <= set(range(5))
+        for positions, shares in both(np.zeros((1, 5), np.float32), np.arange(5), np.array([0]), pad_length, "counts"):
+            np.testing.assert_allclose(shares, np.full((1, pad_length), 20.0), rtol=1e-6)
+            assert set(positions[0].tolist()) <= set(range(5))
 
 
 def test_with_fewer_genes_than_slots_the_expressed_come_first_and_unexpressed_ones_fill_up() -> None:
@@ -86,12 +137,94 @@ def test_sentences_equal_those_of_the_plain_implementation(n_genes: int, pad_len
     values = values.astype(np.float32)
     tokens = rng.permutation(1000)[:n_genes]
     cells = rng.integers(0, 2**40, 60)
-    positions, shares = tokenize(
-        torch.from_numpy(values), torch.from_numpy(tokens), cell_keys(SEED, torch.from_numpy(cells)), pad_length, 3
-    )
-    for row, cell, found, share in zip(values, cells, positions.tolist(), shares.numpy(), strict=True):
-        assert found == plain_sentence(row, tokens, SEED, int(cell), pad_length)
-        np.testing.assert_allclose(share, plain_counts(row, found), rtol=2e-6)  # float32 sum of 40 values or fewer
+    for positions, shares in both(values, tokens, cells, pad_length, "log1p"):
+        for row, cell, found, share in zip(values, cells, positions.tolist(), shares, strict=True):
+            assert found == plain_sentence(row, tokens, SEED, int(cell), pad_length)
+            np.testing.assert_allclose(share, plain_counts(row, found), rtol=2e-6)  # float32 rounding
+
+
+def awkward(kind: str, n_genes: int) -> np.ndarray:
+    """Cells (50, n_genes) of one kind that a tokenizer could get wrong."""
+    rng = np.random.default_rng([n_genes, len(kind)])
+    values = rng.poisson(np.exp(rng.normal(-1, 2, n_genes)), (50, n_genes)).astype(np.float32)
+    if kind == "all tied":
+        values = np.ones_like(values)
+    elif kind == "empty":
+        values[:] = 0
+    elif kind == "all expressed":
+        values += 1
+    elif kind == "few expressed":
+        values *= rng.random(values.shape) < np.linspace(0, 0.1, 50)[:, None]
+    elif kind == "negative":
+        values -= 1
+        values[values == 0] = -0.0
+    elif kind == "huge":  # 16,777,215 +- 8: float32 log1p of neighbours is one number
+        values = 2.0**24 - 1 - rng.integers(0, 16, values.shape)
+    elif kind == "extreme":
+        values = rng.choice([0, 1e-45, 1e-38, 1, 65504, 3e38], values.shape)
+    elif kind == "fractions":
+        values = rng.random(values.shape) * (rng.random(values.shape) < 0.5)
+    return values.astype(np.float32)
+
+
+KINDS = ["counts", "all tied", "empty", "all expressed", "few expressed", "negative", "huge", "extreme", "fractions"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_genes", "pad_length"), [(3000, 128), (3000, 2), (3000, 2900), (60, 61), (40, 200)])
+def test_the_compiled_tokenizer_equals_the_dense_one_and_both_the_plain_one(
+    kind: str, n_genes: int, pad_length: int
+) -> None:
+    values = awkward(kind, n_genes)
+    tokens = np.random.default_rng(n_genes).permutation(20_000)[:n_genes]
+    cells = np.arange(50) * 2**30
+    for scale in ("counts", "log1p"):
+        (dense, dense_shares), (compiled, shares) = both(values, tokens, cells, pad_length, scale)
+        np.testing.assert_array_equal(compiled, dense)
+        np.testing.assert_allclose(shares, dense_shares, rtol=6e-7, atol=0)  # NumPy and torch round log1p apart
+        for cell in (0, 25, 49):
+            row = np.maximum(values[cell], 0)
+            assert compiled[cell].tolist() == plain_sentence(row, tokens, SEED, int(cells[cell]), pad_length)
+
+
+def test_counts_whose_log1p_is_the_same_float_keep_their_order() -> None:
+    values = np.array([[2.0**24 - 3, 2.0**24 - 1, 2.0**24 - 2, 2.0**24 - 4]], np.float32)
+    assert len(set(torch.log1p(torch.as_tensor(values))[0].tolist())) == 1
+    for positions, _ in both(values, np.arange(4), np.array([0]), 5, "counts"):
+        assert positions.tolist() == [[1, 2, 0, 3]]
+
+
+def test_float32_log1p_of_counts_rises_to_half_a_million_so_that_ordering_by_it_or_by_counts_is_the_same() -> None:
+    assert (torch.log1p(torch.arange(2**19, dtype=torch.float32)).diff() > 0).all()
+
+
+@pytest.mark.parametrize("n_cells", [0, 1, 31, 32, 33, 200])
+def test_the_compiled_tokenizer_takes_any_number_of_cells_for_any_number_of_threads(n_cells: int) -> None:
+    values = tied(n_cells, 25)
+    (dense, shares), compiled = both(values, np.arange(25), np.arange(n_cells), 9, "counts", n_parts=8)
+    np.testing.assert_array_equal(compiled[0], dense)
+    np.testing.assert_allclose(compiled[1], shares, rtol=6e-7)
+
+
+def test_the_compiled_tokenizer_works_where_no_folder_takes_its_cache() -> None:
+    code = """
+import warnings
+warnings.simplefilter("error")
+from numba.core import caching
+for kind in (caching.UserProvidedCacheLocator, caching.InTreeCacheLocator, caching.UserWideCacheLocator):
+    kind.from_function = classmethod(lambda *arguments: None)
+import numpy as np
+from sest import tokenize_cpu
+print(tokenize_cpu._mix32(np.uint32(5)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{plain_mix(5)}\n", "")
+
+
+def test_numba_is_imported_by_nothing_but_tokenizing_on_a_cpu() -> None:
+    code = "import sys, sest.cli.main, sest.encoder, sest.encoders, sest.embed; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("pad_length", [9, 64])
@@ -106,7 +239,7 @@ def test_a_sentence_depends_on_neither_batch_nor_order_of_cells(pad_length: int)
 
 @pytest.mark.parametrize("pad_length", [9, 64])
 def test_a_sentence_does_not_depend_on_the_order_of_the_files_columns(pad_length: int) -> None:
-    values, tokens = tied(30, 25), np.random.default_rng(2).permutation(500)[:25]
+    values, tokens = tied(30, 25), np.random.default_rng(2).permutation(500)[:25].astype(np.int32)
     keys = cell_keys(SEED, torch.arange(30))
     order = np.random.default_rng(3).permutation(25)
     one = sentences(torch.from_numpy(values), torch.from_numpy(tokens), keys, pad_length).numpy()
@@ -128,7 +261,7 @@ def test_the_smallest_positive_value_ranks_above_zero_and_the_largest_above_all(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_sentences_are_the_same_on_a_gpu() -> None:
-    values, tokens = torch.from_numpy(tied(200, 50)), torch.arange(50)
+    values, tokens = torch.from_numpy(tied(200, 50)), torch.arange(50, dtype=torch.int32)
     for pad_length in (9, 80):
         on_cpu = sentences(values, tokens, cell_keys(SEED, torch.arange(200)), pad_length)
         keys = cell_keys(SEED, torch.arange(200, device="cuda"))

@@ -7,7 +7,6 @@ so can fork: every run is a child that really dies of SIGKILL before its k-th fi
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -24,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `small`, 
 from small import Notes, counts, gene_names, hashes, write_cells, write_se
 
 import sest.embed
-from sest.cache import StoreError, StoreWriter, open_cache, schema
+import sest.embed_plan
+import sest.encode_rows
+from sest.cache import StoreError, open_cache, schema
+from sest.cache.storage import LocalStorage
 from sest.config import EmbedConfig
 from sest.encoder import StateEncoder
 
@@ -64,7 +66,7 @@ class Child:
     def _embed(self, cache: Path) -> int:
         # Shards of 8 cells, batches of 3, every batch spooled: all that can happen happens in a second.
         schema.ROWS_PER_CHUNK, schema.ROWS_PER_SHARD, schema.ENTRIES_PER_CHUNK, schema.ENTRIES_PER_SHARD = 4, 8, 64, 256
-        sest.embed.SAMPLE_CELLS, sest.embed.SPOOL_SECONDS = 9, 0.0
+        sest.embed_plan.SAMPLE_CELLS, sest.encode_rows.SPOOL_SECONDS = 9, 0.0
         config = EmbedConfig(encoder=str(self.folder / "se"), dim="4", batch_size=3, device="cpu")
         try:
             sest.embed.embed([self.folder / "splits.toml"], cache, config, Notes())
@@ -81,17 +83,16 @@ class Child:
 
     def _break(self) -> None:
         if self.way == "torn":
-            append = StoreWriter._append
+            append = LocalStorage.append
 
-            def tearing(writer: StoreWriter, lines: list[dict[str, object]]) -> None:
+            def tearing(storage: LocalStorage, name: str, data: bytes) -> None:
                 if self._now():
-                    whole = b"".join(json.dumps(line, sort_keys=True).encode() + b"\n" for line in lines)
-                    with open(writer.path / schema.JOURNAL, "ab") as file:
-                        file.write(whole[: int(len(whole) * 0.6)])
+                    with open(storage.root / name, "ab") as file:
+                        file.write(data[: int(len(data) * 0.6)])
                     os.kill(os.getpid(), signal.SIGKILL)
-                append(writer, lines)
+                append(storage, name, data)
 
-            StoreWriter._append = tearing  # type: ignore[method-assign]
+            LocalStorage.append = tearing  # type: ignore[method-assign]
         elif self.way:
             # what a kill leaves behind changes by these alone; a full disk is also noticed by fsync
             for name in CHANGES if self.way == "killed" else (*CHANGES, "fsync"):

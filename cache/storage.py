@@ -1,0 +1,310 @@
+"""Where a store's files lie: a local folder, or any URL that fsspec knows (s3://, gs://, memory:// ...).
+
+A file is written whole, from memory, or not at all. Locally that is: bytes aside, fsync, rename, fsync of the folders.
+Object stores write whole objects anyway. Names are relative to the store, with slashes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import zarr
+from zarr.abc.store import Store
+
+from sest.cache.schema import PARTIAL, StoreError, fsync_folder, sha256_file
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=.)")  # a scheme has two letters or more; pathlib makes s3:// to s3:/
+T = TypeVar("T")
+_BLOCK = 2**24  # bytes read at once where a file is only hashed
+
+
+class Storage(Protocol):
+    """The files of one store."""
+
+    url: str  # as the user may give it again: an absolute path, or a URL
+    local: bool
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file. Raises FileNotFoundError."""
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Bytes of every file below a folder by name, without what unfinished writes left."""
+
+    def here(self) -> list[str]:
+        """Names of the files and folders directly in the store; empty where there is none yet."""
+
+    def sha256(self, name: str) -> str:
+        """Hash of a file's bytes. Raises FileNotFoundError."""
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write whole files; each is there afterwards, durably, whatever happens."""
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to the end of a file that only this process writes, durably."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files that are there."""
+
+    def remove_folder(self, name: str) -> None:
+        """Delete a folder with all in it, if it is there."""
+
+    def hold(self, name: str, *, alone: bool, text: str) -> Lock:
+        """Lock a file of the store while the result is open; raises Held if another process has it."""
+
+    def sweep(self) -> None:
+        """Delete what unfinished writes left, once no other process writes."""
+
+    def zarr_store(self) -> Store:
+        """For reading."""
+
+    def reached(self) -> AbstractContextManager[None]:
+        """Around what reads or writes: what an object store's package raises becomes a StoreError of one line."""
+
+
+class Held(Exception):
+    """Another process holds a lock. Args: what it wrote into the file."""
+
+
+class Lock:
+    """A file lock; nothing, where the storage has none. The kernel drops it with the process."""
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        self._file = file
+
+    def close(self) -> None:
+        """Let go."""
+        if self._file is not None:
+            self._file.close()
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a store's path is a URL, and not a local one (file:// is local)."""
+    found = _URL.match(str(path))
+    return found is not None and found[1] not in ("file", "local")
+
+
+def storage_at(path: str | Path) -> Storage:
+    """The storage of a path or URL. A URL that went through pathlib.Path (s3:/bucket) is understood.
+
+    Raises:
+        StoreError: a URL of a kind that is unknown, or whose package is not installed.
+    """
+    text = str(path)
+    if is_url(text):
+        return RemoteStorage(_URL.sub(r"\1://", text, count=1))
+    return LocalStorage(Path(re.sub(r"^(file|local):/+", "/", text)))
+
+
+def open_group(storage: Storage, name: str) -> zarr.Group:
+    """Open a Zarr group of the store for reading."""
+    with storage.reached():
+        return zarr.open_group(storage.zarr_store(), path=name, mode="r", use_consolidated=False)
+
+
+class LocalStorage:
+    """A folder."""
+
+    local = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root.absolute())
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        found = {}
+        for folder, _, files in os.walk(self.root / below):
+            for file in files:
+                path = os.path.join(folder, file)
+                if not file.endswith(PARTIAL):
+                    found[os.path.relpath(path, self.root)] = os.stat(path).st_size
+        return found
+
+    def here(self) -> list[str]:
+        return sorted(os.listdir(self.root)) if self.root.is_dir() else []
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.root / name)
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        for name, data in files.items():
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(path.name + PARTIAL)
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        for folder in sorted({parent for name in files for parent in self._parents(name)}):
+            fsync_folder(folder)
+
+    def append(self, name: str, data: bytes) -> None:
+        path = self.root / name
+        new = not path.exists()
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            fsync_folder(path.parent)
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self.root / name).unlink(missing_ok=True)
+            fsync_folder((self.root / name).parent)
+
+    def remove_folder(self, name: str) -> None:
+        shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def hold(self, name: str, *, alone: bool, text: str) -> Lock:
+        try:
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.root / name, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
+        except OSError as error:
+            raise StoreError(f"Cannot write to {self.root}: {error.strerror}. Choose another --cache path.") from error
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            held = file.read().strip()
+            file.close()
+            raise Held(held) from error
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        return Lock(file)
+
+    def zarr_store(self) -> Store:
+        return zarr.storage.LocalStore(self.root, read_only=True)
+
+    def reached(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def sweep(self) -> None:
+        for stray in self.root.rglob("*" + PARTIAL):
+            stray.unlink(missing_ok=True)
+
+    def _parents(self, name: str) -> list[Path]:
+        return [self.root / parent for parent in Path(name).parents]
+
+
+def _reaching(method: Callable[..., T]) -> Callable[..., T]:
+    """Run a method of RemoteStorage within `reached`."""
+
+    @functools.wraps(method)
+    def call(self: RemoteStorage, *arguments: Any) -> T:
+        with self.reached():
+            return method(self, *arguments)
+
+    return call
+
+
+class RemoteStorage:
+    """An object store, through fsspec. It has no locks: a process number (--rank) must run once only."""
+
+    local = False
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"{url} cannot be used as a store: {error}") from error
+
+    def __str__(self) -> str:
+        return self.url
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, StoreError, ValueError, KeyError):
+            raise  # no such object; damage
+        except Exception as error:  # packages for object stores have no error in common
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise StoreError(f"{self.url} cannot be reached: {words}.") from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    @_reaching
+    def read(self, name: str) -> bytes:
+        data: bytes = self._fs.cat_file(self._path(name))
+        return data
+
+    @_reaching
+    def sizes(self, below: str = "") -> dict[str, int]:
+        start = len(self._path(""))
+        self._fs.invalidate_cache()  # listings are kept otherwise, and other processes write too
+        return {
+            path[start:]: int(about["size"])
+            for path, about in self._fs.find(self._path(below), detail=True).items()
+            if len(path) > start
+        }
+
+    @_reaching
+    def here(self) -> list[str]:
+        self._fs.invalidate_cache()
+        if not self._fs.exists(self._root):
+            return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False))
+
+    @_reaching
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._fs.open(self._path(name), "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @_reaching
+    def write(self, files: Mapping[str, bytes]) -> None:
+        try:
+            self._fs.pipe({self._path(name): data for name, data in files.items()})
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.url} cannot be written: {error}.") from error
+
+    def append(self, name: str, data: bytes) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            data = self.read(name) + data
+        self.write({name: data})
+
+    @_reaching
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self._fs.exists(self._path(name)):
+                self._fs.rm_file(self._path(name))
+
+    @_reaching
+    def remove_folder(self, name: str) -> None:
+        if self._fs.exists(self._path(name)):
+            self._fs.rm(self._path(name), recursive=True)
+
+    def hold(self, name: str, *, alone: bool, text: str) -> Lock:
+        return Lock()
+
+    def sweep(self) -> None:
+        """Nothing: an object is there whole or not at all."""
+
+    def zarr_store(self) -> Store:
+        store: Any = zarr.storage.FsspecStore.from_url(self.url, read_only=True)
+        assert isinstance(store, Store)
+        return store
