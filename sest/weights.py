@@ -316,6 +316,13 @@ def _check_encoder(name: str, tensors: dict[str, torch.Tensor]) -> int:
             expected = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
             raise InputError(f"{name}: tensor {key} has shape {shape}, the other tensors call for ({expected}).")
     _check_finite(name, tensors)
+    for part in ("0.weight", "0.bias", "1.weight", "1.bias"):  # one layer to upstream, which stores it under two names
+        twin = tensors.get(f"gene_embedding_layer.{part}")
+        if twin is not None and not torch.equal(twin.float(), tensors[f"encoder.{part}"].float()):
+            raise InputError(
+                f"{name}: gene_embedding_layer.{part} and encoder.{part} differ, though they are one tensor of the "
+                "model: this file was not written by its trainer. Use the published checkpoint."
+            )
     return width
 
 

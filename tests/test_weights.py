@@ -330,6 +330,9 @@ def test_tensors_that_do_not_fit_are_named(folder: Path) -> None:
     change(folder, cls_token=torch.full((1, TOKEN_DIM), float("nan")))
     with pytest.raises(InputError, match="NaN or infinite numbers in cls_token"):
         load_encoder(folder)
+    change(folder, gene_embedding_layer__0__bias=torch.full((WIDTH,), 7.0))  # upstream's two names of one layer
+    with pytest.raises(InputError, match=r"gene_embedding_layer\.0\.bias and encoder\.0\.bias differ"):
+        load_encoder(folder)
     change(folder)
     torch.save({"TP53": torch.zeros(TOKEN_DIM + 1)}, folder / "protein_embeddings.pt")
     with pytest.raises(InputError, match=r"have 7 numbers each, its encoder\.0\.weight takes 6"):
