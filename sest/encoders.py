@@ -15,7 +15,7 @@ import torch
 
 from sest.columns import match_genes
 from sest.config import EmbedConfig
-from sest.devices import DTYPES, choose_device, choose_precision
+from sest.devices import DTYPES, choose_device, choose_precision, faster_precision
 from sest.encoder import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
 from sest.errors import InputError, shown
 from sest.inputs import Cells
@@ -104,6 +104,8 @@ class SeEncoder:
     def __init__(self, config: EmbedConfig, cells: Sequence[Cells], progress: Progress) -> None:
         device = choose_device(config.device)
         self.precision = choose_precision(config.precision, device, training=False)
+        if hint := faster_precision(self.precision, device):
+            progress.note(hint)
         weights = load_encoder(Path(config.encoder), config.checkpoint)
         matches = {}
         for c in cells:

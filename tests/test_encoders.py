@@ -15,7 +15,7 @@ from small import Notes, counts, gene_names, write_cells, write_se
 
 import sest.encoders
 from sest.config import EmbedConfig, TrainConfig
-from sest.devices import choose_precision
+from sest.devices import choose_precision, faster_precision
 from sest.encoder import KeptGenes, Staged, StateEncoder
 from sest.encoders import PcaEncoder, check_encoder, common_genes, make_encoder
 from sest.errors import InputError
@@ -297,6 +297,18 @@ def test_fp8_is_for_embedding_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPat
                 choose_precision("fp8", torch.device("cuda"), training=False)
     with pytest.raises(InputError, match="precision is 'fp8'; it takes one of: auto, fp32, bf16, fp16"):
         TrainConfig(precision="fp8")
+
+
+def test_a_processor_with_bf16_units_is_told_of_but_auto_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for units in (True, False):
+        monkeypatch.setattr("sest.devices._cpu_has_bf16_units", lambda units=units: units)
+        assert choose_precision("auto", cpu, training=True) == choose_precision("auto", cpu, training=False) == "fp32"
+        hint = faster_precision("fp32", cpu)
+        assert (hint is not None and "--precision bf16" in hint) if units else hint is None
+        assert faster_precision("bf16", cpu) is None
+    monkeypatch.undo()
+    assert isinstance(faster_precision("fp32", cpu), str | None)
 
 
 def test_pca_reads_counts_per_ten_thousand_and_an_empty_cell_as_zero(tmp_path: Path) -> None:
