@@ -28,10 +28,11 @@ ROOT = "zarr.json"
 JOURNAL = "journal.jsonl"
 COMPLETE = "COMPLETE"
 LOCK = ".lock"
+FINISHING = ".finishing"  # locked by the one of several processes that completes the store
 SPOOL = ".spool"
 PROJECTION = "projection"
 PARTIAL = ".partial"  # ends the name of a file that is being written
-RESERVED = (JOURNAL, COMPLETE, LOCK, SPOOL, PROJECTION, ROOT)
+RESERVED = (JOURNAL, COMPLETE, LOCK, FINISHING, SPOOL, PROJECTION, ROOT)
 MEASURED = ("fidelity",)  # root attributes that were measured, which another machine may measure otherwise
 
 LICENCE_NOTE = (

@@ -14,8 +14,9 @@ import contextlib
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ from zarr.storage import MemoryStore
 from sest.cache import journal, schema
 from sest.cache.journal import Entries
 from sest.cache.schema import StoreError
-from sest.cache.storage import Held, LocalStorage, Storage, open_group, storage_at
+from sest.cache.storage import Held, LocalStorage, Lock, Storage, open_group, storage_at
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,22 @@ class StoreWriter:
         self.storage.remove_folder(f"{schema.SPOOL}/{name}")
 
     def finish(self) -> None:
-        """Mark the store complete: spool and strays deleted, one sorted journal, COMPLETE written last."""
+        """Mark the store complete: spool and strays deleted, one sorted journal, COMPLETE written last.
+
+        Of several processes that come here at once, one does it and the others wait.
+        """
+        with closing(self._finishing()):
+            if not self.complete:
+                self._finish()
+            self.storage.remove([schema.FINISHING])
+
+    def _finishing(self) -> Lock:
+        while True:
+            with contextlib.suppress(Held):
+                return self.storage.hold(schema.FINISHING, alone=True, text=str(os.getpid()))
+            time.sleep(0.05)
+
+    def _finish(self) -> None:
         self.storage.remove_folder(schema.SPOOL)
         self.storage.sweep()
         root = self.storage.read(schema.ROOT)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from small import Notes, counts, gene_names, hashes, small_shards, write_cells, 
 import sest.embed
 import sest.embed_plan
 from sest.cache import StoreError, StoreWriter, open_cache, schema
+from sest.cache.storage import LocalStorage
 from sest.config import EmbedConfig
 from sest.embed import embed
 from sest.errors import InputError
@@ -198,6 +200,40 @@ def test_a_rank_with_other_options_is_refused(inputs: list[Path], config: EmbedC
         embed(inputs, cache, other, Notes(), ranks=Ranks(1, 2))
 
 
+def test_processes_that_finish_at_the_same_moment_do_not_disturb_each_other(
+    inputs: list[Path], config: EmbedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(inputs, tmp_path / "one.zarr", config, Notes())
+    finish, write, both = StoreWriter.finish, LocalStorage.write, threading.Barrier(2)
+    finishing = threading.local()
+
+    def together(self: StoreWriter) -> None:
+        both.wait(20)  # every process believes that it is the last
+        finishing.now = True
+        finish(self)
+
+    def slowly(self: LocalStorage, files: Mapping[str, bytes]) -> None:
+        write(self, files)
+        if getattr(finishing, "now", False):
+            for name in files:  # as if the file were still being written when the other one sweeps
+                os.replace(self.root / name, self.root / (name + schema.PARTIAL))
+                time.sleep(0.2)
+                os.replace(self.root / (name + schema.PARTIAL), self.root / name)
+
+    monkeypatch.setattr(StoreWriter, "finish", together)
+    monkeypatch.setattr(LocalStorage, "write", slowly)
+    original = sest.embed._Work.finish
+
+    def after_the_other(self: sest.embed._Work) -> bool:
+        both.wait(20)  # nothing is left to any process
+        return original(self)
+
+    monkeypatch.setattr(sest.embed._Work, "finish", after_the_other)
+    processes = [Process(inputs, tmp_path / "many.zarr", config, Ranks(rank, 2)) for rank in range(2)]
+    assert [process.done().error for process in processes] == [None, None]
+    assert hashes(tmp_path / "many.zarr") == hashes(tmp_path / "one.zarr")
+
+
 # --- real processes
 
 
@@ -217,7 +253,7 @@ def test_ranks_of_the_command_line_and_of_torchrun_make_the_same_store(tmp_path:
     for name, launcher, each in (
         ("one", [sys.executable], [()]),
         ("ranks", [sys.executable], [("--rank", str(r), "--world-size", "2") for r in range(2)]),
-        ("torchrun", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"], [()]),
+        ("torchrun", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], [()]),
     ):
         running = [
             subprocess.Popen(
