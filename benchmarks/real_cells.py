@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 
 import sest
 from sest.baselines import predict_baselines
-from sest.batches import CellStore, SetRows, SetSampler, store_cells
+from sest.cell_store import CellStore, store_cells
 from sest.checkpoint import load_model
 from sest.config import EmbedConfig, PredictConfig, TrainConfig
 from sest.dataset import Dataset, read_dataset, split_pairs, training_means
@@ -41,6 +41,7 @@ from sest.evaluate import evaluate
 from sest.loss import energy_distance
 from sest.predict import predict
 from sest.progress import Silent
+from sest.sampler import SetRows, SetSampler
 from sest.splits import TEST
 from sest.train import train
 
@@ -221,7 +222,7 @@ def test_losses(run: Path, data: Dataset, config: TrainConfig) -> tuple[dict[str
             part = SetRows(
                 targets=sets["targets"][one], controls=sets["controls"][one], perturbation=sets["perturbation"][one]
             )
-            batch = store.batch(part, device)
+            batch = store.batch(part)
             vectors = torch.from_numpy(data.features.matrix[part["perturbation"]])  # (1, P)
             controls = store.expression(part["controls"])  # (1, S, G)
             pair = pair_of[int(data.labels.context[part["targets"][0, 0]]), int(part["perturbation"][0])]

@@ -55,6 +55,13 @@ class Group:
         return self._read("X/indptr", 0, self.n_cells + 1)
 
     @cached_property
+    def target_dtype(self) -> np.dtype:
+        """Of the stored targets: int16 or int32 counts, float32 log1p values."""
+        array = self._zarr["X/data"]
+        assert isinstance(array, zarr.Array)
+        return np.dtype(array.dtype)
+
+    @cached_property
     def _zarr(self) -> zarr.Group:
         return open_group(self.storage, self.path)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from sest.cli import console
-from sest.cli.options import given, opt
+from sest.cli.options import given, opt, whole_or_auto
 from sest.config import TrainConfig, read_toml
 from sest.errors import InputError
+from sest.progress import Silent
+from sest.ranks import device_of_rank, ranks_of
 
 if TYPE_CHECKING:
     from sest.dataset import Dataset
@@ -43,7 +47,7 @@ def train(
     missing_perturbations: Annotated[Text, opt(TrainConfig, "missing_perturbations")] = None,
     val_fraction: Annotated[Real, opt(TrainConfig, "val_fraction")] = None,
     max_steps: Annotated[Whole, opt(TrainConfig, "max_steps")] = None,
-    batch_size: Annotated[Whole, opt(TrainConfig, "batch_size")] = None,
+    batch_size: Annotated[Whole, opt(TrainConfig, "batch_size", parser=whole_or_auto)] = None,
     set_size: Annotated[Whole, opt(TrainConfig, "set_size")] = None,
     accumulate: Annotated[Whole, opt(TrainConfig, "accumulate")] = None,
     lr: Annotated[Real, opt(TrainConfig, "lr")] = None,
@@ -68,12 +72,18 @@ def train(
     patience: Annotated[Whole, opt(TrainConfig, "patience")] = None,
     max_bad_steps: Annotated[Whole, opt(TrainConfig, "max_bad_steps")] = None,
     precision: Annotated[Text, opt(TrainConfig, "precision")] = None,
+    compile: Annotated[Switch, opt(TrainConfig, "compile")] = None,
+    gradients: Annotated[Text, opt(TrainConfig, "gradients")] = None,
     num_workers: Annotated[Whole, opt(TrainConfig, "num_workers")] = None,
+    scratch: Annotated[Text, opt(TrainConfig, "scratch")] = None,
     data_device: Annotated[Text, opt(TrainConfig, "data_device")] = None,
     device: Annotated[Text, opt(TrainConfig, "device")] = None,
     seed: Annotated[Whole, opt(TrainConfig, "seed")] = None,
 ) -> None:
     """Train the State Transition head from a store.
+
+    Several GPUs: torchrun --nproc-per-node 4 -m sest train CACHE -r DIR (-r, as torchrun takes --run for an option of
+    its own).
 
     The run folder gets config.toml, metrics.jsonl, checkpoint-step-N/, best/ (lowest val_loss) and last/.
     """
@@ -85,15 +95,22 @@ def train(
         options = {**file_values, **options}
     if resume == "auto" and not run.exists():
         raise InputError(f"{run} does not exist: nothing to resume. Leave --resume out to start it.")
-    from sest.train import resumed_config  # imports torch
+    from sest.run_folder import resumed_config  # imports torch
     from sest.train import train as run_training
 
     if resume is None:
         resolved = TrainConfig.from_values(options, "the command line")
     else:
         resolved = resumed_config(run, resume, options)
+    ranks = ranks_of(None, None, os.environ)
+    resolved = dataclasses.replace(resolved, device=device_of_rank(resolved.device, os.environ))
+    if ranks.rank:  # the first process speaks for all
+        run_training(cache, run, resolved, Silent(), resume=resume, ranks=ranks)
+        return
     with console.ConsoleProgress() as progress:
-        result = run_training(cache, run, resolved, progress, resume=resume, on_start=_show_start, on_log=progress.show)
+        result = run_training(
+            cache, run, resolved, progress, resume=resume, ranks=ranks, on_start=_show_start, on_log=progress.show
+        )
     why = "no improvement" if result.reason == "early_stopping" else "all steps done"
     best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
     console.say(f"{run}: step {result.step:,} ({why}){best}.")

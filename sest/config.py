@@ -144,7 +144,9 @@ class TrainConfig(Config):
         0.05, "share of training perturbations held out where no val split is given", least=0.0
     )
     max_steps: int = option(40_000, "optimizer steps in all, a resumed run's earlier ones included", least=1)
-    batch_size: int = option(16, "sets a forward pass", least=1)
+    batch_size: int = option(
+        16, "sets a forward pass, of all processes together; auto (0): as many as memory holds, at most 64", least=0
+    )
     set_size: int = option(128, "cells a set", least=2)
     accumulate: int = option(1, "forward passes an optimizer step", least=1)
     lr: float = option(1e-4, "learning rate of AdamW, constant", least=0.0)
@@ -175,8 +177,17 @@ class TrainConfig(Config):
     precision: str = option(
         "auto", "auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU", choices=PRECISIONS
     )
-    num_workers: int = option(8, "threads that prepare batches ahead of a CPU-resident cache; 0: in the loop", least=0)
-    data_device: str = option("auto", "where cells are kept", choices=("auto", "gpu", "cpu"))
+    compile: bool = option(False, "compile the head (CUDA graphs on GPUs): a slower start, then faster steps")
+    gradients: str = option("fp32", "as which several GPUs exchange gradients", choices=("fp32", "bf16"))
+    num_workers: int = option(2, "threads that prepare batches ahead, each holding one; 0: in the loop", least=0)
+    data_device: str = option(
+        "auto",
+        "where cells are kept: GPU memory, host memory, or files that are mapped; auto: the first they fit",
+        choices=("auto", "gpu", "cpu", "disk"),
+    )
+    scratch: str | None = option(
+        None, "folder for those files, kept for other runs; default: in the run folder, deleted at its end"
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "of weights, dropout, sets and their order", least=0, most=LARGEST_SEED)
 
@@ -207,5 +218,5 @@ class PredictConfig(Config):
 
 RESUMABLE = (  # what a resumed run may change without becoming another run
     "max_steps val_every checkpoint_every log_every early_stopping patience max_bad_steps "
-    "num_workers data_device device precision lr weight_decay clip"
+    "num_workers data_device scratch compile gradients device precision lr weight_decay clip"
 ).split()

@@ -16,7 +16,6 @@ import pandas as pd
 import scipy.sparse
 
 from sest.cell_eval_scores import MAX_LOG1P
-from sest.cells import log1p_rows
 from sest.checkpoint import Checkpoint
 from sest.columns import labels
 from sest.config import EmbedConfig, PredictConfig
@@ -28,6 +27,7 @@ from sest.hub import with_local_encoder
 from sest.inputs import SUFFIXES, Cells, open_cells, resolve_inputs
 from sest.progress import Progress
 from sest.project import Projection
+from sest.targets import log1p_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,13 @@ import scipy.sparse
 
 from sest.baselines import TrainingMeans
 from sest.cache import Cache, open_cache
-from sest.cells import Labels, Targets, log1p_rows, read_embeddings, read_labels, read_targets
+from sest.cells import Labels, read_embeddings, read_labels
 from sest.config import TrainConfig
 from sest.errors import InputError, shown
 from sest.features import Features, make_features
 from sest.progress import Progress
 from sest.splits import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, SplitRow, assign_splits, read_splits, split_table
+from sest.targets import Targets, read_targets
 
 ROWS_PER_BLOCK = 8192
 
@@ -55,12 +56,18 @@ class Dataset:
 
 
 def read_dataset(
-    cache_path: Path, config: TrainConfig, progress: Progress, *, feature_names: tuple[str, ...] | None = None
+    cache_path: Path,
+    config: TrainConfig,
+    progress: Progress,
+    *,
+    feature_names: tuple[str, ...] | None = None,
+    scratch: Path | None = None,
 ) -> Dataset:
     """Open a store and read what training, prediction and validation need.
 
     Args:
         feature_names: the perturbations of a one-hot run, in its order (a resumed run or a prediction).
+        scratch: folder for the targets where memory does not hold them, or config.data_device is "disk".
 
     Raises:
         InputError, StoreError: an unusable store, splits that do not fit it, features that are missing.
@@ -85,7 +92,8 @@ def read_dataset(
                     f"({shown(features.missing)}). Name others in a splits file, or pass --missing-perturbations zero."
                 )
     table = split_table(groups, dataclasses.replace(splits, masks=_per_group(mask, labels)))
-    targets = read_targets(cache, config.target_sum, progress)
+    where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
+    targets = read_targets(cache, config.target_sum, progress, where=where, scratch=scratch)
     embeddings, embedding_row = read_embeddings(cache, labels)
     return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
 
@@ -125,7 +133,7 @@ def pseudobulks(targets: Targets, code: np.ndarray, n_groups: int) -> np.ndarray
     sums = np.zeros((n_groups, len(targets.genes)))
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         block = rows[start : start + ROWS_PER_BLOCK]
-        values = log1p_rows(targets.matrix[block], targets.factor[block]).astype(np.float64)
+        values = targets.log1p(block).astype(np.float64)
         member = scipy.sparse.csr_matrix(
             (np.ones(len(block)), (code[block], np.arange(len(block)))), shape=(n_groups, len(block))
         )

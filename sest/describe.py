@@ -85,7 +85,7 @@ def _unfinished_cache(storage: Storage, attributes: Facts) -> Facts:
 
 def _run_or_checkpoint(path: Path, verify: bool) -> Facts | None:
     from sest.checkpoint import STATE  # imports torch, which stores and cells do not need
-    from sest.train import CONFIG, METRICS
+    from sest.run_folder import CONFIG, METRICS
 
     if (path / STATE).exists():
         return _checkpoint(path, verify)
@@ -124,7 +124,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     """The furthest checkpoint of a run, and where it stands."""
     from sest.checkpoint import checkpoints, find_checkpoint, open_checkpoint
-    from sest.train import read_run_config
+    from sest.run_folder import read_run_config
 
     config, provenance = read_run_config(path)
     found = [folder for folder in checkpoints(path) if not folder.name.startswith(".")]

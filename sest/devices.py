@@ -63,7 +63,7 @@ def faster_precision(precision: str, device: torch.device) -> str | None:
     """
     if device.type != "cpu" or precision != "fp32" or not _cpu_has_bf16_units():
         return None
-    return "This processor has bf16 units: --precision bf16 is several times faster here, and rounds more."
+    return "This processor has bf16 units: --precision bf16 may be much faster here, and rounds more."
 
 
 def _cpu_has_bf16_units() -> bool:

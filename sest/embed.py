@@ -230,7 +230,7 @@ class _Work:
         shards = [(i, shard) for i, group in enumerate(self._groups) for shard in range(len(group.embedding_shards()))]
         if len(shards) < self._ranks.world_size:
             self._progress.note(
-                f"There are {len(shards)} shards for {self._ranks.world_size} processes: some will idle."
+                f"{len(shards):,} of the store's shards for {self._ranks.world_size} processes: some will idle."
             )
         mine = [piece for number, piece in enumerate(shards) if self._ranks.owns(number)]
         missing = [set(self._writer.missing_embedding_shards(group)) for group in self._groups]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sest.dropout import SetDropout
+
 RMS_NORM_EPS = 1e-6
 BACKBONE_INIT_STD = 0.02  # Llama's initializer_range
 
@@ -40,15 +42,22 @@ class HeadSizes:
             raise ValueError(f"hidden ({self.hidden}) must divide by n_heads ({self.n_heads})")
 
 
-def mlp(n_in: int, hidden: int, n_out: int, n_layers: int, dropout: float) -> nn.Sequential:
+class Mlp(nn.Sequential):
     """`n_layers` Linear layers with GELU and dropout between them (parameters 0, 3, 6, 9 ...)."""
-    widths = [n_in, *[hidden] * (n_layers - 1), n_out]
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(widths)):
-        if i:
-            layers += [nn.GELU(), nn.Dropout(dropout)]
-        layers.append(nn.Linear(a, b))
-    return nn.Sequential(*layers)
+
+    def __init__(self, n_in: int, hidden: int, n_out: int, n_layers: int, dropout: float) -> None:
+        widths = [n_in, *[hidden] * (n_layers - 1), n_out]
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise(widths)):
+            if i:
+                layers += [nn.GELU(), SetDropout(dropout)]
+            layers.append(nn.Linear(a, b))
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (B, ..., n_in) -> (B, ..., n_out)
+        for layer in self:
+            x = layer(x, keys) if isinstance(layer, SetDropout) else layer(x)
+        return x
 
 
 class RMSNorm(nn.RMSNorm):
@@ -126,24 +135,27 @@ class StateTransition(nn.Module):
         super().__init__()
         self.sizes = sizes
         hidden, dropout = sizes.hidden, sizes.dropout
-        self.pert_encoder = mlp(sizes.n_features, hidden, hidden, sizes.n_encoder_layers, dropout)
-        self.basal_encoder = mlp(sizes.dim, hidden, hidden, sizes.n_encoder_layers, dropout)
+        self.pert_encoder = Mlp(sizes.n_features, hidden, hidden, sizes.n_encoder_layers, dropout)
+        self.basal_encoder = Mlp(sizes.dim, hidden, hidden, sizes.n_encoder_layers, dropout)
         self.transformer_backbone = Backbone(sizes)
-        self.project_out = mlp(hidden, hidden, sizes.n_genes, sizes.n_decoder_layers, dropout)
+        self.project_out = Mlp(hidden, hidden, sizes.n_genes, sizes.n_decoder_layers, dropout)
+        for number, layer in enumerate(part for part in self.modules() if isinstance(part, SetDropout)):
+            layer.number = number
 
-    def forward(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+    def forward(self, basal: Tensor, perturbation: Tensor, keys: Tensor | None = None) -> Tensor:
         """Predict perturbed cells.
 
         Args:
             basal: (B, S, E) embeddings of control cells.
             perturbation: (B, P) one feature vector a set; it is encoded once and broadcast over the cells.
+            keys: (B,) int32 of `sest.dropout.dropout_keys`; needed in training mode with dropout.
 
         Returns:
             (B, S, G) log1p expression, not negative.
         """
-        controls = self.basal_encoder(basal)  # (B, S, H)
-        shift = self.pert_encoder(perturbation).unsqueeze(-2)  # (B, 1, H)
-        return F.relu(self.project_out(self.transformer_backbone(controls + shift) + controls))
+        controls = self.basal_encoder(basal, keys)  # (B, S, H)
+        shift = self.pert_encoder(perturbation, keys).unsqueeze(-2)  # (B, 1, H)
+        return F.relu(self.project_out(self.transformer_backbone(controls + shift) + controls, keys))
 
 
 def new_model(sizes: HeadSizes, seed: int) -> StateTransition:

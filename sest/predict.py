@@ -31,7 +31,8 @@ from sest.features import ONE_HOT
 from sest.model import StateTransition
 from sest.progress import Progress
 from sest.requests import Request, join_tables, make_requests, obs_of, read_list
-from sest.train import CONFIG, read_run_config
+from sest.run_folder import CONFIG, SCRATCH, one_hot_names, read_run_config
+from sest.targets import remove_scratch
 from sest.weights import load_features
 from sest.write_h5ad import H5adWriter, check_writable
 
@@ -73,7 +74,10 @@ def predict(run: Path, out: Path, config: PredictConfig, progress: Progress) -> 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device, training=False)
     train_config, cache, source = _run_of(checkpoint, config)
-    data = read_dataset(cache, train_config, progress, feature_names=_one_hot_names(checkpoint))
+    scratch = Path(train_config.scratch or out.with_name(f".{out.name}.{SCRATCH}"))  # only if memory is too small
+    data = read_dataset(cache, train_config, progress, feature_names=one_hot_names(checkpoint), scratch=scratch)
+    if not train_config.scratch:
+        remove_scratch(scratch)  # mapped files stay readable
     _check_data(checkpoint, data)
     genes, places = _genes(config.genes, data.targets.genes)
     made_columns = next(iter(data.cache.groups.values())).attributes["columns"]
@@ -139,11 +143,6 @@ def _run_of(checkpoint: Checkpoint, config: PredictConfig) -> tuple[TrainConfig,
     if checkpoint.state["cache_sha256"] is None:  # imported: only what is asked for needs features, not the whole store
         values["perturbations"] = ONE_HOT
     return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache), source
-
-
-def _one_hot_names(checkpoint: Checkpoint) -> tuple[str, ...] | None:
-    features = checkpoint.state["features"]
-    return tuple(features["names"]) if features["source"] == ONE_HOT and features["names"] else None
 
 
 def _check_data(checkpoint: Checkpoint, data: Dataset) -> None:

@@ -3,37 +3,22 @@
 Nothing is made dense. An expressed gene costs one hash and its part of a radix sort; unexpressed genes are hashed only
 where a cell has fewer expressed genes than slots, and of them only those above a threshold are sorted.
 
-Shapes: B cells, K kept genes, L = pad_length slots. Compiling takes seconds; the result is kept in numba's cache
-(`__pycache__`, else the user's cache folder, or NUMBA_CACHE_DIR).
+Shapes: B cells, K kept genes, L = pad_length slots. Compiling takes seconds; the result is kept (sest.jit).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
+
+from sest.jit import compiled
 
 DIGIT = 11  # bits of a pass of the radix sort: the counts of all six passes fit a first-level cache
 N_BUCKETS = 1 << DIGIT
 N_PASSES = 6
 CELLS_A_PART = 16  # at least: about a millisecond, in which another thread has certainly woken up
-
-
-def compiled(nogil: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`numba.njit`, cached where a folder for it can be written; without one, each process compiles for itself."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(function, cache=True, nogil=nogil)
-        except RuntimeError as error:
-            if "no locator available" not in str(error):
-                raise
-            return numba.njit(function, nogil=nogil)
-
-    return decorate
 
 
 @compiled()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -15,46 +16,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tomli_w
 import torch
 from torch import Tensor, nn
 
 from sest import __version__
-from sest.batches import SetSampler, batch_source, store_cells
-from sest.cache.schema import fsync_file, write_durably
+from sest.batches import batch_source
+from sest.cache.schema import fsync_file
+from sest.cell_store import CellStore, store_cells
 from sest.checkpoint import (
     BEST,
     LAST,
     Checkpoint,
     copy_checkpoint,
-    later_checkpoints,
-    latest_checkpoint,
     optimizer_to_tensors,
-    remove_unfinished,
-    resumable,
     save_checkpoint,
     sizes_to_values,
-    sound_checkpoint,
     step_folder,
     tensors_to_optimizer,
 )
-from sest.config import RESUMABLE, TrainConfig, read_toml
+from sest.config import RESUMABLE, TrainConfig
 from sest.dataset import Dataset, read_dataset
-from sest.devices import DTYPES, choose_device, choose_precision
+from sest.devices import DTYPES, choose_device, choose_precision, faster_precision
+from sest.dropout import dropout_keys
 from sest.errors import InputError, TrainingFailed, shown
 from sest.features import ONE_HOT
 from sest.loss import make_loss
 from sest.model import HeadSizes, StateTransition, n_parameters, new_model
 from sest.progress import Progress
+from sest.ranks import SINGLE, Ranks
+from sest.run_folder import METRICS, PATHS, SCRATCH, append_metrics, find_start, one_hot_names, open_run
+from sest.sampler import SetSampler
 from sest.signals import Interrupted, stop_requests
 from sest.splits import TRAIN, SplitRow
+from sest.step_memory import largest_batch
+from sest.targets import remove_scratch
+from sest.team import Team, team_of
 from sest.validate import Validator
+from sest.window import Window
 
-METRICS, CONFIG, SPLITS = "metrics.jsonl", "config.toml", "splits.toml"
-PATHS = ("perturbations", "splits")  # where files lie is no part of a run's identity; their content is
 NOT_COMPARED = ("precision", "features.source")  # kept in a checkpoint, but free to change when it is resumed
-SAME_STEPS = ("lr", "weight_decay", "clip", "precision")  # RESUMABLE, but with others the steps are other ones
 GPU_SHARE = 0.6  # of free GPU memory that the cells may take; the rest is for the step
 
 
@@ -89,6 +89,7 @@ def train(
     progress: Progress,
     *,
     resume: str | None = None,
+    ranks: Ranks = SINGLE,
     on_start: Callable[[Dataset, StateTransition], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
@@ -99,6 +100,7 @@ def train(
         run: folder for config.toml, metrics.jsonl and checkpoints; must be new unless `resume` is given.
         config: see `TrainConfig`. A resumed run keeps its own; only the fields in `RESUMABLE` may differ.
         resume: "auto" (the run's furthest sound checkpoint; its beginning before there is one), or a checkpoint folder.
+        ranks: of the processes that torchrun started, which one this is; the first writes all files.
         on_start: is given the data and the model once, before the first step.
         on_log: is given every line of metrics.jsonl.
 
@@ -108,16 +110,51 @@ def train(
         Interrupted: after SIGINT or SIGTERM; the step was finished and saved to last/.
     """
     device = choose_device(config.device)
+    with team_of(ranks, device) as team:
+        return _train(cache, run, config, progress, device, team, resume, on_start, on_log)
+
+
+def _train(
+    cache: Path,
+    run: Path,
+    config: TrainConfig,
+    progress: Progress,
+    device: torch.device,
+    team: Team,
+    resume: str | None,
+    on_start: Callable[[Dataset, StateTransition], None] | None,
+    on_log: Callable[[dict[str, Any]], None] | None,
+) -> TrainResult:
     precision = choose_precision(config.precision, device, training=True)
-    criterion = make_loss(config.loss)
-    start = _find_start(run, resume, config, progress)
-    data = read_dataset(cache, config, progress, feature_names=_one_hot_names(start))
+    if config.gradients == "bf16" and device.type == "cpu":
+        raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
+    if hint := faster_precision(precision, device):
+        progress.note(hint)
+    # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
+    gram = torch.float16 if device.type == "cuda" and precision != "fp32" else torch.float32
+    criterion = make_loss(config.loss, gram)
+    start = find_start(run, resume, config, progress)
+    scratch = Path(config.scratch) if config.scratch else run / SCRATCH
+    data = _read_in_turn(cache, config, progress, one_hot_names(start), scratch, team)
     sizes = _sizes(data, config)
+    model = (new_model(sizes, config.seed) if start is None else start.model()).to(device).train()
+
+    def autocast() -> Any:
+        return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+    if config.batch_size == 0:
+        chosen = team.size * largest_batch(model, sizes, config.set_size, criterion, autocast)
+        config = dataclasses.replace(config, batch_size=-team.largest(-chosen))
+        progress.note(f"{config.batch_size} sets a batch fit the free memory.")
+    if config.batch_size % team.size:
+        raise InputError(
+            f"A batch of {config.batch_size} sets cannot be divided among {team.size} processes. Use a --batch-size "
+            f"that {team.size} divides."
+        )
     identity = _identity(data, config, precision)
     if start is not None:
         _refuse_other_run(start, identity, sizes)
     state = RunState() if start is None else RunState(**start.state["run"])
-    model = (new_model(sizes, config.seed) if start is None else start.model()).to(device).train()
     names = [name for name, _ in model.named_parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -125,8 +162,8 @@ def train(
         tensors_to_optimizer(start.optimizer_tensors(), optimizer, names)
         if scaler.is_enabled() and start.state["scaler"]:  # empty after another precision
             scaler.load_state_dict(start.state["scaler"])
-    data_device = _data_device(config.data_device, device, data, progress)
-    store = store_cells(data.targets, data.embeddings, data.embedding_row, data_device)
+    on_device = _cells_on_device(config.data_device, device, data, progress)
+    store = store_cells(data.targets, data.embeddings, data.embedding_row, device, on_device=on_device)
     sampler = SetSampler(
         data.labels,
         data.in_split(TRAIN),
@@ -144,30 +181,40 @@ def train(
     alone = sampler.without_same_batch()
     if alone:
         progress.note(f"{alone:,} training cells have no control in their batch; any of their cell type serves.")
-    validator = Validator(data, store, config, device, criterion)
+    if data.targets.on_disk:
+        rate = _batches_per_second(sampler, store, config.batch_size, config.num_workers)
+        progress.note(f"Batches from {scratch}: {rate:.3g} a second.")
+    validator = Validator(data, store, config, device, criterion, team)
     features = torch.from_numpy(data.features.matrix).to(device)  # (perturbations, P)
-    _open_run(run, cache, config, data, start, state.step)
+    shared = team.shared(model, config.gradients)
+    network: Any = shared
+    if config.compile:  # on a GPU into CUDA graphs, which static shapes allow
+        network = torch.compile(shared, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    team.wait()  # all have read what is in the folder
+    if team.leads:
+        open_run(run, cache, config, data, start, state.step)
     if on_start is not None:
         on_start(data, model)
+    per_process = config.batch_size // team.size
 
-    def autocast() -> Any:
-        return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
-
-    def forward_backward(batch_number: int, micro_size: int) -> Tensor:
-        """Add the gradient of one batch, in parts of `micro_size` sets; returns the batch's mean loss."""
+    def forward_backward(batch_number: int, micro_size: int, last: bool) -> Tensor:
+        """Add the gradient of one batch, in parts of `micro_size` sets; returns this process's share of its loss."""
         batch = batches.get(batch_number)
+        keys = dropout_keys(config.seed, batch["number"])
         total = torch.zeros((), device=device)
-        for i in range(0, config.batch_size, micro_size):
-            torch.manual_seed(_dropout_seed(config.seed, batch_number, i))  # dropout is a function of (seed, batch)
+        for i in range(0, per_process, micro_size):
             part = slice(i, i + micro_size)
-            with autocast():
-                predicted = model(batch["basal"][part], features[batch["perturbation"][part]])
-            loss = criterion(predicted, batch["target"][part]).sum() / config.batch_size
-            scaler.scale(loss / config.accumulate).backward()
+            with team.apart(shared, last=last and i + micro_size >= per_process):
+                with autocast():
+                    predicted = network(batch["basal"][part], features[batch["perturbation"][part]], keys[part])
+                loss = criterion(predicted, batch["target"][part]).sum() / config.batch_size
+                scaler.scale(loss * (team.size / config.accumulate)).backward()  # gradients are averaged over the team
             total += loss.detach()
         return total
 
     def save(name: str, *, with_optimizer: bool = True) -> None:
+        if not team.leads:
+            return
         fsync_file(run / METRICS)  # lines up to this step are not written again by a run resumed from here
         save_checkpoint(
             run / name,
@@ -190,23 +237,25 @@ def train(
 
     def save_last() -> None:
         """last/ is the current step; it shares the files of the checkpoint kept at this step, where there is one."""
-        if kept_at == state.step:
+        if kept_at == state.step and team.leads:
             copy_checkpoint(run / step_folder(kept_at), run / LAST)
         else:
             save(LAST)
 
     def log(line: dict[str, Any]) -> None:
-        _append(run / METRICS, line)
+        if not team.leads:
+            return
+        append_metrics(run / METRICS, line)
         if on_log is not None:
             on_log(line)
 
-    window = _Window(device)
+    window = Window(device)
     metrics: dict[str, float] = {}
-    micro_size, reason, kept_at = config.batch_size, "max_steps", -1
+    micro_size, reason, kept_at = per_process, "max_steps", -1
     progress.begin("Training", config.max_steps, "it", state.step)
     with (
         stop_requests() as stop,
-        batch_source(sampler, store, device, config.batch_size, config.num_workers) as batches,
+        batch_source(sampler, store, config.batch_size, config.num_workers, team.ranks) as batches,
     ):
         while state.step < config.max_steps:
             # step: gradients of `accumulate` batches, clipped, applied unless something is not finite
@@ -214,10 +263,14 @@ def train(
             loss = torch.zeros((), device=device)
             try:
                 for number in range(first, first + config.accumulate):
-                    loss += forward_backward(number, micro_size) / config.accumulate
-            except torch.OutOfMemoryError:
-                micro_size = _smaller(micro_size, optimizer, progress)
+                    last = number == first + config.accumulate - 1
+                    loss += forward_backward(number, micro_size, last) / config.accumulate
+            except torch.OutOfMemoryError as error:
+                micro_size = _smaller(micro_size, optimizer, team, progress, error)
                 continue  # the same step again, in smaller parts: the same batch and, to rounding, the same gradient
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise InputError(f"--compile does not work here: {_brief_error(error)}. Leave it out.") from error
+            team.sum(loss)
             scaler.unscale_(optimizer)
             norm = _clip(model, config.clip)
             bad = ~torch.isfinite(norm + loss)
@@ -233,7 +286,9 @@ def train(
 
             # log
             if state.step % config.log_every == 0 or state.step == config.max_steps:
-                log(window.line(state, config))  # waits for the device
+                line = window.line(state.step, config.lr, state.skipped_steps, batches.waited)  # waits for the device
+                state.skipped_steps = line["skipped_steps"]
+                log(line)
                 if window.worst_streak >= config.max_bad_steps:
                     raise TrainingFailed(
                         f"{window.worst_streak} steps in a row before step {state.step + 1} had a non-finite loss or "
@@ -254,15 +309,17 @@ def train(
                 save(step_folder(state.step))
                 kept_at = state.step
             window.pause()
-            if stop():
+            if signum := team.largest(stop()):
                 save_last()
                 raise Interrupted(
-                    stop(), f"Stopped after step {state.step}, saved in {run / LAST}. Go on with --resume auto."
+                    signum, f"Stopped after step {state.step}, saved in {run / LAST}. Go on with --resume auto."
                 )
             if validated and config.early_stopping and state.validations_without_improvement >= config.patience:
                 reason = "early_stopping"
                 break
         save_last()
+    if team.leads and not config.scratch:
+        remove_scratch(scratch)
     return TrainResult(state.step, state.best_step, state.best_val_loss, reason, metrics, n_parameters(model))
 
 
@@ -335,145 +392,27 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _find_start(run: Path, resume: str | None, config: TrainConfig, progress: Progress) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a new run, or one that was stopped before its first checkpoint."""
-    if resume is None:
-        if not _is_unused(run):
-            raise InputError(f"{run} exists. Continue it with --resume auto, or choose another --run folder.")
-        return None
-    if not (_is_unused(run) or (run / CONFIG).is_file()):
-        raise InputError(f"{run} exists and is no run folder: it has no {CONFIG}. Choose another --run folder.")
-    if resume == "auto":
-        if not resumable(run):
-            progress.note(f"{run} has no checkpoint yet: training starts at step 0.")
-            return None
-        checkpoint, problems = latest_checkpoint(run)
-        for problem in problems:
-            progress.note(f"Passed over: {problem}")
-    else:
-        checkpoint = sound_checkpoint(Path(resume), to_resume=True)
-        _refuse_to_mix(run, checkpoint, config)
-    progress.note(f"Resuming from {checkpoint.folder} at step {checkpoint.state['step']:,}.")
-    return checkpoint
-
-
-def _is_unused(run: Path) -> bool:
-    """Whether a run folder is yet to be made, or was not even begun when it was stopped."""
-    if not run.is_dir():
-        return not run.exists()
-    return all(file.name.endswith(".partial") for file in run.iterdir())
-
-
-def _refuse_to_mix(run: Path, start: Checkpoint, config: TrainConfig) -> None:
-    """Going back in a run folder repeats the same steps; other steps would lie beside the later checkpoints there."""
-    later = later_checkpoints(start) if start.folder.resolve().parent == run.resolve() else []
-    before = TrainConfig.from_values(read_run_config(run)[0], str(run / CONFIG)) if later else config
-    changed = [name for name in SAME_STEPS if getattr(before, name) != getattr(config, name)]
-    if changed:
-        options = shown("--" + name.replace("_", "-") for name in changed)
-        raise InputError(
-            f"{run} has later checkpoints ({shown(folder.name for folder in later)}), made with another {options}. "
-            f"Go on from {start.folder.name} in another --run folder."
-        )
-
-
-def _one_hot_names(start: Checkpoint | None) -> tuple[str, ...] | None:
-    names = start.state["features"]["names"] if start is not None else None
-    return tuple(names) if names else None
-
-
-def resumed_config(run: Path, resume: str, options: dict[str, Any]) -> TrainConfig:
-    """The configuration of a run to resume, with the options given now on top.
-
-    Raises:
-        InputError: no configuration there, or an option that a resumed run cannot change (see `RESUMABLE`).
-    """
-    if resume == "auto" and _is_unused(run):
-        return TrainConfig.from_values(options, "the command line")
-    folder = run if resume == "auto" or (run / CONFIG).exists() else Path(resume).resolve().parent
-    values, _ = read_run_config(folder)
-    before = TrainConfig.from_values(values, str(folder / CONFIG))
-    config = TrainConfig.from_values({**values, **options}, "the command line")
-    for name in TrainConfig.names():
-        old, new = getattr(before, name), getattr(config, name)
-        if old != new and name not in (*RESUMABLE, *PATHS):
-            raise InputError(
-                f"--{name.replace('_', '-')} {new} would make another run; this one has {old}. Use a new --run."
-            )
-    return config
-
-
-def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run's configuration and its provenance (where its cache is).
-
-    Raises:
-        InputError: no config.toml there.
-    """
-    if not (run / CONFIG).is_file():
-        raise InputError(f"{run} is no run folder: it has no {CONFIG}.")
-    values = read_toml(run / CONFIG)
-    provenance = values.pop("provenance", {})
-    if "splits" in values and (run / SPLITS).exists():
-        values["splits"] = str(run / SPLITS)
-    return values, provenance
-
-
-def _open_run(run: Path, cache: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> None:
-    """Create or continue the run folder: configuration, splits, metrics up to the step resumed from."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(run)
-        paths = {
-            key: str(Path(getattr(config, key)).resolve())
-            for key in PATHS
-            if getattr(config, key) not in (None, ONE_HOT)
-        }
-        provenance = {
-            "cache": data.cache.storage.url,
-            "sest_version": __version__,
-            "torch_version": torch.__version__,
-            "resumed_from": str(start.folder) if start else "",
-        }
-        content = {**config.to_values(), **paths, "provenance": provenance}
-        write_durably(run / CONFIG, tomli_w.dumps(content).encode())
-        if config.splits:
-            write_durably(run / SPLITS, Path(config.splits).read_bytes())
-        lines = (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        write_durably(run / METRICS, "".join(line + "\n" for line in kept).encode())
-    except OSError as error:
-        raise InputError(f"Cannot write to {run}: {error.strerror}. Choose another --run folder.") from error
-
-
-def _step_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a kill
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line, to be made durable with the next checkpoint; a number that is not finite becomes null."""
-    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-    with open(path, "a") as file:
-        file.write(json.dumps(plain, allow_nan=False) + "\n")
-
-
-def _dropout_seed(seed: int, batch: int, part: int) -> int:
-    """A seed for one forward pass, from (seed, batch number, first set)."""
-    return int(np.random.SeedSequence([seed, 0xD0, batch, part]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _smaller(micro_size: int, optimizer: torch.optim.Optimizer, progress: Progress) -> int:
+def _smaller(
+    micro_size: int, optimizer: torch.optim.Optimizer, team: Team, progress: Progress, error: torch.OutOfMemoryError
+) -> int:
     """Halve the sets of a forward pass after CUDA ran out of memory."""
+    if team.size > 1:  # the others wait for this one's gradients
+        raise InputError(
+            f"Out of GPU memory on process {team.ranks.rank}. Use more processes, or a smaller --batch-size with a "
+            "larger --accumulate (the same steps to rounding)."
+        ) from error
     if micro_size == 1:
-        raise InputError("Out of GPU memory with one set at a time. Use a smaller --set-size or --hidden.")
+        raise InputError("Out of GPU memory with one set at a time. Use a smaller --set-size or --hidden.") from error
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     progress.note(
         f"Out of GPU memory: {micro_size // 2} sets a forward pass instead of {micro_size}; the batch stays the same."
     )
     return micro_size // 2
+
+
+def _brief_error(error: Exception) -> str:
+    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _clip(model: nn.Module, largest: float) -> Tensor:
@@ -499,74 +438,52 @@ def _judge(val_loss: float, state: RunState, run: Path) -> bool:
     return False
 
 
-def _data_device(asked: str, device: torch.device, data: Dataset, progress: Progress) -> torch.device:
-    """Where the cells are kept: on the GPU if they fit beside the step, else in host memory."""
-    host = torch.device("cpu")
+def _read_in_turn(
+    cache: Path,
+    config: TrainConfig,
+    progress: Progress,
+    feature_names: tuple[str, ...] | None,
+    scratch: Path,
+    team: Team,
+) -> Dataset:
+    """Read the data; of several processes the first goes ahead, as it may write the files that the others map."""
+
+    def read() -> Dataset:
+        return read_dataset(cache, config, progress, feature_names=feature_names, scratch=scratch)
+
+    if team.leads:
+        data = read()
+    team.wait()
+    return data if team.leads else read()
+
+
+def _cells_on_device(asked: str, device: torch.device, data: Dataset, progress: Progress) -> bool:
+    """Whether the cells are kept in the GPU's memory: if they fit beside the step, or on request."""
     if device.type == "cpu":
         if asked == "gpu":
             raise InputError("--data-device gpu, but training runs on the CPU. Use --data-device cpu.")
-        return host
-    needed = (
-        data.embeddings.nbytes + data.targets.data.nbytes + data.targets.indices.nbytes + data.targets.indptr.nbytes
-    )
+        return False
+    needed = data.embeddings.nbytes + data.targets.nbytes
     free = torch.cuda.mem_get_info(device)[0]
     fits = needed < GPU_SHARE * free
     if asked == "gpu" and not fits:
         raise InputError(
             f"The cells take {needed / 1e9:.1f} GB, of {free / 1e9:.1f} GB free on {device}. Use --data-device cpu."
         )
-    where = device if asked == "gpu" or (asked == "auto" and fits) else host
-    progress.note(f"Cells ({needed / 1e9:.2f} GB) are kept in {'GPU' if where == device else 'host'} memory.")
-    return where
+    there = asked == "gpu" or (asked == "auto" and fits and not data.targets.on_disk)
+    place = "GPU" if there else "mapped files" if data.targets.on_disk else "host"
+    progress.note(f"Cells ({needed / 1e9:.2f} GB) are kept in {place}{'' if place == 'mapped files' else ' memory'}.")
+    return there
 
 
-class _Window:
-    """Sums since the last log line, kept on the device until it is written."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._loss, self._norm, self._bad, self._streak, self._worst = torch.zeros(5, device=device).unbind()
-        self._steps, self._paused = 0, 0.0
-        self._began = self._mark = time.monotonic()
-        self.worst_streak = 0
-
-    def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
-        self._loss += torch.where(bad, 0.0, loss)
-        self._norm += torch.where(bad, 0.0, norm)
-        self._bad += bad
-        self._streak.copy_((self._streak + 1) * bad)
-        self._worst.copy_(torch.maximum(self._worst, self._streak))
-        self._steps += 1
-        self._mark = time.monotonic()
-
-    def pause(self) -> None:
-        """What happened since the last step (validation, saving) is no training time."""
-        self._paused += time.monotonic() - self._mark
-        self._mark = time.monotonic()
-
-    def n_bad(self) -> int:
-        """Skipped steps since the last line; waits for the device."""
-        return int(self._bad)
-
-    def line(self, state: RunState, config: TrainConfig) -> dict[str, Any]:
-        """The log line of the steps since the last one."""
-        loss, norm, bad, worst = torch.stack([self._loss, self._norm, self._bad, self._worst]).tolist()
-        state.skipped_steps += int(bad)
-        self.worst_streak = int(worst)
-        seconds = time.monotonic() - self._began - self._paused
-        good = max(self._steps - int(bad), 1)
-        line = {
-            "step": state.step,
-            "loss": loss / good if bad < self._steps else math.nan,
-            "grad_norm": norm / good if bad < self._steps else math.nan,
-            "lr": config.lr,
-            "it_per_s": self._steps / max(seconds, 1e-9),
-            "skipped_steps": state.skipped_steps,
-        }
-        for tensor in (self._loss, self._norm, self._bad, self._worst):
-            tensor.zero_()
-        self._steps, self._paused = 0, 0.0
-        self._began = self._mark = time.monotonic()
-        return line
+def _batches_per_second(sampler: SetSampler, store: CellStore, size: int, n_workers: int) -> float:
+    """How fast batches come, measured on a few that no step of this run has read yet."""
+    n = max(n_workers, 1)
+    with batch_source(sampler, store, size, n) as batches:
+        began = time.perf_counter()
+        for number in range(2 * n):
+            batches.get(number)
+        return 2 * n / (time.perf_counter() - began)
 
 
 def split_lines(table: list[SplitRow]) -> list[list[str]]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sest.baselines import predict_baselines
-from sest.batches import CellStore, SetRows, SetSampler
+from sest.cell_store import CellStore
 from sest.config import TrainConfig
 from sest.dataset import Dataset, split_pairs, training_means
 from sest.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.sampler import SetRows, SetSampler
 from sest.splits import VAL
+from sest.team import ALONE, Team
 
 
 class Validator:
@@ -31,9 +33,11 @@ class Validator:
         config: TrainConfig,
         device: torch.device,
         criterion: Callable[[Tensor, Tensor], Tensor],
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
         self._data, self._store, self._device, self._criterion = data, store, device, criterion
-        self._size = config.batch_size
+        self._size = config.batch_size // team.size
         same_batch = config.controls == "batch"
         sampler = SetSampler(data.labels, data.in_split(VAL), config.set_size, config.seed, same_batch=same_batch)
         self.sets = sampler.fixed_sets(config.val_sets)
@@ -57,6 +61,7 @@ class Validator:
             targets=self.sets["targets"][part],
             controls=self.sets["controls"][part],
             perturbation=self.sets["perturbation"][part],
+            number=self.sets["number"][part],
         )
 
     def _baselines(self) -> dict[str, float]:
@@ -66,8 +71,8 @@ class Validator:
         n_sets = len(self._pair)
         for start in range(0, n_sets, self._size):
             part = self._part(start)
-            target = self._store.expression(part["targets"]).to(self._device)
-            controls = self._store.expression(part["controls"]).to(self._device)
+            target = self._store.expression(part["targets"])
+            controls = self._store.expression(part["controls"])
             moved = (controls + shift[torch.as_tensor(self._pair[start : start + self._size])].unsqueeze(1)).clamp_min(
                 0
             )
@@ -97,19 +102,22 @@ class Validator:
     def run(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
         """Validate: val_loss (mean over sets), pearson_delta, mae and pds (means over pairs), beside the baselines'."""
         model.eval()
-        n_sets, total = len(self._pair), 0.0
+        n_sets, total = len(self._pair), torch.zeros((), dtype=torch.float64, device=self._device)
         sums = torch.zeros(
             len(self._pairs.context), len(self._data.targets.genes), dtype=torch.float64, device=self._device
         )
         with torch.inference_mode():
-            for start in range(0, n_sets, self._size):
-                batch = self._store.batch(self._part(start), self._device)
+            for number, start in enumerate(range(0, n_sets, self._size)):
+                if not self._team.ranks.owns(number):
+                    continue
+                batch = self._store.batch(self._part(start))
                 with autocast():
                     predicted = model(batch["basal"], self._features[batch["perturbation"]])
-                total += float(self._criterion(predicted, batch["target"]).sum())
+                total += self._criterion(predicted, batch["target"]).double().sum()
                 pair = torch.as_tensor(self._pair[start : start + self._size], device=self._device)
                 sums.index_add_(0, pair, predicted.double().mean(1))
         model.train()
+        self._team.sum(total)
         counts = np.bincount(self._pair, minlength=len(sums))
-        means = sums.cpu().numpy() / counts[:, None]
-        return {"val_loss": total / n_sets, **self._metrics(means), **self.baselines}
+        means = self._team.sum(sums).cpu().numpy() / counts[:, None]
+        return {"val_loss": float(total) / n_sets, **self._metrics(means), **self.baselines}

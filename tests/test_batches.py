@@ -1,243 +1,26 @@
-"""Sets and batches: who is in them, that they are pure functions of (seed, number), and their tensors."""
+"""Cells gathered into batches: in host memory, in a device's memory, from mapped files; prepared ahead."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import tiny_config, tiny_group, write_store
 
-from sest.batches import Batch, CellStore, SetRows, SetSampler, batch_source, store_cells
-from sest.cells import CONTROL, Labels, Targets
+from sest.batches import batch_source
+from sest.cell_store import Batch, CellStore, store_cells
 from sest.dataset import Dataset, read_dataset
-from sest.errors import InputError
+from sest.gather import dense_log1p
 from sest.progress import Silent
+from sest.ranks import SINGLE, Ranks
+from sest.sampler import SetSampler
+from sest.targets import Targets
 
 CPU = torch.device("cpu")
-patient = settings(deadline=None)  # a loaded machine is slow now and then
-
-
-def make_labels(context: np.ndarray, perturbation: np.ndarray, batch: np.ndarray | None = None) -> Labels:
-    """Labels of cells whose contexts 0, 1 lie in one file and 2, 3 in another."""
-    n_contexts = int(context.max()) + 1
-    names = tuple((f"file{c // 2}", f"type{c % 2}") for c in range(n_contexts))
-    return Labels(
-        groups=tuple(sorted({group for group, _ in names})),
-        first=np.array([0, len(context)]),
-        perturbations=("ctrl", *(f"p{i}" for i in range(1, int(perturbation.max()) + 1))),
-        perturbation=perturbation.astype(np.int32),
-        contexts=names,
-        context=context.astype(np.int32),
-        batch=(np.zeros(len(context)) if batch is None else batch).astype(np.int32),
-    )
-
-
-@st.composite
-def screens(draw: st.DrawFn) -> Labels:
-    """Up to 4 contexts, each with 1 to 9 controls and up to 3 perturbations of 1 to 11 cells, shuffled."""
-    context, perturbation = [], []
-    for c in range(draw(st.integers(1, 4))):
-        sizes = [draw(st.integers(1, 9)), *draw(st.lists(st.integers(0, 11), min_size=3, max_size=3))]
-        sizes[1] = max(sizes[1], 1)  # no context without perturbed cells
-        for p, n in enumerate(sizes):
-            context += [c] * n
-            perturbation += [p] * n
-    order = np.random.default_rng(draw(st.integers(0, 99))).permutation(len(context))
-    batch = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 3, len(context))
-    return make_labels(np.array(context)[order], np.array(perturbation)[order], batch)
-
-
-def everything(labels: Labels) -> np.ndarray:
-    return np.ones(len(labels), bool)
-
-
-def sets_equal(a: SetRows, b: SetRows) -> bool:
-    return (
-        np.array_equal(a["targets"], b["targets"])
-        and np.array_equal(a["controls"], b["controls"])
-        and np.array_equal(a["perturbation"], b["perturbation"])
-    )
-
-
-def joined(*parts: SetRows) -> SetRows:
-    return SetRows(
-        targets=np.concatenate([p["targets"] for p in parts]),
-        controls=np.concatenate([p["controls"] for p in parts]),
-        perturbation=np.concatenate([p["perturbation"] for p in parts]),
-    )
-
-
-@patient
-@given(screens(), st.integers(2, 6), st.integers(0, 5), st.booleans())
-def test_every_perturbed_cell_is_used_once_an_epoch_and_short_sets_are_filled_from_their_own_cells(
-    labels: Labels, set_size: int, seed: int, same_batch: bool
-) -> None:
-    sampler = SetSampler(labels, everything(labels), set_size, seed, same_batch=same_batch)
-    n = sampler.sets_per_epoch
-    for epoch in (0, 3):
-        sets = sampler.sets(epoch * n, n)
-        used = Counter(sets["targets"].ravel().tolist())
-        assert set(used) == set(np.flatnonzero(~labels.is_control).tolist())
-        for rows in sets["targets"]:
-            assert len(set(labels.context[rows])) == 1 and len(set(labels.perturbation[rows])) == 1
-        # cells beyond the first use are the filling: less than a set for each (context, perturbation)
-        for key in {(c, p) for c, p in zip(labels.context, labels.perturbation, strict=True) if p != CONTROL}:
-            mine = np.flatnonzero((labels.context == key[0]) & (labels.perturbation == key[1]))
-            extra = sum(used[i] - 1 for i in mine.tolist())
-            assert extra == -len(mine) % set_size
-            if extra <= len(mine):  # filled without repeats where there are enough
-                assert max(used[i] for i in mine.tolist()) <= 2
-    assert (sets["perturbation"] == labels.perturbation[sets["targets"][:, 0]]).all()
-
-
-@patient
-@given(screens(), st.integers(2, 6), st.integers(0, 5), st.booleans(), st.booleans())
-def test_controls_are_controls_of_the_same_file_and_cell_type_always(
-    labels: Labels, set_size: int, seed: int, same_batch: bool, control_targets: bool
-) -> None:
-    sampler = SetSampler(
-        labels, everything(labels), set_size, seed, same_batch=same_batch, control_targets=control_targets
-    )
-    for sets in (sampler.sets(0, 2 * sampler.sets_per_epoch), sampler.fixed_sets()):
-        assert labels.is_control[sets["controls"]].all()
-        assert (labels.context[sets["controls"]] == labels.context[sets["targets"]][:, :1]).all()
-        assert sets["controls"].shape == sets["targets"].shape
-        if not same_batch:  # no control twice in a set where there are enough
-            for rows in sets["controls"]:
-                pool = np.count_nonzero(labels.is_control & (labels.context == labels.context[rows[0]]))
-                assert len(set(rows.tolist())) == set_size or pool < set_size
-
-
-@patient
-@given(screens(), st.integers(2, 5), st.integers(0, 5))
-def test_with_same_batch_a_cell_gets_a_control_of_its_batch_wherever_there_is_one(
-    labels: Labels, set_size: int, seed: int
-) -> None:
-    sampler = SetSampler(labels, everything(labels), set_size, seed, same_batch=True)
-    there = {(c, b) for c, b in zip(labels.context[labels.is_control], labels.batch[labels.is_control], strict=True)}
-    for sets in (sampler.sets(0, 2 * sampler.sets_per_epoch), sampler.fixed_sets()):
-        for targets, controls in zip(sets["targets"], sets["controls"], strict=True):
-            for target, control in zip(targets, controls, strict=True):
-                if (labels.context[target], labels.batch[target]) in there:
-                    assert labels.batch[control] == labels.batch[target]
-    perturbed = np.flatnonzero(~labels.is_control)
-    alone = sum((labels.context[i], labels.batch[i]) not in there for i in perturbed)
-    assert sampler.without_same_batch() == alone
-    assert SetSampler(labels, everything(labels), set_size, seed).without_same_batch() == 0
-
-
-@patient
-@given(screens(), st.integers(2, 5), st.integers(0, 5), st.data())
-def test_sets_are_a_pure_function_of_seed_and_number(
-    labels: Labels, set_size: int, seed: int, data: st.DataObject
-) -> None:
-    whole = SetSampler(labels, everything(labels), set_size, seed).sets(0, 12)
-    sampler = SetSampler(labels, everything(labels), set_size, seed)
-    cuts = sorted(data.draw(st.lists(st.integers(0, 12), max_size=4)))
-    ranges = [(a, b) for a, b in zip([0, *cuts], [*cuts, 12], strict=True) if b > a]
-    parts = {}
-    for a, b in data.draw(st.permutations(ranges)):  # in any order, in any slicing
-        parts[a] = sampler.sets(a, b - a)
-    assert sets_equal(joined(*(parts[a] for a in sorted(parts))), whole)
-
-
-def wide_labels() -> Labels:
-    context = np.repeat([0, 1], 40)
-    perturbation = np.tile(np.repeat([0, 1, 2, 3], [8, 15, 7, 10]), 2)
-    return make_labels(context, perturbation, np.arange(80) % 3)
-
-
-def test_a_batch_of_twice_the_size_is_two_batches_in_a_row() -> None:
-    labels = wide_labels()
-    sampler = SetSampler(labels, everything(labels), 4, 0)
-    for number in range(5):
-        large = sampler.sets(number * 6, 6)
-        assert sets_equal(large, joined(sampler.sets(number * 6, 3), sampler.sets(number * 6 + 3, 3)))
-
-
-def test_threads_that_ask_in_any_order_get_the_same_sets() -> None:
-    labels = wide_labels()
-    alone = SetSampler(labels, everything(labels), 4, 0)
-    shared = SetSampler(labels, everything(labels), 4, 0)
-    numbers = list(range(60))
-    random.Random(0).shuffle(numbers)
-    with ThreadPoolExecutor(4) as pool:
-        found = dict(zip(numbers, pool.map(lambda i: shared.sets(3 * i, 3), numbers), strict=True))
-    assert all(sets_equal(found[i], alone.sets(3 * i, 3)) for i in range(60))
-
-
-def test_epochs_and_seeds_differ() -> None:
-    labels = wide_labels()
-    sampler = SetSampler(labels, everything(labels), 4, 0)
-    n = sampler.sets_per_epoch
-    first = sampler.sets(0, n)
-    for other in (sampler.sets(n, n), SetSampler(labels, everything(labels), 4, 1).sets(0, n)):
-        assert not np.array_equal(first["targets"], other["targets"])
-        assert not np.array_equal(first["controls"], other["controls"])
-        assert not np.array_equal(first["perturbation"], other["perturbation"])  # the order of sets too
-        together = {frozenset(rows) for rows in first["targets"].tolist()}
-        assert not together & {frozenset(rows) for rows in other["targets"].tolist()}  # and which cells share a set
-
-
-def test_cells_outside_the_mask_are_never_drawn() -> None:
-    labels = wide_labels()
-    mask = np.arange(len(labels)) % 2 == 0
-    sets = SetSampler(labels, mask, 4, 0).sets(0, 50)
-    assert mask[sets["targets"]].all() and mask[sets["controls"]].all()
-
-
-def test_control_cells_are_targets_only_when_asked_for() -> None:
-    labels = wide_labels()
-    without = SetSampler(labels, everything(labels), 4, 0)
-    assert not labels.is_control[without.sets(0, without.sets_per_epoch)["targets"]].any()
-    with_them = SetSampler(labels, everything(labels), 4, 0, control_targets=True)
-    sets = with_them.sets(0, with_them.sets_per_epoch)
-    assert set(sets["targets"].ravel().tolist()) == set(range(len(labels)))
-    is_control = labels.is_control[sets["targets"]]
-    assert (is_control.all(1) | ~is_control.any(1)).all() and (sets["perturbation"][is_control.all(1)] == CONTROL).all()
-
-
-def test_a_split_without_perturbed_cells_or_a_context_without_controls_is_refused() -> None:
-    labels = wide_labels()
-    with pytest.raises(InputError, match=r"No perturbed cells"):
-        SetSampler(labels, labels.is_control, 4, 0)
-    with pytest.raises(InputError, match=r"No control cells in file0 / type1"):
-        SetSampler(labels, ~(labels.is_control & (labels.context == 1)), 4, 0)
-
-
-@patient
-@given(screens(), st.integers(2, 6), st.integers(0, 40))
-def test_fixed_sets_hold_every_cell_and_a_limit_keeps_every_pair(labels: Labels, set_size: int, limit: int) -> None:
-    sampler = SetSampler(labels, everything(labels), set_size, 0)
-    whole = sampler.fixed_sets()
-    used = Counter(whole["targets"].ravel().tolist())
-    assert set(used) == set(np.flatnonzero(~labels.is_control).tolist())
-    assert len(whole["targets"]) == sampler.sets_per_epoch
-    assert sets_equal(whole, SetSampler(labels, everything(labels), set_size, 0).fixed_sets())
-
-    def pairs(sets: SetRows) -> set[tuple[int, int]]:
-        return {(int(labels.context[rows[0]]), int(labels.perturbation[rows[0]])) for rows in sets["targets"]}
-
-    some = sampler.fixed_sets(limit)
-    assert pairs(some) == pairs(whole)
-    n = len(some["targets"])
-    assert n == (min(max(limit, len(pairs(whole))), len(whole["targets"])) if limit else len(whole["targets"]))
-    first = SetRows(
-        targets=whole["targets"][:n], controls=whole["controls"][:n], perturbation=whole["perturbation"][:n]
-    )
-    assert sets_equal(some, first)
-
-
-# ---- tensors
 
 
 def make_targets(values: np.ndarray, factor: np.ndarray, scale: str = "mixed") -> Targets:
@@ -245,7 +28,7 @@ def make_targets(values: np.ndarray, factor: np.ndarray, scale: str = "mixed") -
     return Targets(
         genes=tuple(f"g{i}" for i in range(values.shape[1])),
         indptr=matrix.indptr.astype(np.int64),
-        indices=matrix.indices.astype(np.int32),
+        indices=matrix.indices.astype(np.uint16),
         data=matrix.data,
         factor=factor.astype(np.float32),
         target_sum=1e4,
@@ -253,40 +36,43 @@ def make_targets(values: np.ndarray, factor: np.ndarray, scale: str = "mixed") -
     )
 
 
-def make_store(targets: Targets) -> CellStore:
+def make_store(targets: Targets, on_device: bool = False) -> CellStore:
     n = len(targets.factor)
     embeddings = np.arange(n * 2, dtype=np.float16).reshape(n, 2)
-    return store_cells(targets, embeddings, np.arange(n)[::-1].copy(), CPU)
+    return store_cells(targets, embeddings, np.arange(n)[::-1].copy(), CPU, on_device=on_device)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
-def test_expression_is_scipys_normalise_and_log1p(dtype: type) -> None:
+def test_expression_is_scipys_normalise_and_log1p(dtype: type, on_device: bool) -> None:
     rng = np.random.default_rng(0)
     counts: np.ndarray = rng.poisson(0.8, (30, 17)).astype(dtype)
-    counts[4] = 0  # a cell without any counts
+    counts[3, 5], counts[4] = 3000, 0  # beyond the table of small counts; a cell without any
     totals = counts.sum(1, dtype=np.float64)
     factor = np.divide(1e4, totals, out=np.zeros(30), where=totals > 0)
     rows = np.array([[3, 4, 5], [29, 0, 3]])  # a row twice, any order
     expected = scipy.sparse.diags(factor) @ scipy.sparse.csr_matrix(counts)
     expected = np.log1p(expected.toarray())[rows]
-    dense = make_store(make_targets(counts, factor)).expression(rows)
+    dense = make_store(make_targets(counts, factor), on_device).expression(rows)
     assert dense.shape == (2, 3, 17) and dense.dtype == torch.float32
     np.testing.assert_allclose(dense.numpy(), expected, rtol=1e-6)  # float32
     assert not dense[0, 1].any()
 
 
-def test_expression_leaves_log1p_sources_alone_and_mixes_both() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_expression_leaves_log1p_sources_alone_and_mixes_both(on_device: bool) -> None:
     values = np.array([[1.5, 0, -0.25, 0], [0, 0, 0, 0], [2, 0, 1, 1], [0, 3.25, 0, 0]], np.float32)
     factor = np.array([0, 0, 10, 0])
     targets = make_targets(values, factor)
-    dense = make_store(targets).expression(np.arange(4)).numpy()
+    dense = make_store(targets, on_device).expression(np.arange(4)).numpy()
     np.testing.assert_array_equal(dense[[0, 1, 3]], values[[0, 1, 3]])
     np.testing.assert_allclose(dense[2], np.log1p(values[2] * 10), rtol=1e-6)
     np.testing.assert_allclose(targets.log1p(np.array([2, 0])).toarray(), dense[[2, 0]], rtol=1e-6)
 
 
-def test_expression_of_cells_without_values_and_of_no_cells_is_zero_and_empty() -> None:
-    store = make_store(make_targets(np.zeros((3, 5), np.int16), np.zeros(3)))
+@pytest.mark.parametrize("on_device", [False, True])
+def test_expression_of_cells_without_values_and_of_no_cells_is_zero_and_empty(on_device: bool) -> None:
+    store = make_store(make_targets(np.zeros((3, 5), np.int16), np.zeros(3)), on_device)
     assert not store.expression(np.array([[0, 2]])).any()
     assert store.expression(np.zeros((0, 4), np.int64)).shape == (0, 4, 5)
 
@@ -311,37 +97,95 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return read_dataset(write_store(tmp_path_factory.mktemp("s") / "s.zarr", groups), tiny_config(), Silent())
 
 
-def batches(data: Dataset, n_workers: int) -> Iterator[Batch]:
-    sampler = SetSampler(data.labels, everything(data.labels), 4, 0)
+def batches(data: Dataset, n_workers: int, ranks: Ranks = SINGLE, on_device: bool = False) -> Iterator[Batch]:
+    """Copies of batches 0 .. 19, then of 19 and 3 again, as after running out of memory."""
+    sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
+    store = store_cells(data.targets, data.embeddings, data.embedding_row, CPU, on_device=on_device)
+    with batch_source(sampler, store, 4, n_workers, ranks) as source:
+        for number in (*range(20), 19, 3):
+            yield Batch(**{key: tensor.clone() for key, tensor in source.get(number).items()})  # type: ignore
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in ("basal", "perturbation", "target", "number"))  # type: ignore
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_batches(data: Dataset, n_workers: int, on_device: bool) -> None:
+    for alone, ahead in zip(batches(data, 0), batches(data, n_workers, on_device=on_device), strict=True):
+        assert alone["basal"].shape == (4, 4, 6) and alone["target"].shape == (4, 4, 20)
+        assert alone["perturbation"].shape == alone["number"].shape == (4,)
+        if on_device:  # log1p of torch, not of numba: float32 rounding
+            torch.testing.assert_close(alone["target"], ahead["target"], rtol=3e-7, atol=0)
+            ahead["target"] = alone["target"]
+        assert same(alone, ahead)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_divide_every_batch_without_changing_it(data: Dataset, world_size: int) -> None:
+    parts = [batches(data, 1, Ranks(rank, world_size)) for rank in range(world_size)]
+    for whole, *mine in zip(batches(data, 0), *parts, strict=True):
+        for rank, part in enumerate(mine):
+            assert same(part, Batch(**{key: t[rank::world_size] for key, t in whole.items()}))  # type: ignore
+
+
+def test_a_batch_is_good_until_the_next_is_asked_for_and_its_memory_is_used_again(data: Dataset) -> None:
+    sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
     store = store_cells(data.targets, data.embeddings, data.embedding_row, CPU)
-    with batch_source(sampler, store, CPU, 3, n_workers) as source:
-        for number in range(20):
-            yield source.get(number)
-        yield source.get(19)  # asked for again, as after running out of memory
-        yield source.get(3)
+    with batch_source(sampler, store, 3, 2) as source:
+        places = set()
+        for number in range(30):
+            batch = source.get(number)
+            places.add(batch["target"].data_ptr())
+            rows = sampler.sets(np.arange(3 * number, 3 * number + 3))["targets"]
+            assert torch.equal(batch["target"], store.expression(rows))
+        assert len(places) <= 4  # one in use, two ahead, one between
+        assert source.waited > 0
 
 
-def test_any_number_of_workers_gives_the_same_batches(data: Dataset) -> None:
-    for alone, ahead in zip(batches(data, 0), batches(data, 3), strict=True):
-        assert torch.equal(alone["basal"], ahead["basal"]) and torch.equal(alone["target"], ahead["target"])
-        assert torch.equal(alone["perturbation"], ahead["perturbation"])
-        assert alone["basal"].shape == (3, 4, 6) and alone["target"].shape == (3, 4, 20)
-        assert alone["perturbation"].shape == (3,)
+def test_gathering_refuses_rows_that_are_not_there() -> None:
+    targets = make_targets(np.ones((4, 3), np.int16), np.ones(4))
+    for rows in ([4], [-1], [0, 99]):
+        with pytest.raises(IndexError, match="of 4 cells"):
+            make_store(targets).expression(np.array(rows))
+        with pytest.raises(IndexError, match="of 4 cells"):
+            targets.values(np.array(rows))
+
+
+def test_many_genes_need_wider_numbers() -> None:
+    n_genes = 70_000
+    targets = Targets(
+        genes=tuple(map(str, range(n_genes))),
+        indptr=np.array([0, 2]),
+        indices=np.array([1, n_genes - 1], np.int32),
+        data=np.array([5, 7], np.int16),
+        factor=np.ones(1, np.float32),
+        target_sum=1e4,
+        scale="counts",
+    )
+    for on_device in (False, True):
+        dense = make_store(targets, on_device).expression(np.array([0]))
+        assert dense.nonzero().tolist() == [[0, 1], [0, n_genes - 1]]
+        np.testing.assert_allclose(dense[0, [1, n_genes - 1]].numpy(), np.log1p([5, 7]), rtol=1e-6)
+    out = np.full((1, n_genes), np.nan, np.float32)  # what a buffer held before is overwritten
+    dense_log1p(np.array([0]), targets.indptr, targets.indices, targets.data, targets.factor, out)
+    assert np.isfinite(out).all()
 
 
 def test_an_error_while_a_batch_is_prepared_reaches_the_caller(data: Dataset) -> None:
-    sampler = SetSampler(data.labels, everything(data.labels), 4, 0)
+    sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
     store = store_cells(data.targets, data.embeddings, np.full(len(data.labels), -1), CPU)
-    with batch_source(sampler, store, CPU, 3, 2) as source, pytest.raises(AssertionError, match=r"embedding"):
+    with batch_source(sampler, store, 3, 2) as source, pytest.raises(AssertionError, match=r"embedding"):
         source.get(0)
 
 
 def test_a_batch_holds_the_cells_its_set_rows_name(data: Dataset) -> None:
-    sampler = SetSampler(data.labels, everything(data.labels), 4, 0)
+    sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
     store = store_cells(data.targets, data.embeddings, data.embedding_row, CPU)
-    assert store.n_bytes() > 0
-    sets = sampler.sets(0, 40)
-    batch = store.batch(sets, CPU)
+    sets = sampler.sets(np.arange(40))
+    batch = store.batch(sets)
+    assert batch["number"].tolist() == list(range(40))
     for i in range(40):
         expected = data.targets.log1p(sets["targets"][i]).toarray()
         np.testing.assert_allclose(batch["target"][i].numpy(), expected, rtol=1e-6)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sest.dropout import SetDropout, dropout_keys
 from sest.loss import energy_distance
 from sest.model import HeadSizes, StateTransition, n_parameters, new_model
 
@@ -60,8 +61,9 @@ def test_predictions_losses_and_gradients_are_upstreams(shared_reference: Path) 
     # float32 sums of up to 96 terms in another order: 1e-7 was measured
     torch.testing.assert_close(predicted, made["pred"], rtol=0, atol=1e-6)
     losses = energy_distance(predicted, made["target"])
-    # 3e-6 was measured: the Gram matrices are centred here, so that upstream's cancellation does not happen
-    torch.testing.assert_close(losses, made["per_set_loss"], rtol=0, atol=1e-5)
+    # 3.3e-5 was measured: upstream's float32 Gram matrix leaves noise in the distance of a cell to itself, another one
+    # on each kind of CPU (geomloss itself is 3.1e-5 from the stored loss on this one); here that distance is 0
+    torch.testing.assert_close(losses, made["per_set_loss"], rtol=1e-4, atol=0)
     losses.mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert {f"grad/{name}" for name in gradients} == {name for name in made if name.startswith("grad/")}
@@ -150,8 +152,11 @@ def test_dropout_acts_in_training_only_and_in_the_mlps_only() -> None:
     basal, perturbation = noise(2, 4, 6), noise(2, 5)
     assert torch.equal(model.eval()(basal, perturbation), model(basal, perturbation))
     model.train()
-    assert not torch.equal(model(basal, perturbation), model(basal, perturbation))
-    dropouts = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]
+    keys = dropout_keys(0, torch.arange(4))
+    assert not torch.equal(model(basal, perturbation, keys[:2]), model(basal, perturbation, keys[2:]))
+    with pytest.raises(ValueError, match="needs dropout keys"):
+        model(basal, perturbation)
+    dropouts = [name for name, m in model.named_modules() if isinstance(m, SetDropout)]
     assert dropouts and not any(name.startswith("transformer_backbone") for name in dropouts)
 
 

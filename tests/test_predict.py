@@ -35,7 +35,8 @@ from sest.evaluate import evaluate
 from sest.predict import control_rows, draw_sets, predict
 from sest.progress import Silent
 from sest.requests import Request
-from sest.train import read_run_config, train
+from sest.run_folder import read_run_config
+from sest.train import train
 
 CONTROL, SET_SIZE = "non-targeting", 16
 Predict = Callable[..., ad.AnnData]

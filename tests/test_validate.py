@@ -12,7 +12,7 @@ from tiny import SIZES, tiny_config, tiny_group, write_store
 from torch import Tensor, nn
 
 from sest.baselines import perturbation_mean
-from sest.batches import CellStore, store_cells
+from sest.cell_store import CellStore, store_cells
 from sest.config import TrainConfig
 from sest.dataset import Dataset, read_dataset, split_pairs, training_means
 from sest.loss import energy_distance, mean_squared_error

@@ -47,7 +47,9 @@ def content(run: Path) -> dict[str, bytes]:
         if file.is_file() and file.name != "config.toml"
     }
     lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
-    found["metrics.jsonl"] = json.dumps([{k: v for k, v in line.items() if k != "it_per_s"} for line in lines]).encode()
+    found["metrics.jsonl"] = json.dumps(
+        [{k: v for k, v in line.items() if k not in ("it_per_s", "data_wait")} for line in lines]
+    ).encode()
     return found
 
 

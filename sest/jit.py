@@ -1,0 +1,25 @@
+"""Compile a function with numba, once a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def compiled(nogil: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`numba.njit`, cached where a folder for it can be written; without one, each process compiles for itself.
+
+    The folder is `__pycache__` beside the source, else the user's cache folder, or NUMBA_CACHE_DIR.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(function, cache=True, nogil=nogil)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return numba.njit(function, nogil=nogil)
+
+    return decorate
