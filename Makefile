@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit faults format hooks clean distclean
+.PHONY: help demo test lint types links unit faults docs format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,16 +30,21 @@ lint: $(VENV)/.installed-test ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed-test ## mypy, on links laid out as the packages are installed
+types: $(VENV)/.installed-test links ## mypy, on links laid out as the packages are installed
+	$(BIN)/mypy -p sest
+
+links:
 	@rm -rf build/types && mkdir -p build/types/sest
 	@ln -s $(addprefix ../../../,$(wildcard sest/*.py) cli cache) build/types/sest/
-	$(BIN)/mypy -p sest
 
 unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/test_loss.py -k energy"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed-docs links ## the documentation as a website, into build/docs
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-test ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
@@ -59,8 +64,9 @@ distclean: clean ## clean, and remove .venv too
 $(VENV)/.installed-demo: extras :=
 $(VENV)/.installed-test: extras := [test]
 $(VENV)/.installed-dev: extras := [test,dev]
+$(VENV)/.installed-docs: extras := [docs]
 
-$(VENV)/.installed-demo $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt
+$(VENV)/.installed-demo $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-docs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "sest needs Python 3.11 or newer, and '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

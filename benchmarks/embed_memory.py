@@ -33,7 +33,7 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 class Notes:
     before = 0
-    def begin(self, task, total, unit, done=0): Notes.before = Notes.before or status("VmRSS")
+    def begin(self, task, total, unit, done=0, detail=None): Notes.before = Notes.before or status("VmRSS")
     def advance(self, n=1): pass
     def note(self, text): pass
 encoder, cells, out = sys.argv[1:4]

@@ -158,7 +158,7 @@ def ours_end_to_end(cells: Path, folder: Path, out: Path, options: argparse.Name
         "from sest.embed import embed\n"
         "class Clock:\n"
         "    steps, load = [], 0.0\n"
-        "    def begin(self, task, total, unit, done=0): self.steps.append([task, total, time.perf_counter()])\n"
+        "    def begin(self, task, total, *_): self.steps.append([task, total, time.perf_counter()])\n"
         "    def advance(self, n=1): pass\n"
         "    def note(self, text): pass\n"
         "load = sest.encoders.load_encoder\n"

@@ -4,11 +4,12 @@
     encoder    the same steps with the encoder in the loop: sest's own encoder on every batch's control cells, as
                loaders that embed on the fly do; extrapolated where so few cells are encoded as --encoder-cells says
     SE-600M    the same at SE-600M's size, from its FLOPs alone ("computed")
-    upstream   `state tx train` (arc-state 0.11.1: Lightning and cell-load) from an .h5ad with the same embeddings
+    upstream   `state tx train` (arc-state 0.11.1: Lightning and cell-load) from an .h5ad with the same embeddings, the
+               same head; steps are counted once the batches its loader had ready are used up
 
-Upstream need not be installed where sest is: `--peers-python /path/to/python` names an interpreter that has it. Its
-head is the nearest its options give: it predicts the embedding and decodes that to genes. The cells are made up (`sest
-simulate`) and embedded by PCA. Every training runs in a process of its own, by turns; the best of --repeats counts.
+Upstream need not be installed where sest is: `--peers-python /path/to/python` names an interpreter that has it. The
+cells are made up (`sest simulate`) and embedded by PCA. Every training runs in a process of its own, by turns; the best
+of --repeats counts.
 
     python benchmarks/train_speed.py --peers-python .venv-peers/bin/python                  # 16 x 128 x 18,080 genes
     python benchmarks/train_speed.py --peers-python .venv-peers/bin/python --hidden 64
@@ -43,14 +44,12 @@ from sest.dataset import read_dataset
 from sest.devices import DTYPES, choose_device, choose_precision
 from sest.embed import embed
 from sest.encoder import StateEncoder
+from sest.limit import measure_limit
 from sest.model import HeadSizes, n_parameters, new_model
 from sest.progress import Silent
 from sest.sampler import SetSampler
 from sest.splits import TRAIN
 from sest.weights import load_encoder
-
-PASSES_OVER_CELLS = 12  # reads and writes of a (B, S, G) float32 tensor a step: densify, ReLU, loss and their backward
-BYTES_A_PARAMETER = 28  # AdamW reads weight, gradient and two moments, and writes all but the gradient
 
 OURS = r"""
 import json, resource, sys, torch
@@ -77,6 +76,7 @@ import json, resource, sys, time, warnings
 warnings.filterwarnings("ignore")
 import lightning.pytorch as pl, torch
 from hydra import compose, initialize_config_module
+import state.tx.utils as tx_utils
 from state._cli._tx._train import run_tx_train
 a = json.loads(sys.argv[1])
 torch.set_num_threads(a["threads"])
@@ -86,16 +86,27 @@ class Clock(pl.Callback):
     def on_train_batch_end(self, trainer, module, *_):
         self.ends.append(time.perf_counter())
         self.parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+def direct(model_type, data, model, training, dims, original=tx_utils.get_lightning_module):
+    # from embeddings straight to genes: no decoder behind a predicted embedding, the cells' expression is the target
+    model = {key: value for key, value in model.items() if key != "decoder_cfg"} | {"gene_decoder_bool": False}
+    module = original(
+        model_type, data | {"output_space": "gene"}, model, training, dims | {"output_dim": dims["gene_dim"]})
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(
+        batch | {"pert_cell_emb": batch["pert_cell_counts"]}, batch_idx)
+    return module
+tx_utils.get_lightning_module = direct
 clock, original = Clock(), pl.Trainer.__init__
 def init(self, *args, **options):
     options["callbacks"] = [clock, *(options.get("callbacks") or [])]
-    options["enable_progress_bar"] = False
+    options |= {"enable_progress_bar": False, "num_sanity_val_steps": 0}
     original(self, *args, **options)
 pl.Trainer.__init__ = init
 with initialize_config_module("state.configs", version_base=None):
     run_tx_train(compose("config", overrides=a["overrides"]))
-steps = [e - s for s, e in zip(clock.ends[:-1], clock.ends[1:])]
-compute = [e - s for s, e in zip(clock.starts[1:], clock.ends[1:])]
+skip = a["skip"]  # batches that its loader prepared before the first step
+steps = [e - s for s, e in zip(clock.ends[skip - 1 : -1], clock.ends[skip:])]
+compute = [e - s for s, e in zip(clock.starts[skip:], clock.ends[skip:])]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 if torch.cuda.is_available():
     peak = torch.cuda.max_memory_allocated()
@@ -104,10 +115,12 @@ print(json.dumps({"it_per_s": len(steps) / sum(steps), "data_wait": 1 - sum(comp
 """
 
 
-def child(python: str, code: str, task: dict[str, Any], log: Path) -> dict[str, Any]:
+def child(python: str, code: str, task: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Run code in a process of its own; what its last line of JSON says, or {"error": ...}."""
-    done = subprocess.run([python, "-c", code, json.dumps(task)], capture_output=True, text=True, check=False)
-    log.write_text(done.stdout + done.stderr)
+    environment = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if options.huge_pages else {})
+    done = subprocess.run(
+        [python, "-c", code, json.dumps(task)], capture_output=True, text=True, check=False, env=environment
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
@@ -120,8 +133,8 @@ def make_data(work: Path, options: argparse.Namespace) -> dict[str, Path]:
     paths = {name: work / name for name in ("cells.h5ad", "features.pt", "splits.toml", "cells.zarr")}
     words = [
         "simulate", paths["cells.h5ad"], "--features", paths["features.pt"], "--splits", paths["splits.toml"],
-        "--n-genes", options.genes, "--n-features", options.n_features, "--n-perturbations", 12,
-        "--n-cells", options.set_size // 2, "--n-controls", 2 * options.set_size,
+        "--n-genes", options.genes, "--n-features", options.n_features, "--n-perturbations", 24,
+        "--n-cells", 4 * options.set_size, "--n-controls", 8 * options.set_size,
         "--expressed-genes", options.genes // 5, "--umi-per-cell", options.genes * 4 // 5,
     ]  # fmt: skip
     subprocess.run([sys.executable, "-m", "sest", *map(str, words)], check=True, capture_output=True)
@@ -169,6 +182,11 @@ def our_config(paths: dict[str, Path], options: argparse.Namespace) -> TrainConf
     )
 
 
+def skipped(options: argparse.Namespace) -> int:
+    """Steps of upstream that are not counted: its loader has four batches a worker ready before the first."""
+    return 1 + 4 * int(options.peers_workers)
+
+
 def their_overrides(paths: dict[str, Path], out: Path, options: argparse.Namespace) -> list[str]:
     hidden = options.hidden
     backbone = {
@@ -187,7 +205,7 @@ def their_overrides(paths: dict[str, Path], out: Path, options: argparse.Namespa
         "model.kwargs.n_decoder_layers=4",
         *(f"model.kwargs.transformer_backbone_kwargs.{key}={value}" for key, value in backbone.items()),
         f"training.batch_size={options.batch_size}",
-        f"training.max_steps={options.peers_steps + 1}",
+        f"training.max_steps={options.peers_steps + skipped(options)}",
         "training.val_freq=1000000",
         "++training.use_mfu=false",
         "++training.log_every_n_steps=1",
@@ -238,54 +256,40 @@ def encoder_seconds(work: Path, options: argparse.Namespace) -> float:
     return best_of(encode) / cells.shape[0]
 
 
-def limit(options: argparse.Namespace, n_features: int) -> dict[str, float]:
+def limit(options: argparse.Namespace) -> dict[str, float]:
     """What a step costs in FLOPs and bytes, and what matmul and copying reach here alone."""
     device = choose_device(options.device)
+    sizes = HeadSizes(options.dim, options.n_features, options.genes, options.hidden, ffn=4 * options.hidden)
+    model = new_model(sizes, 0).to(device)
     dtype = DTYPES[choose_precision(options.precision, device, training=True)]
-    sizes = HeadSizes(options.dim, n_features, options.genes, options.hidden, ffn=4 * options.hidden)
-    model = new_model(sizes, 0)
-    of_cells = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "pert_encoder" not in name)
-    n_cells, s = options.batch_size * options.set_size, options.set_size
-    attention = sizes.n_layers * 4 * s * sizes.hidden * n_cells
-    flops = 3 * (2 * of_cells * n_cells + attention) + options.batch_size * 10 * s * s * options.genes
-    traffic = PASSES_OVER_CELLS * 4 * n_cells * options.genes + BYTES_A_PARAMETER * n_parameters(model)
-    n = 4096 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    wide, out = (torch.empty(2**28 if device.type == "cuda" else 2**26, device=device) for _ in range(2))
-
-    def done() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    matmul = 2 * n**3 / best_of(lambda: (a @ b, done()))
-    copying = 2 * wide.nbytes / best_of(lambda: (out.copy_(wide), done()))
+    found = measure_limit(model, options.batch_size, options.set_size, dtype, seconds=2.0)
     return {
-        "flops": flops,
-        "bytes": traffic,
-        "matmul_flops_per_s": matmul,
-        "copy_bytes_per_s": copying,
-        "seconds": max(flops / matmul, traffic / copying),
+        "flops": found.flops,
+        "bytes": found.bytes,
+        "matmul_flops_per_s": found.flops_per_s,
+        "copy_bytes_per_s": found.bytes_per_s,
+        "seconds": found.seconds,
         "parameters": n_parameters(model),
     }
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run everything; returns what --json writes."""
-    work = Path(tempfile.mkdtemp(prefix="train_speed-"))
+def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Run everything in the folder `work`; returns what --json writes."""
     paths = make_data(work, options)
     config = our_config(paths, options)
     runs: dict[str, list[dict[str, Any]]] = {"sest": [], "upstream": []}
     for turn in range(options.repeats):
         task = {"cache": str(paths["cells.zarr"]), "run": str(work / f"run{turn}"), "threads": options.threads}
-        runs["sest"].append(child(sys.executable, OURS, {**task, "config": config.to_values()}, work / "ours.log"))
+        runs["sest"].append(child(sys.executable, OURS, {**task, "config": config.to_values()}, options))
         if not options.peers_python:
             runs["upstream"].append({"error": "no --peers-python"})
             continue
-        task = {"overrides": their_overrides(paths, work / f"theirs{turn}", options), "threads": options.threads}
-        runs["upstream"].append(child(options.peers_python, PEER, task, work / "theirs.log"))
+        overrides = their_overrides(paths, work / f"theirs{turn}", options)
+        task = {"overrides": overrides, "threads": options.threads, "skip": skipped(options)}
+        runs["upstream"].append(child(options.peers_python, PEER, task, options))
     torch.set_num_threads(options.threads)
     a_cell = encoder_seconds(work, options)
-    bound = limit(options, options.n_features)
+    bound = limit(options)
     n_controls = options.batch_size * options.set_size
     ours = max((run for run in runs["sest"] if "error" not in run), key=lambda run: run["it_per_s"], default=None)
     if ours is None:
@@ -387,8 +391,11 @@ def main() -> None:
     parser.add_argument("--n-features", type=int, default=5120, help="width of a perturbation's features")
     parser.add_argument("--hidden", type=int, default=672)
     parser.add_argument("--steps", type=int, default=4, help="of sest, after one that is not counted")
-    parser.add_argument("--peers-steps", type=int, default=2, help="of upstream, after one that is not counted")
+    parser.add_argument("--peers-steps", type=int, default=3, help="of upstream that are counted")
     parser.add_argument("--peers-workers", type=int, default=1, help="of its DataLoader; upstream's default is 12")
+    parser.add_argument(
+        "--huge-pages", action="store_true", help="glibc asks for huge pages, for sest and upstream: fewer page faults"
+    )
     parser.add_argument("--encoder-cells", type=int, default=32, help="to time the encoder with")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -404,7 +411,8 @@ def main() -> None:
         options.batch_size, options.set_size, options.genes, options.dim = 4, 32, 2000, 64
         options.n_features, options.hidden, options.repeats, options.encoder_cells = 256, 64, 1, 128
         options.steps = options.peers_steps = 20
-    found = measure(options)
+    with tempfile.TemporaryDirectory(prefix="train_speed-") as folder:
+        found = measure(options, Path(folder))
     report(found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import sys
 import time
+from collections.abc import Callable
 from textwrap import wrap
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+from sest.progress import STEPS
+
+if TYPE_CHECKING:
+    from sest.cli.panel import TrainingPanel
+
+
+def _console(stream: str) -> Console:
+    """A notebook (`!sest ...`) passes for a terminal, and FORCE_COLOR calls a log file one: both get plain lines."""
+    plain = "JPY_PARENT_PID" in os.environ or ("FORCE_COLOR" in os.environ and not getattr(sys, stream).isatty())
+    return Console(stderr=stream == "stderr", highlight=False, force_terminal=False if plain else None)
+
+
+out, err = _console("stdout"), _console("stderr")
 PLAIN_SECONDS = 10.0  # between lines where no terminal draws a bar
 
 
@@ -46,6 +62,16 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     out.print(drawn)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as "45 s", "12 min" or "3 h 05 min"."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 class _RateColumn(ProgressColumn):
     """Units a second since the step began."""
 
@@ -58,55 +84,98 @@ def _rate(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
+class _DetailColumn(ProgressColumn):
+    """What a step says of itself beside its rate."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["detail"](), style="dim")
+
+
+def _new_bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.percentage:.0f}%"),
+        _RateColumn(),
+        TimeRemainingColumn(compact=True),
+        _DetailColumn(),
+        console=err,
+        expand=True,
+    )
+
+
+def _is_utf() -> bool:
+    return err.encoding.startswith("utf")
+
+
 class ConsoleProgress:
-    """A sest.progress.Progress: a Rich bar with rate and time left, or plain lines when not on a terminal.
+    """A sest.progress.Progress: Rich bars and a live panel of the training, or plain lines when not on a terminal.
 
     Args:
-        prefix: of every line where several processes share a terminal; then there are no bars.
+        prefix: of every line where several processes share a terminal; then nothing is live.
+        patience: of early stopping, for the panel; None: there is none.
     """
 
-    def __init__(self, prefix: str = "") -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: str = "", patience: int | None = None) -> None:
+        self._prefix, self._patience = prefix, patience
+        self._is_live = err.is_terminal and not prefix
         self._bars: Progress | None = None
         self._task: TaskID | None = None
+        self._panel: TrainingPanel | None = None
+        self._live: Live | None = None
+        self._history: list[dict[str, Any]] = []  # of metrics.jsonl, before this process
+        self._said: set[str] = set()  # findings
         self._name, self._unit = "", ""
+        self._detail: Callable[[], str] = str
         self._total, self._done, self._began_with = 0, 0, 0
         self._started = self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
-        if err.is_terminal and not self._prefix:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                _RateColumn(),
-                TimeRemainingColumn(compact=True),
-                console=err,
-                expand=True,
-            )
-            self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._finish()
-        if self._bars is not None:
-            self._bars.stop()
+        self._stop()
 
-    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+    def remember(self, lines: list[dict[str, Any]]) -> None:
+        """The lines that a resumed run has written before."""
+        self._history = lines
+
+    def begin(self, task: str, total: int, unit: str, done: int = 0, detail: Callable[[], str] | None = None) -> None:
         self._finish()
         self._name, self._unit, self._total, self._done, self._began_with = task, unit, total, done, done
+        self._detail = detail or str
         self._started = self._printed = time.monotonic()
-        if self._bars is not None:
-            self._task = self._bars.add_task(task, total=total, completed=done, unit=unit)
+        if unit == STEPS:
+            from sest.cli.panel import TrainingPanel  # NumPy, which help texts do not need
+
+            self._panel = TrainingPanel(total, patience=self._patience, width=err.width, ascii_only=not _is_utf())
+            for line in self._history:
+                self._panel.add(line)
+            self._said = self._warnings()
+            self._panel.step = done
+            if self._is_live:
+                self._stop()
+                self._live = Live(get_renderable=self._panel.render, console=err, refresh_per_second=4)
+                self._live.start()
+        elif self._is_live:
+            if self._bars is None:
+                self._bars = _new_bars()
+                self._bars.start()
+            self._task = self._bars.add_task(task, total=total, completed=done, unit=unit, detail=self._detail)
 
     def advance(self, n: int = 1) -> None:
         self._done += n
-        if self._bars is not None and self._task is not None:
+        if self._live is not None and self._panel is not None:
+            self._panel.step = self._done
+        elif self._bars is not None and self._task is not None:
             self._bars.advance(self._task, n)
+        if self._panel is not None:
+            return  # a training ends when its last line was shown
         if self._done >= self._total:
             self._finish()
-        elif self._bars is None and time.monotonic() - self._printed > PLAIN_SECONDS:
+        elif not self._is_live and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._line()
 
     def note(self, text: str) -> None:
@@ -121,7 +190,12 @@ class ConsoleProgress:
         err.print(Text.assemble(("\n$ ", "bold green"), (" \\\n".join(lines), "bold")), soft_wrap=True)
 
     def show(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, in words."""
+        """A line of metrics.jsonl: into the panel, or in words."""
+        if self._panel is None:
+            return
+        self._panel.add(line)
+        if self._live is not None:
+            return
         if "val_loss" in line:
             better = "better than" if line["val_loss"] < line["val_loss_perturbation_mean"] else "not yet better than"
             self.note(
@@ -129,24 +203,39 @@ class ConsoleProgress:
                 f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
                 f"pds {line['pds']:.3f}"
             )
-        elif self._bars is not None:
-            if self._task is not None:
-                self._bars.update(self._task, description=f"Training, loss {line['loss']:.4f}")
+            for finding in self._panel.warnings:
+                if finding.name not in self._said and line["step"] < self._total:
+                    self.note(f"{finding.name}: {finding.evidence} {finding.advice}")
+            self._said = self._warnings()
         else:
             skipped = f", {line['skipped_steps']} skipped" if line["skipped_steps"] else ""
-            left = (self._total - line["step"]) / line["it_per_s"]
+            left = duration((self._total - line["step"]) / line["it_per_s"])
             self.note(
                 f"step {line['step']:,}/{self._total:,}: loss {line['loss']:.4f}, grad norm {line['grad_norm']:.3g}, "
-                f"{_rate(line['it_per_s'])} it/s, {left:,.0f} s left{skipped}"
+                f"{_rate(line['it_per_s'])} it/s, {left} left{skipped}"
             )
-            self._printed = time.monotonic()
+
+    def _warnings(self) -> set[str]:
+        return {finding.name for finding in self._panel.warnings} if self._panel is not None else set()
+
+    def _stop(self) -> None:
+        """What is live stays as it is now."""
+        if self._bars is not None:
+            self._bars.stop()
+        if self._live is not None:
+            self._live.stop()
+        self._bars = self._live = self._task = None
 
     def _finish(self) -> None:
-        """Say how a step ended, once; its bar goes."""
+        """Say how a step ended, once; its bar goes, the panel of a training stays."""
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
-        self._line(final=True)
+        if self._live is None:
+            self._line(final=True)
+        else:
+            self._stop()
+        self._panel = None
         self._name = ""
 
     def _line(self, final: bool = False) -> None:
@@ -155,7 +244,9 @@ class ConsoleProgress:
             return
         now = time.monotonic()
         rate = (self._done - self._began_with) / max(now - self._started, 1e-9)
-        left = f", {(self._total - self._done) / rate:,.0f} s left" if rate and not final else ""
-        text = f"{self._name}: {self._done:,}/{self._total:,} {self._unit}, {_rate(rate)} {self._unit}/s{left}"
-        err.print(Text(self._prefix + text), soft_wrap=not err.is_terminal)
+        share = f" ({self._done / self._total:.0%})" if self._total and not final else ""
+        left = f", {duration((self._total - self._done) / rate)} left" if rate and not final else ""
+        detail = f", {text}" if (text := self._detail()) else ""
+        text = f"{self._name}: {self._done:,}/{self._total:,} {self._unit}{share}, {_rate(rate)} {self._unit}/s"
+        err.print(Text(f"{self._prefix}{text}{left}{detail}"), soft_wrap=not err.is_terminal)
         self._printed = now

@@ -30,4 +30,4 @@ def demo(
     show_summary(result.evaluation.summary, title)
     if quick:
         console.say("Tiny sizes: these figures only show that the pipeline runs.")
-    console.say(f"Everything is in {out}.")
+    console.say(f"Everything is in {out}; open {result.report.path} in a browser.")

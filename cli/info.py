@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from sest.cli import console
-from sest.cli.train import validation_rows
+from sest.cli.train import show_splits, validation_rows
 from sest.errors import InputError
 
 
@@ -19,6 +19,14 @@ def info(
     verify: Annotated[
         bool, typer.Option("--verify", help="read every file and compare its sha256 (stores, checkpoints)")
     ] = False,
+    splits: Annotated[
+        Optional[Path],  # noqa: UP045 - Typer shows Optional types as plain ones
+        typer.Option(
+            "--splits",
+            help="of a store: also show how this TOML divides its cells (cell-load's form); default: none",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what a path is, and whether it is sound.
 
@@ -26,16 +34,21 @@ def info(
     """
     from sest.describe import describe
 
-    facts, damaged = describe(path, verify=verify)
+    facts, damaged = describe(path, verify=verify, splits=splits)
     if json:
         console.say_json(facts)
     else:
         groups, metrics = facts.pop("groups", None), facts.pop("metrics", None)
+        table, notes = facts.pop("splits", None), facts.pop("split_notes", ())
         console.table(str(path), ["what", "value"], [[k.replace("_", " "), _text(v)] for k, v in facts.items()])
         if groups:
             names = list(next(iter(groups.values())))
             rows = [[name, *(_text(group[n]) for n in names)] for name, group in groups.items()]
             console.table("groups", ["group", *(n.removeprefix("n_") for n in names)], rows)
+        if table is not None:
+            show_splits([list(row.values()) for row in table])
+            for note in notes:
+                console.say(note)
         if metrics:
             columns = ["metric", "model", "perturbation mean", "controls"]
             metrics = {name: math.nan if value is None else value for name, value in metrics.items()}

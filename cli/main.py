@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from sest.cli.embed import embed
 from sest.cli.evaluate import evaluate
 from sest.cli.info import info
 from sest.cli.predict import predict
+from sest.cli.report import report
 from sest.cli.simulate import simulate
 from sest.cli.train import train
 from sest.errors import InputError, TrainingFailed
@@ -34,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, train, predict, evaluate, info, convert, demo, simulate):
+for command in (embed, train, predict, evaluate, report, info, convert, demo, simulate):
     app.command()(command)
 app.command("import")(import_)
 
@@ -54,9 +56,14 @@ def _root(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 or 143 interrupted after saving."""
+    run_command(app)
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command; what it raises becomes one line and an exit code (see `main`)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: unfinished files are removed
     try:
-        app()
+        command()
     except (InputError, StoreError) as error:
         console.error(str(error))
         sys.exit(EXIT_BAD_INPUT)

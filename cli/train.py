@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -18,6 +19,7 @@ from sest.ranks import device_of_rank, ranks_of
 
 if TYPE_CHECKING:
     from sest.dataset import Dataset
+    from sest.diagnose import Finding
     from sest.model import StateTransition
 
 Text = Optional[str]  # noqa: UP045 - Typer shows Optional types as plain ones
@@ -77,6 +79,8 @@ def train(
     num_workers: Annotated[Whole, opt(TrainConfig, "num_workers")] = None,
     scratch: Annotated[Text, opt(TrainConfig, "scratch")] = None,
     data_device: Annotated[Text, opt(TrainConfig, "data_device")] = None,
+    tensorboard: Annotated[Switch, opt(TrainConfig, "tensorboard")] = None,
+    wandb: Annotated[Text, opt(TrainConfig, "wandb")] = None,
     device: Annotated[Text, opt(TrainConfig, "device")] = None,
     seed: Annotated[Whole, opt(TrainConfig, "seed")] = None,
 ) -> None:
@@ -95,7 +99,9 @@ def train(
         options = {**file_values, **options}
     if resume == "auto" and not run.exists():
         raise InputError(f"{run} does not exist: nothing to resume. Leave --resume out to start it.")
-    from sest.run_folder import resumed_config  # imports torch
+    from sest.curves import read_curves, read_lines
+    from sest.diagnose import diagnose
+    from sest.run_folder import METRICS, resumed_config  # imports torch
     from sest.train import train as run_training
 
     if resume is None:
@@ -107,9 +113,15 @@ def train(
     if ranks.rank:  # the first process speaks for all
         run_training(cache, run, resolved, Silent(), resume=resume, ranks=ranks)
         return
-    with console.ConsoleProgress() as progress:
+    patience = resolved.patience if resolved.early_stopping else None
+    with console.ConsoleProgress(patience=patience) as progress:
+
+        def start(data: Dataset, model: StateTransition) -> None:
+            _show_start(data, model)
+            progress.remember(read_lines(run / METRICS))
+
         result = run_training(
-            cache, run, resolved, progress, resume=resume, ranks=ranks, on_start=_show_start, on_log=progress.show
+            cache, run, resolved, progress, resume=resume, ranks=ranks, on_start=start, on_log=progress.show
         )
     why = "no improvement" if result.reason == "early_stopping" else "all steps done"
     best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
@@ -118,6 +130,18 @@ def train(
         console.table(
             "Last validation", ["metric", "model", "perturbation mean", "controls"], validation_rows(result.metrics)
         )
+    curves = read_curves(run / METRICS)
+    show_findings(
+        "Diagnosis", diagnose(curves, run=str(run), cache=str(cache), max_steps=resolved.max_steps, patience=patience)
+    )
+    console.say(f"`sest report {shlex.quote(str(run))}` draws all of this.")
+
+
+def show_findings(title: str, findings: list[Finding]) -> None:
+    """What the curves say, a line each."""
+    console.say(title)
+    for finding in findings:
+        console.say(f"- {finding.name} ({finding.level}): {finding.evidence} {finding.advice}".rstrip())
 
 
 def validation_rows(metrics: dict[str, float]) -> list[list[str]]:
@@ -128,13 +152,17 @@ def validation_rows(metrics: dict[str, float]) -> list[list[str]]:
     ]
 
 
+def show_splits(rows: list[list[Any]]) -> None:
+    """The cells of a store by dataset, cell type and split: the fields of `sest.splits.SplitRow`."""
+    columns = ["dataset", "cell type", "split", "perturbations", "cells", "controls"]
+    console.table("Cells", columns, [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows])
+
+
 def _show_start(data: Dataset, model: StateTransition) -> None:
     """Show what will be trained on, and what."""
     from sest.model import n_parameters
-    from sest.train import split_lines
 
-    columns = ["dataset", "cell type", "split", "perturbations", "cells", "controls"]
-    console.table("Cells", columns, split_lines(data.table))
+    show_splits([list(vars(row).values()) for row in data.table])
     s = model.sizes
     console.say(
         f"Head: {n_parameters(model):,} trainable parameters; embeddings {s.dim}, features {s.n_features}, "

@@ -188,6 +188,8 @@ class TrainConfig(Config):
     scratch: str | None = option(
         None, "folder for those files, kept for other runs; default: in the run folder, deleted at its end"
     )
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into tensorboard/ of the run folder")
+    wandb: str | None = option(None, "also send the metrics to this Weights & Biases project; default: not sent")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(0, "of weights, dropout, sets and their order", least=0, most=LARGEST_SEED)
 
@@ -218,5 +220,5 @@ class PredictConfig(Config):
 
 RESUMABLE = (  # what a resumed run may change without becoming another run
     "max_steps val_every checkpoint_every log_every early_stopping patience max_bad_steps "
-    "num_workers data_device scratch compile gradients device precision lr weight_decay clip"
+    "num_workers data_device scratch compile gradients device precision lr weight_decay clip tensorboard wandb"
 ).split()

@@ -18,6 +18,7 @@ from sest.errors import InputError
 from sest.evaluate import Evaluation, evaluate, write_results
 from sest.predict import predict
 from sest.progress import Progress
+from sest.report import Report, write_report
 from sest.simulate import Simulation, write_screen
 from sest.train import TrainResult, train
 
@@ -62,6 +63,7 @@ class DemoResult:
 
     training: TrainResult
     evaluation: Evaluation
+    report: Report
 
 
 def run_demo(
@@ -73,7 +75,7 @@ def run_demo(
     on_command: Callable[[str], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> DemoResult:
-    """Simulate, embed, train, predict and evaluate.
+    """Simulate, embed, train, predict, evaluate and report.
 
     Args:
         out: a new folder for everything.
@@ -108,7 +110,9 @@ def run_demo(
     tell(_line("evaluate", predicted, cells, "--out", scores, "--no-cell-eval"))
     evaluation = evaluate(predicted, cells, with_cell_eval=False, progress=progress)
     write_results(evaluation, scores)
-    return DemoResult(training, evaluation)
+    tell(_line("report", run))
+    report = write_report([run], None, progress)
+    return DemoResult(training, evaluation, report)
 
 
 def _simulation_options(simulation: Simulation) -> list[object]:

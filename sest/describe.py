@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sest.cache import journal, open_cache
-from sest.cache.schema import COMPLETE, ROOT
+from sest.cache.schema import COMPLETE, ROOT, StoreError
 from sest.cache.storage import Storage, is_url, storage_at
+from sest.config import TrainConfig
 from sest.errors import InputError
+from sest.splits import assign_splits, read_splits, split_table
 
 Facts = dict[str, Any]
 CACHE_FACTS = (
     "dtype cells encoder encoder_sha256 native_dim projection precision seed sest_version schema_version licence"
 ).split()
 GROUP_FACTS = "n_cells n_genes perturbations controls n_embedded scale".split()
+FIRST_CELLS = 1_000
 WEIGHTS = (".ckpt", ".safetensors")
 RUN_FACTS = "trainable_parameters dim n_features n_genes val_loss best_val_loss best_step".split()
 
 
-def describe(path: Path, *, verify: bool = False) -> tuple[Facts, list[str]]:
+def describe(path: Path, *, verify: bool = False, splits: Path | None = None) -> tuple[Facts, list[str]]:
     """Return the facts about a path and the files found damaged (only with `verify`).
+
+    Args:
+        splits: of a store: also count its cells as this TOML divides them ("splits", one entry a table row, and
+            "split_notes").
 
     Raises:
         InputError, StoreError: nothing there, nothing sest knows, or something that cannot be used.
@@ -30,7 +40,10 @@ def describe(path: Path, *, verify: bool = False) -> tuple[Facts, list[str]]:
     if not (path.exists() or is_url(path)):
         raise InputError(f"{path} does not exist.")
     if is_url(path) or (path / ROOT).exists():
-        return _cache(storage_at(path), verify)
+        of_store, damaged = _cache(storage_at(path), verify)
+        return of_store | (_splits(path, TrainConfig(splits=str(splits))) if splits is not None else {}), damaged
+    if splits is not None:
+        raise InputError(f"--splits counts the cells of a store, and {path} is none. Pass the store's path.")
     facts = _cells(path) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
     if facts is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
         facts = _encoder(path)
@@ -64,6 +77,19 @@ def _cache(storage: Storage, verify: bool) -> tuple[Facts, list[str]]:
     if verify:
         facts["verified"] = not damaged
     return facts, damaged
+
+
+def _splits(cache: str | Path, config: TrainConfig) -> Facts:
+    """What training would read: cells of a store by dataset, cell type and split."""
+    from sest.cells import read_labels
+
+    _, groups = read_labels(open_cache(cache))
+    file = read_splits(Path(config.splits), resolve_files=False) if config.splits else None
+    divided = assign_splits(groups, file, seed=config.seed, val_fraction=config.val_fraction)
+    return {
+        "splits": [dataclasses.asdict(row) for row in split_table(groups, divided)],
+        "split_notes": list(divided.notes),
+    }
 
 
 def _unfinished_cache(storage: Storage, attributes: Facts) -> Facts:
@@ -139,6 +165,10 @@ def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     facts["checkpoints"] = [folder.name for folder in found]
     facts["cache"] = provenance.get("cache")
     facts["metrics"] = _last_validation(metrics)
+    try:
+        facts |= _splits(provenance["cache"], TrainConfig.from_values(config, str(path)))
+    except (KeyError, StoreError, InputError) as error:  # the store is elsewhere by now
+        facts["split_notes"] = [f"No table of its cells: {error}"]
     return facts
 
 
@@ -168,7 +198,7 @@ def _encoder(path: Path) -> Facts:
 
 
 def _cells(path: Path) -> Facts:
-    from sest.columns import detect_columns
+    from sest.columns import detect_columns, labels
     from sest.h5ad import CellFile
 
     with CellFile(path) as file:
@@ -185,4 +215,20 @@ def _cells(path: Path) -> Facts:
                 "batch_column": found.batch,
                 "control": found.control,
             }
+            if found.perturbation is not None:
+                codes, names = labels(file.obs, found.perturbation)
+                facts["perturbations"] = len(set(names) - {found.control})
+                facts["controls"] = sum(names[code] == found.control for code in codes)
+            if found.cell_type is not None:
+                facts["cell_types"] = list(labels(file.obs, found.cell_type)[1])
+        facts["values"] = _values(file)
     return facts
+
+
+def _values(file: Any) -> str:
+    """What the first cells of X look like; `sest embed` decides over all of them."""
+    first = file.rows(0, min(file.n_cells, FIRST_CELLS)).data
+    if not len(first):
+        return f"all 0 in the first {FIRST_CELLS:,} cells"
+    whole = "whole numbers" if (first == np.floor(first)).all() else "fractions"
+    return f"{whole} from {first.min():.4g} to {first.max():.4g} in the first {min(file.n_cells, FIRST_CELLS):,} cells"

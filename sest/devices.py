@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
+
 import torch
 
 from sest.errors import InputError
@@ -64,6 +68,23 @@ def faster_precision(precision: str, device: torch.device) -> str | None:
     if device.type != "cpu" or precision != "fp32" or not _cpu_has_bf16_units():
         return None
     return "This processor has bf16 units: --precision bf16 may be much faster here, and rounds more."
+
+
+def slow_pages(device: torch.device, setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str | None:
+    """A line for those who train on a CPU where large pages are there for programs that ask; None for all others.
+
+    A step takes and frees tensors of 150 MB, whose pages the system clears 4 KB at a time unless glibc asks for large
+    ones: a quarter of a step of a small head (benchmarks/README.md). glibc reads the variable at the start only.
+    """
+    if device.type != "cpu" or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return None
+    try:
+        on_request = "[madvise]" in setting.read_text()
+    except OSError:
+        return None
+    if not on_request or platform.libc_ver()[0] != "glibc":
+        return None
+    return "On this machine small heads train faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment."
 
 
 def _cpu_has_bf16_units() -> bool:

@@ -38,6 +38,7 @@ from sest.encoders import check_encoder
 from sest.errors import InputError
 from sest.hub import with_local_encoder
 from sest.inputs import ROWS_PER_READ, Cells, open_cells, resolve_inputs
+from sest.memory import resident_bytes
 from sest.progress import Progress
 from sest.project import Projection, fit_pca
 from sest.ranks import SINGLE, Ranks
@@ -238,7 +239,12 @@ class _Work:
         rows = {(i, k): _rows_of(plan.selected[i], self._groups[i], k) for i, k in mine}
         known = {(i, k): np.isin(rows[i, k], plan.sample[i][: len(self._sampled[i])]) for i, k in todo}
         total, left = sum(map(len, rows.values())), sum(int((~known[place]).sum()) for place in todo)
-        self._progress.begin("Embedding", total, "cells", total - left)
+        finished = len(mine) - len(todo)
+
+        def detail() -> str:
+            return f"{finished}/{len(mine)} shards, {resident_bytes() / 1e9:.1f} GB"
+
+        self._progress.begin("Embedding", total, "cells", total - left, detail)
         pieces = [
             Piece(
                 f"{self._groups[i].path}/{k}" + ("" if len(self._sampled[i]) else "-all"),  # with or without the sample
@@ -262,6 +268,7 @@ class _Work:
                 if written is not None:
                     written.result()
                 written = thread.submit(self._write, self._groups[i], k, out, piece.spool)
+                finished += 1
                 self._check()
             if written is not None:
                 written.result()

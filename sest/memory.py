@@ -1,10 +1,11 @@
-"""How much memory there is to take."""
+"""How much memory there is to take, and how much is taken."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import psutil
+import torch
 
 SHARE = 0.8  # of what is available that data may take; the rest is for the step
 
@@ -18,3 +19,13 @@ def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError):  # no cgroup of version 2, or its limit is "max"
         return free
     return min(free, max(limit - used + int(stat.get("inactive_file", 0)), 0))
+
+
+def resident_bytes() -> int:
+    """What this process has in the host's memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def used_bytes(device: torch.device) -> int:
+    """What training takes: a GPU's most so far, or what this process has in memory now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()

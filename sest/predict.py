@@ -78,7 +78,7 @@ def predict(run: Path, out: Path, config: PredictConfig, progress: Progress) -> 
     data = read_dataset(cache, train_config, progress, feature_names=one_hot_names(checkpoint), scratch=scratch)
     if not train_config.scratch:
         remove_scratch(scratch)  # mapped files stay readable
-    _check_data(checkpoint, data)
+    check_data(checkpoint, data)
     genes, places = _genes(config.genes, data.targets.genes)
     made_columns = next(iter(data.cache.groups.values())).attributes["columns"]
     pools = new_pools(config, checkpoint, data, progress) if config.cells else None
@@ -145,8 +145,12 @@ def _run_of(checkpoint: Checkpoint, config: PredictConfig) -> tuple[TrainConfig,
     return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache), source
 
 
-def _check_data(checkpoint: Checkpoint, data: Dataset) -> None:
-    """Refuse a store or features that are not those of the checkpoint."""
+def check_data(checkpoint: Checkpoint, data: Dataset) -> None:
+    """Refuse a store or features that are not those of the checkpoint.
+
+    Raises:
+        InputError: another store, width, features or genes than it was trained with.
+    """
     state, sizes, store, features = checkpoint.state, checkpoint.sizes, data.cache.path, data.features
     if state["cache_sha256"] not in (None, data.cache_sha256):
         raise InputError(f"{store} is not the store {checkpoint.folder} was trained on. Pass --cache with that one.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+STEPS = "it"  # the unit of a training
 
 
 class Progress(Protocol):
     """Receives the progress of one command."""
 
-    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
-        """A step starts: `total` units, of which `done` were there already."""
+    def begin(self, task: str, total: int, unit: str, done: int = 0, detail: Callable[[], str] | None = None) -> None:
+        """A step starts: `total` units, of which `done` were there already; `detail` says more whenever it is drawn."""
 
     def advance(self, n: int = 1) -> None:
         """`n` more units are done."""
@@ -21,7 +24,7 @@ class Progress(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+    def begin(self, task: str, total: int, unit: str, done: int = 0, detail: Callable[[], str] | None = None) -> None:
         pass
 
     def advance(self, n: int = 1) -> None:

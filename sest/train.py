@@ -36,18 +36,20 @@ from sest.checkpoint import (
 )
 from sest.config import RESUMABLE, TrainConfig
 from sest.dataset import Dataset, read_dataset
-from sest.devices import DTYPES, choose_device, choose_precision, faster_precision
+from sest.devices import DTYPES, choose_device, choose_precision, faster_precision, slow_pages
 from sest.dropout import dropout_keys
 from sest.errors import InputError, TrainingFailed, shown
 from sest.features import ONE_HOT
+from sest.limit import measure_limit
 from sest.loss import make_loss
 from sest.model import HeadSizes, StateTransition, n_parameters, new_model
-from sest.progress import Progress
+from sest.progress import STEPS, Progress
 from sest.ranks import SINGLE, Ranks
 from sest.run_folder import METRICS, PATHS, SCRATCH, append_metrics, find_start, one_hot_names, open_run
 from sest.sampler import SetSampler
 from sest.signals import Interrupted, stop_requests
-from sest.splits import TRAIN, SplitRow
+from sest.sinks import check_sinks, open_sinks
+from sest.splits import TRAIN
 from sest.step_memory import largest_batch
 from sest.targets import remove_scratch
 from sest.team import Team, team_of
@@ -128,7 +130,10 @@ def _train(
     precision = choose_precision(config.precision, device, training=True)
     if config.gradients == "bf16" and device.type == "cpu":
         raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
+    check_sinks(config)
     if hint := faster_precision(precision, device):
+        progress.note(hint)
+    if hint := slow_pages(device):
         progress.note(hint)
     # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
     gram = torch.float16 if device.type == "cuda" and precision != "fp32" else torch.float32
@@ -196,6 +201,7 @@ def _train(
     if on_start is not None:
         on_start(data, model)
     per_process = config.batch_size // team.size
+    limit = measure_limit(model, per_process * config.accumulate, config.set_size, DTYPES[precision])
 
     def forward_backward(batch_number: int, micro_size: int, last: bool) -> Tensor:
         """Add the gradient of one batch, in parts of `micro_size` sets; returns this process's share of its loss."""
@@ -242,20 +248,25 @@ def _train(
         else:
             save(LAST)
 
+    def no_sink(line: dict[str, Any]) -> None:
+        pass
+
     def log(line: dict[str, Any]) -> None:
         if not team.leads:
             return
         append_metrics(run / METRICS, line)
+        sinks(line)
         if on_log is not None:
             on_log(line)
 
     window = Window(device)
     metrics: dict[str, float] = {}
     micro_size, reason, kept_at = per_process, "max_steps", -1
-    progress.begin("Training", config.max_steps, "it", state.step)
+    progress.begin("Training", config.max_steps, STEPS, state.step)
     with (
         stop_requests() as stop,
         batch_source(sampler, store, config.batch_size, config.num_workers, team.ranks) as batches,
+        open_sinks(run, config, state.step) if team.leads else nullcontext(no_sink) as sinks,
     ):
         while state.step < config.max_steps:
             # step: gradients of `accumulate` batches, clipped, applied unless something is not finite
@@ -286,7 +297,8 @@ def _train(
 
             # log
             if state.step % config.log_every == 0 or state.step == config.max_steps:
-                line = window.line(state.step, config.lr, state.skipped_steps, batches.waited)  # waits for the device
+                # waits for the device
+                line = window.line(state.step, config.lr, state.skipped_steps, batches.waited, limit)
                 state.skipped_steps = line["skipped_steps"]
                 log(line)
                 if window.worst_streak >= config.max_bad_steps:
@@ -484,11 +496,3 @@ def _batches_per_second(sampler: SetSampler, store: CellStore, size: int, n_work
         for number in range(2 * n):
             batches.get(number)
         return 2 * n / (time.perf_counter() - began)
-
-
-def split_lines(table: list[SplitRow]) -> list[list[str]]:
-    """The rows of the split table as text."""
-    return [
-        [r.dataset, r.cell_type, r.split, f"{r.n_perturbations:,}", f"{r.n_perturbed_cells:,}", f"{r.n_controls:,}"]
-        for r in table
-    ]

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sest.limit import Limit
+from sest.memory import used_bytes
+
+# what differs between two runs that take the same steps
+MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes")
+
 
 class Window:
     """Sums since the last log line, kept on the device until it is written."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._loss, self._norm, self._bad, self._streak, self._worst = torch.zeros(5, device=device).unbind()
         self._steps, self._paused, self._waited = 0, 0.0, 0.0
         self._began = self._mark = time.monotonic()
@@ -37,18 +44,24 @@ class Window:
         """Skipped steps since the last line; waits for the device."""
         return int(self._bad)
 
-    def line(self, step: int, lr: float, skipped: int, waited: float) -> dict[str, Any]:
+    def line(self, step: int, lr: float, skipped: int, waited: float, limit: Limit) -> dict[str, Any]:
         """The log line of the steps since the last one; waits for the device.
+
+        Shares of the time: `data_wait`, the loop waited for batches; `device_wait`, it waited here for steps it had
+        given to a GPU (next to nothing where the GPU waits for the loop instead).
 
         Args:
             skipped: steps skipped before them.
             waited: seconds spent waiting for batches since the run began.
+            limit: of a step on this device.
         """
+        asked = time.monotonic()
         loss, norm, bad, worst = torch.stack([self._loss, self._norm, self._bad, self._worst]).tolist()
         self.worst_streak = int(worst)
-        seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
+        now = time.monotonic()
+        seconds = max(now - self._began - self._paused, 1e-9)
         good = max(self._steps - int(bad), 1)
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "loss": loss / good if bad < self._steps else math.nan,
             "grad_norm": norm / good if bad < self._steps else math.nan,
@@ -56,7 +69,12 @@ class Window:
             "it_per_s": self._steps / seconds,
             "data_wait": min((waited - self._waited) / seconds, 1.0),
             "skipped_steps": skipped + int(bad),
+            "limit_it_per_s": limit.it_per_s,
+            "limited_by": limit.limited_by,
+            "memory_bytes": used_bytes(self._device),
         }
+        if self._device.type == "cuda":
+            line["device_wait"] = min((now - asked) / seconds, 1.0)
         for tensor in (self._loss, self._norm, self._bad, self._worst):
             tensor.zero_()
         self._steps, self._paused, self._waited = 0, 0.0, waited

@@ -111,7 +111,7 @@ class Notes:
         self.notes: list[str] = []
         self.steps: list[tuple[str, int, int]] = []  # task, total, done before
 
-    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+    def begin(self, task: str, total: int, unit: str, done: int = 0, detail: object = None) -> None:
         self.steps.append((task, total, done))
 
     def advance(self, n: int = 1) -> None:

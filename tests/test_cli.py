@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -94,7 +95,7 @@ def test_every_command_has_help_in_the_readme_and_in_its_tests(sest: Callable[..
     readme = (ROOT / "README.md").read_text()
     tests = {p.name: p.read_text() for p in (ROOT / "tests").glob("test_*.py") if p.name != "test_cli.py"}
     overview = sest("--help").out
-    assert set(COMMANDS) == {"embed", "convert", "train", "predict", "evaluate", "info", "demo", "simulate", "import"}
+    assert set(COMMANDS) == set("embed convert train predict evaluate report info demo simulate import".split())
     for name, command in COMMANDS.items():
         assert command.help and len(command.help) > 30
         assert re.search(rf"^\W*{name}\s+\w", overview, re.MULTILINE), name
@@ -403,14 +404,52 @@ def test_a_terminal_shows_one_bar_and_commands_that_can_be_copied(monkeypatch: p
         progress.begin("Reading", 10, "cells")
         progress.advance(10)
         progress.note("a note")
-        progress.begin("Training", 10, "it")
+        progress.begin("Writing", 10, "cells")
         progress.advance(4)
         assert progress._bars is not None and len(progress._bars.tasks) == 1
+        progress.begin("Training", 10, "it")
+        assert progress._bars is None  # the panel takes its place
+        progress.advance(4)
+        progress.note("between")
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue())
     assert text in re.sub(r" \\\n +", " ", plain)
     assert max(map(len, re.split(r"[\r\n]", plain))) <= 80
     assert plain.index("$ sest") < plain.index("Reading: 10/10 cells") < plain.index("a note")
-    assert "Training: 4/10 it" in plain
+    assert plain.index("Writing: 4/10 cells") < plain.index("between")
+    last = plain.rindex("Training")  # what is left on the screen
+    assert "step 4/10" in plain[last:] and "between" not in plain[last:]
+
+
+@pytest.mark.parametrize(
+    ("variables", "live"), [({}, True), ({"JPY_PARENT_PID": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_a_notebook_s_terminal_gets_plain_lines(tmp_path: Path, variables: dict[str, str], live: bool) -> None:
+    """`!sest ...` in a notebook runs under a pseudo-terminal whose escape codes nobody interprets."""
+    ours, theirs = pty.openpty()
+    words = ["simulate", str(tmp_path / "x.h5ad"), "--n-perturbations", "2", "--n-cells", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sest", *words],
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"} | variables,
+    )
+    os.close(theirs)
+    written = b""
+    try:
+        while part := os.read(ours, 65_536):
+            written += part
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0 and b"cells" in written
+    assert (b"\x1b[?25l" in written) == live  # hides the cursor, to draw over lines
+
+
+def test_a_log_file_gets_plain_lines_even_where_colour_is_forced(tmp_path: Path) -> None:
+    words = ["simulate", str(tmp_path / "x.h5ad"), "--n-perturbations", "2", "--n-cells", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sest", *words], capture_output=True, env={**os.environ, "FORCE_COLOR": "1"}, check=True
+    )
+    assert b"\x1b" not in done.stdout + done.stderr and b"cells" in done.stderr
 
 
 # --- signals and exit codes

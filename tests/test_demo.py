@@ -37,7 +37,9 @@ def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
 def test_the_commands_shown_give_the_same_files(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert [shlex.split(command)[1] for command in demo.commands] == "simulate embed train predict evaluate".split()
+    assert [shlex.split(command)[1] for command in demo.commands] == (
+        "simulate embed train predict evaluate report".split()
+    )
     for command in demo.commands:
         words = shlex.split(command.replace(str(demo.folder), str(tmp_path)))
         monkeypatch.setattr(sys, "argv", words)

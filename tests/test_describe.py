@@ -174,3 +174,37 @@ def test_what_is_nothing_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(InputError, match="is no store"):
         describe(tmp_path / "x.txt")
+
+
+def test_a_store_s_cells_are_counted_by_split_before_anything_trains(demo: Demo) -> None:
+    facts = strict(describe(demo.cache, splits=demo.folder / "starter.toml")[0])
+    rows = facts["splits"]
+    assert set(rows[0]) == {"dataset", "cell_type", "split", "n_perturbations", "n_perturbed_cells", "n_controls"}
+    labels = open_cache(demo.cache).groups["cells"].obs
+    for row in rows:
+        of_type = labels[labels["cell_type"] == row["cell_type"]]
+        assert row["n_controls"] == (of_type["perturbation"] == "non-targeting").sum()
+    perturbed = labels[labels["perturbation"] != "non-targeting"]
+    assert sum(row["n_perturbed_cells"] for row in rows) == len(perturbed)
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+
+
+def test_splits_are_counted_of_stores_only(demo: Demo) -> None:
+    with pytest.raises(InputError, match="--splits counts the cells of a store"):
+        describe(demo.run, splits=demo.folder / "starter.toml")
+
+
+def test_a_run_counts_the_cells_it_was_trained_on_or_says_why_not(demo: Demo, tmp_path: Path) -> None:
+    facts = strict(describe(demo.run)[0])
+    assert facts["splits"] == strict(describe(demo.cache, splits=demo.folder / "starter.toml")[0])["splits"]
+    run = shutil.copytree(demo.run, tmp_path / "run")
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace(str(demo.cache), str(tmp_path / "gone.zarr")))
+    facts = strict(describe(run)[0])
+    assert "splits" not in facts and "gone.zarr does not exist" in facts["split_notes"][0]
+
+
+def test_cells_say_what_their_labels_and_values_are(demo: Demo) -> None:
+    facts = strict(describe(demo.cells)[0])
+    assert (facts["perturbations"], facts["controls"], len(facts["cell_types"])) == (12, 160, 2)
+    assert facts["values"].startswith("whole numbers from 1 to ") and "first 880 cells" in facts["values"]

@@ -631,7 +631,7 @@ from sest.predict import predict
 from sest.progress import Silent
 
 class Killing(Silent):
-    def begin(self, task, total, unit, done=0):
+    def begin(self, task, total, unit, done=0, detail=None):
         self.task = task
 
     def advance(self, n=1):
@@ -653,7 +653,7 @@ def test_a_kill_in_the_middle_leaves_no_file_of_that_name_and_does_not_hinder_th
 
 def test_an_interruption_removes_what_was_begun_and_keeps_an_older_file(demo: Demo, tmp_path: Path) -> None:
     class Stopping(Silent):
-        def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        def begin(self, task: str, total: int, unit: str, done: int = 0, detail: object = None) -> None:
             self.task = task
 
         def advance(self, n: int = 1) -> None:

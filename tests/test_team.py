@@ -22,6 +22,7 @@ from sest.errors import InputError
 from sest.progress import Silent
 from sest.run_folder import METRICS
 from sest.train import train
+from sest.window import MEASURED
 
 # One process of a team, as torchrun starts it; extra arguments are changes of the configuration.
 PROCESS = """
@@ -97,7 +98,7 @@ def weights(run: Path, name: str = LAST) -> dict[str, Tensor]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("it_per_s", "data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def check_same(run: Path, alone: Path) -> None:

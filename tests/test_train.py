@@ -39,6 +39,7 @@ from sest.signals import Interrupted
 from sest.splits import TRAIN
 from sest.train import train
 from sest.validate import Validator
+from sest.window import MEASURED
 
 TINY = {k: v for k, v in tiny_config().to_values().items() if v != getattr(TrainConfig(), k)}
 CHECKPOINTS = [step_folder(4), step_folder(8), step_folder(12), BEST, LAST]
@@ -73,7 +74,7 @@ def files(run: Path) -> dict[str, bytes]:
 def metrics(run: Path, *, timed: bool = False) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without how fast the machine was."""
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    return lines if timed else [{k: v for k, v in line.items() if k not in ("it_per_s", "data_wait")} for line in lines]
+    return lines if timed else [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def steps(run: Path, *, validations: bool = False) -> list[int]:
@@ -563,7 +564,10 @@ def test_log_every_val_every_and_checkpoint_every_set_the_steps(store: Path, tmp
     assert seen == metrics(run, timed=True)
     for line in seen:
         if "loss" in line:
-            assert set(line) == {"step", "loss", "grad_norm", "lr", "it_per_s", "data_wait", "skipped_steps"}
+            steady = {"step", "loss", "grad_norm", "lr", "skipped_steps"}
+            assert set(line) == (steady | set(MEASURED)) - {"device_wait"}  # that is for GPUs
+            assert line["limit_it_per_s"] > 0 and line["limited_by"] in ("compute", "memory")
+            assert line["memory_bytes"] > 1e8  # torch alone takes that
             assert line["it_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["lr"] == config.lr
     assert [line["step"] for line in seen] == sorted(line["step"] for line in seen)
 
@@ -743,7 +747,7 @@ def test_progress_is_told_every_step_also_those_done_before(store: Path, whole: 
             self.began: tuple[str, int, str, int] | None = None
             self.advanced = 0
 
-        def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        def begin(self, task: str, total: int, unit: str, done: int = 0, detail: object = None) -> None:
             self.began, self.advanced = (task, total, unit, done), 0
 
         def advance(self, n: int = 1) -> None:

@@ -28,6 +28,7 @@ from sest.config import TrainConfig
 from sest.model import HeadSizes, new_model
 from sest.progress import Silent
 from sest.train import train
+from sest.window import MEASURED
 
 TESTS = Path(__file__).resolve().parent.parent
 OPERATIONS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir")
@@ -48,7 +49,7 @@ def content(run: Path) -> dict[str, bytes]:
     }
     lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
     found["metrics.jsonl"] = json.dumps(
-        [{k: v for k, v in line.items() if k not in ("it_per_s", "data_wait")} for line in lines]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
     ).encode()
     return found
 
