@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +43,13 @@ def find_start(run: Path, resume: str | None, config: TrainConfig, progress: Pro
         return None
     if not (_is_unused(run) or (run / CONFIG).is_file()):
         raise InputError(f"{run} exists and is no run folder: it has no {CONFIG}. Choose another --run folder.")
-    if resume == "auto":
-        if not resumable(run):
+    if resume == "auto" and not resumable(run):
+        begun = read_run_config(run)[1].get("resumed_from") if (run / CONFIG).is_file() else None
+        if not begun:
             progress.note(f"{run} has no checkpoint yet: training starts at step 0.")
             return None
+        checkpoint = sound_checkpoint(Path(begun), to_resume=True)  # stopped before its own first checkpoint
+    elif resume == "auto":
         checkpoint, problems = latest_checkpoint(run)
         for problem in problems:
             progress.note(f"Passed over: {problem}")
@@ -116,10 +123,40 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, provenance
 
 
-def open_run(run: Path, cache: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> None:
-    """Create or continue the run folder: configuration, splits, metrics up to the step resumed from."""
+@contextmanager
+def opened_run(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> Iterator[None]:
+    """Create or continue the run folder (configuration, splits, metrics up to the step resumed from), and keep it.
+
+    Raises:
+        InputError: another process trains in it, or it cannot be written to.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        folder = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        _lock(folder, run)
+        _begin(run, config, data, start, step)
+        yield
+    finally:
+        os.close(folder)  # which also unlocks
+
+
+def _lock(folder: int, run: Path) -> None:
+    """Keep other processes out, until the folder's descriptor is closed."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"Another process trains in {run}. Wait until it has ended, or choose another --run folder."
+        ) from error
+    except OSError:
+        return  # some network file systems have no locks
+
+
+def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> None:
+    try:
         remove_unfinished(run)
         paths = {
             key: str(Path(getattr(config, key)).resolve())
@@ -130,7 +167,7 @@ def open_run(run: Path, cache: Path, config: TrainConfig, data: Dataset, start: 
             "cache": data.cache.storage.url,
             "sest_version": __version__,
             "torch_version": torch.__version__,
-            "resumed_from": str(start.folder) if start else "",
+            "resumed_from": str(start.folder.resolve()) if start else "",
         }
         content = {**config.to_values(), **paths, "provenance": provenance}
         write_durably(run / CONFIG, tomli_w.dumps(content).encode())
@@ -140,7 +177,11 @@ def open_run(run: Path, cache: Path, config: TrainConfig, data: Dataset, start: 
         kept = [line for line in lines if _step_of(line) <= step]
         write_durably(run / METRICS, "".join(line + "\n" for line in kept).encode())
     except OSError as error:
-        raise InputError(f"Cannot write to {run}: {error.strerror}. Choose another --run folder.") from error
+        raise _unwritable(run, error) from error
+
+
+def _unwritable(run: Path, error: OSError) -> InputError:
+    return InputError(f"Cannot write to {run}: {error.strerror}. Choose another --run folder.")
 
 
 def _step_of(line: str) -> float:

@@ -13,7 +13,7 @@ from sest.memory import SHARE, available_bytes
 from sest.model import HeadSizes
 
 LARGEST_BATCH = 64  # sets: beyond it a step gets no faster by the cell, and learning would want another rate
-BYTES_A_PARAMETER = 12  # gradient and both moments of AdamW, float32
+BYTES_A_PARAMETER = 14  # gradient and both moments of AdamW in float32, and autocast's copy in a half
 
 
 def bytes_of_set(
@@ -25,8 +25,22 @@ def bytes_of_set(
 ) -> int:
     """Bytes that a set adds to a step: what autograd keeps for it, and the predicted and observed cells.
 
-    Measured on one set of zeros; leaves weights and gradients alone.
+    Measured on zeros, as what two sets take more than one; leaves weights and gradients alone.
     """
+    wide = set_size * sizes.n_genes * 4
+    one, two = (_bytes_kept(model, sizes, n, set_size, criterion, autocast) for n in (1, 2))
+    return two - one + 4 * wide  # target, gradient of the prediction, and the loss's centred copies
+
+
+def _bytes_kept(
+    model: nn.Module,
+    sizes: HeadSizes,
+    n_sets: int,
+    set_size: int,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    autocast: Callable[[], Any],
+) -> int:
+    """Bytes that autograd keeps for a forward pass, beside the weights."""
     device = next(model.parameters()).device
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -37,16 +51,15 @@ def bytes_of_set(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    basal = torch.zeros(1, set_size, sizes.dim, device=device)
-    features = torch.zeros(1, sizes.n_features, device=device)
-    target = torch.zeros(1, set_size, sizes.n_genes, device=device)
-    keys = torch.zeros(1, dtype=torch.int32, device=device)
+    basal = torch.zeros(n_sets, set_size, sizes.dim, device=device)
+    features = torch.zeros(n_sets, sizes.n_features, device=device)
+    target = torch.zeros(n_sets, set_size, sizes.n_genes, device=device)
+    keys = torch.zeros(n_sets, dtype=torch.int32, device=device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with autocast():
             predicted = model(basal, features, keys)
         criterion(predicted, target)
-    wide = set_size * sizes.n_genes * 4
-    return sum(kept.values()) + 4 * wide  # target, gradient of the prediction, and the loss's centred copies
+    return sum(kept.values())
 
 
 def largest_batch(

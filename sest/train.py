@@ -45,7 +45,7 @@ from sest.loss import make_loss
 from sest.model import HeadSizes, StateTransition, n_parameters, new_model
 from sest.progress import STEPS, Progress
 from sest.ranks import SINGLE, Ranks
-from sest.run_folder import METRICS, PATHS, SCRATCH, append_metrics, find_start, one_hot_names, open_run
+from sest.run_folder import METRICS, PATHS, SCRATCH, append_metrics, find_start, one_hot_names, opened_run
 from sest.sampler import SetSampler
 from sest.signals import Interrupted, stop_requests
 from sest.sinks import check_sinks, open_sinks
@@ -196,10 +196,6 @@ def _train(
     if config.compile:  # on a GPU into CUDA graphs, which static shapes allow
         network = torch.compile(shared, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
     team.wait()  # all have read what is in the folder
-    if team.leads:
-        open_run(run, cache, config, data, start, state.step)
-    if on_start is not None:
-        on_start(data, model)
     per_process = config.batch_size // team.size
     limit = measure_limit(model, per_process * config.accumulate, config.set_size, DTYPES[precision])
 
@@ -262,12 +258,15 @@ def _train(
     window = Window(device)
     metrics: dict[str, float] = {}
     micro_size, reason, kept_at = per_process, "max_steps", -1
-    progress.begin("Training", config.max_steps, STEPS, state.step)
     with (
+        opened_run(run, config, data, start, state.step) if team.leads else nullcontext(),
         stop_requests() as stop,
         batch_source(sampler, store, config.batch_size, config.num_workers, team.ranks) as batches,
         open_sinks(run, config, state.step) if team.leads else nullcontext(no_sink) as sinks,
     ):
+        if on_start is not None:
+            on_start(data, model)
+        progress.begin("Training", config.max_steps, STEPS, state.step)
         while state.step < config.max_steps:
             # step: gradients of `accumulate` batches, clipped, applied unless something is not finite
             first = state.step * config.accumulate

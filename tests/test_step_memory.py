@@ -39,6 +39,14 @@ def test_a_sets_bytes_grow_with_cells_and_genes_and_leave_the_model_as_it_was() 
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_copies_of_weights_that_autocast_makes_are_no_part_of_a_set() -> None:
+    sizes = HeadSizes(dim=8, n_features=5, n_genes=20, hidden=256, n_layers=2, n_heads=2, ffn=512)
+    model = head(sizes)
+    halves = 2 * sum(p.numel() for p in model.parameters())
+    with_halves = bytes_of_set(model, sizes, 2, energy_distance, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert with_halves < 0.2 * halves
+
+
 def test_the_batch_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = head()
     one = bytes_of_set(model, SIZES, 8, energy_distance, nullcontext)

@@ -267,6 +267,33 @@ def test_resume_auto_without_any_checkpoint_starts_at_step_0(store: Path, whole:
     assert files(tmp_path / "new") == files(whole)
 
 
+def test_a_continued_stage_killed_before_its_first_checkpoint_begins_where_it_began(
+    store: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "stage2"
+    with pytest.raises(Crash):
+        train(
+            store, run, tiny_config(checkpoint_every=100), Silent(), resume=str(whole / step_folder(4)),
+            on_log=crash_after(9),
+        )  # fmt: skip
+    train(store, run, tiny_config(), Silent(), resume="auto")
+    assert same(weights(run / LAST, OPTIMIZER), weights(whole / LAST, OPTIMIZER))
+    assert steps(run) == list(range(5, 13))
+
+
+def test_two_processes_do_not_train_in_one_run_folder(store: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def second(line: dict[str, Any]) -> None:
+        if line["step"] == 5 and "loss" in line:
+            with pytest.raises(InputError, match="Another process trains in"):
+                train(store, run, tiny_config(), Silent(), resume="auto")
+
+    train(store, run, tiny_config(), Silent(), on_log=second)
+    assert files(run) == files(whole) and metrics(run) == metrics(whole)
+    train(store, run, tiny_config(), Silent(), resume="auto")  # it is free again
+
+
 def test_metrics_have_no_step_twice_and_survive_a_torn_line(store: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
