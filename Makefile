@@ -38,7 +38,7 @@ links:
 	@ln -s $(addprefix ../../../,$(wildcard sest/*.py) cli cache) build/types/sest/
 
 unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/test_loss.py -k energy"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)

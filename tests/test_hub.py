@@ -114,17 +114,20 @@ def sest(tmp_path: Path, endpoint: str, *words: object, **environment: str) -> s
     """Run `sest embed a.h5ad --cache s.zarr --encoder WORDS` in a process of its own: HF_ENDPOINT is read on import."""
     if not (tmp_path / "a.h5ad").exists():
         write_cells(tmp_path / "a.h5ad", counts(20))
-    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **environment}
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "-m", "sest", "embed", "a.h5ad", "--device", "cpu", "--cache", "s.zarr", "--encoder"]
         + [str(word) for word in words],
         cwd=tmp_path,
-        env={**clean, **variables},
+        env=_environment(tmp_path, endpoint) | environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def _environment(tmp_path: Path, endpoint: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -169,12 +172,39 @@ def test_of_several_checkpoints_only_the_chosen_one_is_downloaded(hub: Hub, tmp_
     assert open_cache(tmp_path / "s.zarr").attributes["encoder"] == "epoch4.safetensors"
 
 
-def test_what_cannot_be_fetched_is_one_line_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+IN_TURN = """
+import sys
+from sest.cli.main import main
+for name in sys.argv[1:]:
+    sys.argv[1:] = ["embed", "a.h5ad", "--device", "cpu", "--cache", "s.zarr", "--encoder", name]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 2, ended.code
+"""
+
+
+def test_what_the_hub_does_not_have_is_one_line_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    write_cells(tmp_path / "a.h5ad", counts(20))
+    expected = {
+        "lab/none": "No file or folder lab/none here, and no such repository on the Hugging Face hub",
+        "lab/gated": "lab/gated on the Hugging Face hub wants its licence accepted on its page first; then set",
+        "lab/one@v2": "lab/one on the Hugging Face hub has no revision 'v2'.",
+        "lab/other": "lab/other has no .ckpt or .safetensors: it is no SE encoder. It has: README.md.",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, *expected], cwd=tmp_path, env=_environment(tmp_path, hub.url),
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" not in done.stderr
+    for line, message in zip(lines, expected.values(), strict=True):
+        assert message in line
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_without_a_connection_the_error_says_how_to_fetch_by_hand(hub: Hub, tmp_path: Path) -> None:
     for name, variables, message in (
-        ("lab/none", {}, "No file or folder lab/none here, and no such repository on the Hugging Face hub"),
-        ("lab/gated", {}, "lab/gated on the Hugging Face hub wants its licence accepted on its page first; then set"),
-        ("lab/one@v2", {}, "lab/one on the Hugging Face hub has no revision 'v2'."),
-        ("lab/other", {}, "lab/other has no .ckpt or .safetensors: it is no SE encoder. It has: README.md."),
         ("lab/one", {"HF_ENDPOINT": NO_SERVER}, "By hand: `hf download lab/one --local-dir FOLDER` on a machine that"),
         ("lab/one", {"HF_HUB_OFFLINE": "1"}, "lab/one cannot be fetched from the Hugging Face hub (OfflineMode"),
     ):
