@@ -49,7 +49,7 @@ from sest.weights import load_encoder
 
 # Run by the interpreter that has arc-state: one line of JSON a command on standard input, one a result.
 PEER = r"""
-import json, resource, sys, time, warnings
+import json, sys, time, warnings
 warnings.filterwarnings("ignore")
 from pathlib import Path
 import anndata, numpy as np, state, torch
@@ -95,7 +95,8 @@ for line in sys.stdin:
             n = stop
         torch.set_num_threads(start["threads"])
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss begins at what the parent had
+    peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
     print(json.dumps({"cells_per_s": n / seconds, "peak_bytes": peak}), flush=True)
 """
 
@@ -151,7 +152,7 @@ class Peer:
 def ours_end_to_end(cells: Path, folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """`sest embed` in a child process, so that its peak memory is its own."""
     code = (
-        "import json, resource, sys, time, torch\n"
+        "import json, sys, time, torch\n"
         "from pathlib import Path\n"
         "from sest.config import EmbedConfig\n"
         "import sest.encoders\n"
@@ -174,7 +175,8 @@ def ours_end_to_end(cells: Path, folder: Path, out: Path, options: argparse.Name
         "                     device=a['device'], batch_size=a['batch_size'])\n"
         "embed([Path(a['cells'])], a['out'], config, Clock())\n"
         "Clock.steps.append(['end', 0, time.perf_counter()])\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "status = Path('/proc/self/status').read_text().splitlines()\n"
+        "peak = int(next(line for line in status if line.startswith('VmHWM')).split()[1]) * 1024\n"
         "print(json.dumps({'steps': Clock.steps, 'load': Clock.load, 'peak_bytes': peak}))\n"
     )
     asked = {

@@ -52,7 +52,7 @@ from sest.splits import TRAIN
 from sest.weights import load_encoder
 
 OURS = r"""
-import json, resource, sys, torch
+import json, sys, torch
 from pathlib import Path
 from sest.config import TrainConfig
 from sest.progress import Silent
@@ -62,7 +62,7 @@ torch.set_num_threads(a["threads"])
 lines = []
 train(Path(a["cache"]), Path(a["run"]), TrainConfig(**a["config"]), Silent(), on_log=lines.append)
 lines = [line for line in lines if "it_per_s" in line][1:]  # the first steps warm up
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 if torch.cuda.is_available():
     peak = torch.cuda.max_memory_allocated()
 seconds = sum(1 / line["it_per_s"] for line in lines)
@@ -72,7 +72,7 @@ print(json.dumps({"it_per_s": len(lines) / seconds, "data_wait": wait, "peak_byt
 
 # `state tx train`, with the clock read around every batch.
 PEER = r"""
-import json, resource, sys, time, warnings
+import json, sys, time, warnings
 warnings.filterwarnings("ignore")
 import lightning.pytorch as pl, torch
 from hydra import compose, initialize_config_module
@@ -107,7 +107,7 @@ with initialize_config_module("state.configs", version_base=None):
 skip = a["skip"]  # batches that its loader prepared before the first step
 steps = [e - s for s, e in zip(clock.ends[skip - 1 : -1], clock.ends[skip:])]
 compute = [e - s for s, e in zip(clock.starts[skip:], clock.ends[skip:])]
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 if torch.cuda.is_available():
     peak = torch.cuda.max_memory_allocated()
 print(json.dumps({"it_per_s": len(steps) / sum(steps), "data_wait": 1 - sum(compute) / sum(steps), "peak_bytes": peak,

@@ -162,7 +162,7 @@ def test_memory_is_bounded_by_the_window_and_not_by_the_file(
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert scan.indptr[-1] == values.nnz
-    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 1.2 * peaks[0] + 1e5  # what other threads of this process allocate meanwhile
     assert peaks[1] < 2e6
 
 

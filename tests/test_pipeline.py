@@ -13,8 +13,6 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from sest.describe import describe
-
 
 def sest(folder: Path, *words: str) -> str:
     """Run `sest` in a folder; returns its standard output."""
@@ -29,8 +27,8 @@ def sest(folder: Path, *words: str) -> str:
 
 
 def info(folder: Path, path: str) -> dict[str, Any]:
-    """What `sest info` says (tests/test_cli.py has the command)."""
-    return describe(folder / path)[0]
+    facts: dict[str, Any] = json.loads(sest(folder, "info", path, "--json"))
+    return facts
 
 
 @pytest.mark.slow
