@@ -203,7 +203,7 @@ class ConsoleProgress:
                 f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
                 f"pds {line['pds']:.3f}"
             )
-            for finding in self._panel.warnings:
+            for finding in self._panel.warnings():
                 if finding.name not in self._said and line["step"] < self._total:
                     self.note(f"{finding.name}: {finding.evidence} {finding.advice}")
             self._said = self._warnings()
@@ -216,7 +216,7 @@ class ConsoleProgress:
             )
 
     def _warnings(self) -> set[str]:
-        return {finding.name for finding in self._panel.warnings} if self._panel is not None else set()
+        return {finding.name for finding in self._panel.warnings()} if self._panel is not None else set()
 
     def _stop(self) -> None:
         """What is live stays as it is now."""
@@ -234,6 +234,8 @@ class ConsoleProgress:
         if self._live is None:
             self._line(final=True)
         else:
+            if self._panel is not None:
+                self._panel.read()  # what stays on the screen is up to date
             self._stop()
         self._panel = None
         self._name = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from sest.curves import BASELINES, HIGHER_IS_BETTER, curves_of
 from sest.diagnose import GOOD, WARNING, Finding, diagnose
 
 WIDTH, SPARKS = 80, 24
+READING_SHARE = 50  # of the time, one part in so many goes into reading the curves
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
 
@@ -55,25 +57,35 @@ class TrainingPanel:
         self._curves = curves_of([])
         self._log: dict[str, Any] = {}  # the last line of each kind
         self._validation: dict[str, Any] = {}
-        self.findings: list[Finding] = []
+        self._findings: list[Finding] = []
+        self._read_again = 0.0  # when
 
     def add(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         self._lines.append(line)
-        self._curves = curves_of(self._lines)
         if "val_loss" in line:
             self._validation = line
         else:
             self._log = line
         self.step = max(self.step, int(line["step"]))
-        self.findings = diagnose(self._curves, max_steps=self.total, patience=self._patience)
 
-    @property
     def warnings(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.level == WARNING]
+        """What is wrong by all lines so far."""
+        self.read()
+        return [finding for finding in self._findings if finding.level == WARNING]
+
+    def read(self) -> None:
+        """Read the curves; the time it takes grows with the lines, and training waits meanwhile."""
+        began = time.monotonic()
+        self._curves = curves_of(self._lines)
+        self._findings = diagnose(self._curves, max_steps=self.total, patience=self._patience)
+        now = time.monotonic()
+        self._read_again = now + READING_SHARE * (now - began)
 
     def render(self) -> Panel:
         """The panel, 10 rows high."""
+        if time.monotonic() >= self._read_again:
+            self.read()
         curves, log, validation = self._curves, self._log, self._validation
         speed = log.get("it_per_s")
         head = Table.grid(padding=(0, 1), expand=True)
@@ -97,7 +109,7 @@ class TrainingPanel:
             _metrics(validation),
             _row("optimizer", _optimizer(log)),
         ]
-        worst = next((finding for finding in self.findings if finding.level != GOOD), None)
+        worst = next((finding for finding in self._findings if finding.level != GOOD), None)
         text = f"{worst.name}: {worst.evidence}" if worst else "nothing unusual" if validation else ""
         rows.append(_row("seems", text))
         for row in rows:

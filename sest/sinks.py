@@ -88,9 +88,5 @@ def _wandb(run: Path, config: TrainConfig) -> Iterator[Callable[[Line], None]]:
         )
     except wandb.errors.Error as error:
         raise InputError(f"Weights & Biases: {error} Log in with `wandb login`, or set WANDB_MODE=offline.") from error
-    try:
+    with session:  # an exception marks it as failed there
         yield lambda line: session.log(_numbers(line), step=line["step"])
-    except BaseException:
-        session.finish(exit_code=1)
-        raise
-    session.finish()

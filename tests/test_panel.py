@@ -71,8 +71,28 @@ def test_the_panel_names_what_is_wrong_first() -> None:
     panel = full_panel()
     for step in range(12_400, 15_001, 50):
         panel.add(log_line(step, data_wait=0.5))
-    assert [finding.name for finding in panel.warnings] == ["too slow: waits for data"]
+    assert [finding.name for finding in panel.warnings()] == ["too slow: waits for data"]
     assert "seems     too slow: waits for data: " in "\n".join(drawn(panel))
+
+
+def test_reading_ever_longer_curves_takes_a_fiftieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("sest.cli.panel.time.monotonic", lambda: clock[0])
+    reads = []
+
+    def slow(curves: Any, **_: Any) -> list[Any]:
+        reads.append(clock[0])
+        clock[0] += 1.0
+        return []
+
+    monkeypatch.setattr("sest.cli.panel.diagnose", slow)
+    panel = TrainingPanel(1000)
+    for _ in range(1000):  # drawn four times a second
+        panel.add(log_line(1))
+        panel.render()
+        clock[0] += 0.25
+    assert len(reads) == pytest.approx(clock[0] / 51, abs=1)
+    assert len(panel.warnings()) == 0 and len(reads) == pytest.approx(clock[0] / 51, abs=2)  # asked for: read now
 
 
 def test_a_panel_without_lines_yet_can_be_drawn() -> None:

@@ -64,8 +64,11 @@ class FakeSession:
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, values))
 
-    def finish(self, exit_code: int = 0) -> None:
-        self.exit_code = exit_code
+    def __enter__(self) -> FakeSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.exit_code = int(kind is not None)
 
 
 @pytest.fixture
