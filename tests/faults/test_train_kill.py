@@ -100,6 +100,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         return call
 
     warm_up()
+    train(store, tmp_path_factory.mktemp("first") / "run", config(), Silent())  # numba fills its cache, with os.replace
     with ExitStack() as stack:
         for name in OPERATIONS:
             stack.enter_context(mock.patch.object(os, name, counted(name, getattr(os, name))))
