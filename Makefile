@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types links unit faults docs format hooks clean distclean
+.PHONY: help demo test lint types unit faults docs format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,20 +30,16 @@ lint: $(VENV)/.installed-test ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed-test links ## mypy, on links laid out as the packages are installed
-	$(BIN)/mypy -p sest
+types: $(VENV)/.installed-test ## mypy, over the product and its tests
+	$(BIN)/mypy
 
-links:
-	@rm -rf build/types && mkdir -p build/types/sest
-	@ln -s $(addprefix ../../../,$(wildcard sest/*.py) cli cache) build/types/sest/
-
-unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/test_loss.py -k energy"
+unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/head/test_loss.py -k energy"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
 
-docs: $(VENV)/.installed-docs links ## the documentation as a website, into build/docs
+docs: $(VENV)/.installed-docs ## the documentation as a website, into build/docs
 	$(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-test ## let ruff repair what it can

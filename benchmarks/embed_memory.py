@@ -26,22 +26,20 @@ SMALL = Size(1, 64, 64, 64, 2, 32, 64, N_GENES)
 CHILD = """
 import json, sys
 from pathlib import Path
-from sest.config import EmbedConfig
-from sest.embed import embed
-import sest.inputs, sest.encoders, sest.embed_plan, torch
+import sest, sest.embedding.embed
+from sest.progress import Silent, reporting
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-class Notes:
+class Clock(Silent):
     before = 0
-    def begin(self, task, total, unit, done=0, detail=None): Notes.before = Notes.before or status("VmRSS")
-    def advance(self, n=1): pass
-    def note(self, text): pass
+    def begin(self, *_): self.before = self.before or status("VmRSS")
 encoder, cells, out = sys.argv[1:4]
 if encoder != "pca":
-    from sest.weights import load_encoder
+    from sest.encoder.weights import load_encoder
     load_encoder(Path(encoder))
-embed([Path(cells)], out, EmbedConfig(encoder=encoder, dim="32", device="cpu"), Notes())
-print(json.dumps({"before": Notes.before, "peak": status("VmHWM")}))
+with reporting(Clock()) as clock:
+    sest.embed(cells, out, encoder=encoder, dim=32, device="cpu")
+print(json.dumps({"before": clock.before, "peak": status("VmHWM")}))
 """
 
 

@@ -3,7 +3,7 @@
 The same random weights, cells, device and threads for both. Three things are timed, each by turns (ours, theirs, ours
 ...), best and median of --repeats:
 
-    end to end   sest.embed.embed into a store, against Inference.encode_adata into an .h5ad; loading is not counted
+    end to end   sest embed into a cache, against Inference.encode_adata into an .h5ad; loading is not counted
     encoder      batches in memory
     tokenizer    cells to sentences in one process, without the encoder; theirs is the collator of its DataLoader
 
@@ -39,13 +39,34 @@ import torch
 import torch.nn.functional as F
 from encoders import SE_600M, Size, random_cells, write_cells, write_encoder
 
-from sest.cache import open_cache
-from sest.config import EmbedConfig
-from sest.devices import DTYPES, choose_device
-from sest.embed import embed
-from sest.encoder import StateEncoder
-from sest.progress import Silent
-from sest.weights import load_encoder
+import sest
+from sest.encoder.model import StateEncoder
+from sest.encoder.weights import load_encoder
+from sest.machine.devices import DTYPES, choose_device
+
+# `sest embed` in a process of its own, so that its peak memory is its own.
+OURS = r"""
+import json, sys, time, torch
+import sest, sest.embedding.embed, sest.encoder.choose
+from sest.progress import Silent, reporting
+class Clock(Silent):
+    steps, load = [], 0.0
+    def begin(self, task, total, *_): self.steps.append([task, total, time.perf_counter()])
+clock, load = Clock(), sest.encoder.choose.load_encoder
+def timed(*words):
+    began = time.perf_counter()
+    weights = load(*words)
+    clock.load = time.perf_counter() - began
+    return weights
+sest.encoder.choose.load_encoder = timed
+task = json.loads(sys.argv[1])
+torch.set_num_threads(task.pop("threads"))
+with reporting(clock):
+    sest.embed(**task)
+clock.begin("end", 0)
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+print(json.dumps({"steps": clock.steps, "load": clock.load, "peak_bytes": peak}))
+"""
 
 # Run by the interpreter that has arc-state: one line of JSON a command on standard input, one a result.
 PEER = r"""
@@ -149,50 +170,35 @@ class Peer:
         self._log.close()
 
 
-def ours_end_to_end(cells: Path, folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """`sest embed` in a child process, so that its peak memory is its own."""
-    code = (
-        "import json, sys, time, torch\n"
-        "from pathlib import Path\n"
-        "from sest.config import EmbedConfig\n"
-        "import sest.encoders\n"
-        "from sest.embed import embed\n"
-        "class Clock:\n"
-        "    steps, load = [], 0.0\n"
-        "    def begin(self, task, total, *_): self.steps.append([task, total, time.perf_counter()])\n"
-        "    def advance(self, n=1): pass\n"
-        "    def note(self, text): pass\n"
-        "load = sest.encoders.load_encoder\n"
-        "def timed(*words):\n"
-        "    began = time.perf_counter()\n"
-        "    weights = load(*words)\n"
-        "    Clock.load = time.perf_counter() - began\n"
-        "    return weights\n"
-        "sest.encoders.load_encoder = timed\n"
-        "a = json.loads(sys.argv[1])\n"
-        "torch.set_num_threads(a['threads'])\n"
-        "config = EmbedConfig(encoder=a['encoder'], dim='state', dtype='float32', precision=a['precision'],\n"
-        "                     device=a['device'], batch_size=a['batch_size'])\n"
-        "embed([Path(a['cells'])], a['out'], config, Clock())\n"
-        "Clock.steps.append(['end', 0, time.perf_counter()])\n"
-        "status = Path('/proc/self/status').read_text().splitlines()\n"
-        "peak = int(next(line for line in status if line.startswith('VmHWM')).split()[1]) * 1024\n"
-        "print(json.dumps({'steps': Clock.steps, 'load': Clock.load, 'peak_bytes': peak}))\n"
-    )
-    asked = {
-        "cells": str(cells),
-        "encoder": str(folder / "se.ckpt"),
-        "out": str(out),
-        **{key: getattr(options, key) for key in ("threads", "precision", "device", "batch_size")},
+def embed_options(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Of `sest.embed`: the columns and the number format of upstream's embeddings."""
+    encoder = str(folder / "se.ckpt")
+    return {
+        "encoder": encoder,
+        "dim": "state",
+        "dtype": "float32",
+        "precision": options.precision,
+        "device": options.device,
     }
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(asked)], capture_output=True, text=True, check=True)
+
+
+def ours_end_to_end(cells: Path, folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Cells/s and peak memory of `sest embed`, from opening the file to the finished cache; loading is not counted."""
+    task = {
+        "inputs": str(cells),
+        "cache": str(out),
+        **embed_options(folder, options),
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+    }
+    done = subprocess.run([sys.executable, "-c", OURS, json.dumps(task)], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     times = {task: (total, at) for task, total, at in result["steps"]}
     ends = [at for _, _, at in result["steps"]]
     total, _ = times["Embedding"]
     spent = {task: ends[i + 1] - at for i, (task, _, at) in enumerate(result["steps"][:-1])}
     return {
-        "cells_per_s": total / (sum(spent.values()) - result["load"]),  # from opening the file to the finished store
+        "cells_per_s": total / (sum(spent.values()) - result["load"]),
         "seconds": spent,
         "peak_bytes": result["peak_bytes"],
     }
@@ -215,13 +221,17 @@ def limits(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, fl
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     q, k, v = (torch.randn(2, size.n_heads, t, width, device=device, dtype=dtype) for _ in range(3))
 
-    def done() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def seconds(run: Callable[[], torch.Tensor]) -> float:
+        def to_the_end() -> None:
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return best_of(to_the_end)
 
     with torch.inference_mode():
-        matmul = best_of(lambda: (a @ b, done()))
-        attention = best_of(lambda: (F.scaled_dot_product_attention(q, k, v), done()))
+        matmul = seconds(lambda: a @ b)
+        attention = seconds(lambda: F.scaled_dot_product_attention(q, k, v))
     return {"matmul": 2 * n**3 / matmul, "attention": 2 * 4 * t * t * size.d_model / attention}
 
 
@@ -238,17 +248,10 @@ def compare(peer: Peer, folder: Path, size: Size, options: argparse.Namespace, w
     cells = write_cells(work / "agree.h5ad", random_cells(min(8, options.cells), size.n_genes, log1p=True))
     if not peer.embed(cells, work / "agree-theirs.h5ad"):
         return None
-    config = EmbedConfig(
-        encoder=str(folder / "se.ckpt"),
-        dim="state",
-        dtype="float32",
-        precision=options.precision,
-        device=options.device,
-    )
-    embed([cells], work / "agree.zarr", config, Silent())
+    cache = sest.embed(cells, work / "agree.zarr", **embed_options(folder, options))
     with h5py.File(work / "agree-theirs.h5ad") as file:
         theirs = file["obsm/X_state"][:]
-    return float(np.abs(theirs - open_cache(work / "agree.zarr").groups["agree"].embeddings()).max())
+    return float(np.abs(theirs - cache.groups["agree"].embeddings()).max())
 
 
 def encoder_and_tokenizer(

@@ -33,7 +33,7 @@ class Size:
     n_datasets: int = 7
 
     def flops(self) -> float:
-        """FLOPs of one cell in the exact form (DESIGN section 4), a multiplication and an addition counting two.
+        """FLOPs of one cell in the exact form (docs/design.md), a multiplication and an addition counting two.
 
         T = pad_length + 1 rows. A layer: qkv and out_proj 8TDD, attention 4TTD, FFN 4TDH. The last one: keys and
         values of all rows 4TDD, and the rest for two rows, which is left out, as is what is linear in T alone.

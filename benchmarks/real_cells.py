@@ -31,19 +31,16 @@ import torch
 from safetensors.torch import save_file
 
 import sest
-from sest.baselines import predict_baselines
-from sest.cell_store import CellStore, store_cells
-from sest.checkpoint import load_model
-from sest.config import EmbedConfig, PredictConfig, TrainConfig
-from sest.dataset import Dataset, read_dataset, split_pairs, training_means
-from sest.embed import embed
-from sest.evaluate import evaluate
-from sest.loss import energy_distance
-from sest.predict import predict
-from sest.progress import Silent
-from sest.sampler import SetRows, SetSampler
-from sest.splits import TEST
-from sest.train import train
+from sest.cells.split_file import TEST
+from sest.config import PredictConfig, TrainConfig
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.resident import resident_cells
+from sest.data.sampler import SetRows, SetSampler
+from sest.evaluation.baselines import predict_baselines
+from sest.evaluation.means import split_pairs, training_means
+from sest.evaluation.pairs import some_sets
+from sest.prediction.predict import predict
+from sest.training.train import train
 
 PCA, RANDOM_SE = "pca", "random-se"
 DIM = 256  # width of the embeddings, of either encoder
@@ -130,7 +127,7 @@ def data_folder() -> Path:
 def write_random_se(folder: Path, genes: Sequence[str], seed: int = 0) -> Path:
     """Write a State Embedding folder of random weights: 2 layers, width 128, 4 heads, 256 slots, DIM outputs."""
     width, token_dim, hidden, bins, n_layers = 128, 64, 256, 10, 2
-    linear = {  # name -> (rows, columns), the state_dict of sest.weights
+    linear = {  # name -> (rows, columns), the state_dict of sest.encoder.weights
         "encoder.0": (width, token_dim),
         "count_encoder.0": (64, 1),
         "count_encoder.2": (bins, 64),
@@ -163,15 +160,15 @@ def write_random_se(folder: Path, genes: Sequence[str], seed: int = 0) -> Path:
 
 
 def embed_screen(screen: Screen, cells: Path, encoder: str, dim: int, work: Path) -> Path:
-    """Embed what training reads; returns the store. Of the random encoder only controls are needed, so only they."""
-    store = work / f"{screen.name}-{encoder}-{dim}.zarr"
-    config = EmbedConfig(encoder=PCA, dim=str(dim), pert_col="target_gene", cell_type_col=screen.cell_type_col)
+    """Embed what training reads; returns the cache. Of the random encoder only controls are needed, so only they."""
+    cache = work / f"{screen.name}-{encoder}-{dim}.zarr"
+    which: dict[str, Any] = {"encoder": PCA, "dim": dim}
     if encoder == RANDOM_SE:
         genes = anndata.read_h5ad(cells, backed="r").var_names.tolist()
         folder = write_random_se(work / f"{screen.name}-se", genes)
-        config = replace(config, encoder=str(folder), dim="native" if dim == DIM else str(dim), cells="controls")
-    embed([cells], store, config, Silent())
-    return store
+        which = {"encoder": folder, "dim": "native" if dim == DIM else dim, "cells": "controls"}
+    sest.embed(cells, cache, pert_col="target_gene", cell_type_col=screen.cell_type_col, **which)
+    return cache
 
 
 def other_cells(sampler: SetSampler, sets: SetRows, data: Dataset, seed: int) -> np.ndarray:
@@ -204,7 +201,7 @@ def test_losses(run: Path, data: Dataset, config: TrainConfig) -> tuple[dict[str
     Also returns the spread: how far predicted cells of a set lie apart, in units of how far the real ones do.
     """
     device = torch.device("cpu")
-    store: CellStore = store_cells(data.targets, data.embeddings, data.embedding_row, device)
+    resident = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
     sampler = SetSampler(data.labels, data.in_split(TEST), config.set_size, config.seed)
     sets = sampler.fixed_sets()
     others = other_cells(sampler, sets, data, config.seed)
@@ -212,34 +209,32 @@ def test_losses(run: Path, data: Dataset, config: TrainConfig) -> tuple[dict[str
     names = [data.labels.perturbations[p] for p in pairs.perturbation]
     means = predict_baselines(training_means(data), names, pairs.control)["perturbation_mean"]  # (K, G)
     pair_of = {key: k for k, key in enumerate(zip(pairs.context.tolist(), pairs.perturbation.tolist(), strict=True))}
-    model = load_model(run)
+    model = sest.load_model(run)
     totals = dict.fromkeys(("model", "controls", "perturbation_mean", "other_cells"), 0.0)
     spread = 0.0
     n_sets = len(sets["perturbation"])
     with torch.inference_mode():
         for i in range(n_sets):
             one = slice(i, i + 1)
-            part = SetRows(
-                targets=sets["targets"][one], controls=sets["controls"][one], perturbation=sets["perturbation"][one]
-            )
-            batch = store.batch(part)
+            part = some_sets(sets, one)
+            batch = resident.batch(part)
             vectors = torch.from_numpy(data.features.matrix[part["perturbation"]])  # (1, P)
-            controls = store.expression(part["controls"])  # (1, S, G)
+            controls = resident.expression(part["controls"])  # (1, S, G)
             pair = pair_of[int(data.labels.context[part["targets"][0, 0]]), int(part["perturbation"][0])]
             predicted = {
                 "model": model(batch["basal"], vectors),
                 "controls": controls,
-                "other_cells": store.expression(others[one]),
+                "other_cells": resident.expression(others[one]),
             }
             shift = torch.from_numpy(means[pair] - pairs.control[pair]).float()  # (G,)
             predicted["perturbation_mean"] = (controls + shift).clamp_min(0)
             for name, cells in predicted.items():
-                totals[name] += float(energy_distance(cells, batch["target"]).sum())
+                totals[name] += float(sest.energy_distance(cells, batch["target"]).sum())
             spread += mean_distance(predicted["model"]) / mean_distance(batch["target"])
     return {name: total / n_sets for name, total in totals.items()}, spread / n_sets
 
 
-def measure(screen: Screen, cells: Path, store: Path, config: TrainConfig, work: Path) -> dict[str, Any]:
+def measure(screen: Screen, cells: Path, cache: Path, config: TrainConfig, work: Path) -> dict[str, Any]:
     """Train, predict and evaluate once; returns every figure of the run."""
     work.mkdir(parents=True)
     splits, run, predicted = work / "starter.toml", work / "run", work / "predicted.h5ad"
@@ -247,15 +242,15 @@ def measure(screen: Screen, cells: Path, store: Path, config: TrainConfig, work:
     config = replace(config, splits=str(splits))
     lines: list[dict[str, Any]] = []
     started = time.perf_counter()
-    train(store, run, config, Silent(), on_log=lines.append)
+    train(cache, run, config, on_log=lines.append)
     config = replace(config, lr=config.lr * SETTLING_LR, max_steps=int(config.max_steps * SETTLED_STEPS))
-    result = train(store, run, config, Silent(), resume="auto", on_log=lines.append)
+    result = train(cache, run, config, resume="auto", on_log=lines.append)
     seconds = time.perf_counter() - started
-    predict(run, predicted, PredictConfig(), Silent())
-    scores = evaluate(predicted, cells, with_cell_eval=False).summary
+    predict(run, predicted, PredictConfig())
+    scores = sest.evaluate(predicted, cells, cell_eval=False).summary
     validations = {line["step"]: line for line in lines if "val_loss" in line}
     best = validations[result.best_step]
-    losses, spread = test_losses(run, read_dataset(store, config, Silent()), config)
+    losses, spread = test_losses(run, read_dataset(cache, config), config)
     losses["context_mean"] = losses["controls"]  # the name `evaluate` has for the same baseline
     return {
         "seed": config.seed,
@@ -330,7 +325,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of every training (3)")
     parser.add_argument("--screen", choices=[screen.name for screen in SCREENS], help="only this one")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
-    parser.add_argument("--work", type=Path, help="new folder for stores and runs; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="new folder for caches and runs; default: a temporary one")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # the steps are small; two threads on busy cores wait for each other
     n_seeds, training = (1, replace(TRAINING, max_steps=500)) if asked.small else (asked.seeds, TRAINING)
@@ -342,13 +337,13 @@ def main() -> None:
         for screen in (screen for screen in SCREENS if asked.screen in (None, screen.name)):
             cells = data / screen.file
             for encoder, dim, dropouts in SMALL_VARIANTS if asked.small else VARIANTS:
-                store = embed_screen(screen, cells, encoder, dim, work)
+                cache = embed_screen(screen, cells, encoder, dim, work)
                 for dropout in dropouts:
                     runs = []
                     for seed in range(n_seeds if dim == DIM and dropout == 0 else 1):
                         config = replace(training, dropout=dropout, seed=seed)
-                        folder = work / f"{store.stem}-dropout{dropout:g}-seed{seed}"
-                        runs.append(measure(screen, cells, store, config, folder))
+                        folder = work / f"{cache.stem}-dropout{dropout:g}-seed{seed}"
+                        runs.append(measure(screen, cells, cache, config, folder))
                         shown = {key: runs[-1][key] for key in SHOWN}
                         print(folder.name, json.dumps(shown), flush=True)
                     about = {"screen": screen.name, "encoder": encoder, "dim": dim, "dropout": dropout}

@@ -1,6 +1,6 @@
 """Steps a second of training the State Transition head, on the same cells, sets and machine, in one run:
 
-    sest       `sest train` from the store
+    sest       `sest train` from the cache
     encoder    the same steps with the encoder in the loop: sest's own encoder on every batch's control cells, as
                loaders that embed on the fly do; extrapolated where so few cells are encoded as --encoder-cells says
     SE-600M    the same at SE-600M's size, from its FLOPs alone ("computed")
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,31 +37,28 @@ import scipy.sparse
 import torch
 from encoders import SE_600M, Size, random_cells, write_encoder
 
-from sest.batches import batch_source
-from sest.cache import open_cache
-from sest.cell_store import store_cells
-from sest.config import EmbedConfig, TrainConfig
-from sest.dataset import read_dataset
-from sest.devices import DTYPES, choose_device, choose_precision
-from sest.embed import embed
-from sest.encoder import StateEncoder
-from sest.limit import measure_limit
-from sest.model import HeadSizes, n_parameters, new_model
-from sest.progress import Silent
-from sest.sampler import SetSampler
-from sest.splits import TRAIN
-from sest.weights import load_encoder
+import sest
+from sest.cells.split_file import TRAIN
+from sest.config import TrainConfig
+from sest.data.batches import BatchSource
+from sest.data.dataset import read_dataset
+from sest.data.resident import resident_cells
+from sest.data.sampler import SetSampler
+from sest.encoder.model import StateEncoder
+from sest.encoder.weights import load_encoder
+from sest.head.model import HeadSizes, n_parameters, new_model
+from sest.machine.devices import DTYPES, choose_device, choose_precision
+from sest.training.limit import measure_limit
 
 OURS = r"""
 import json, sys, torch
 from pathlib import Path
 from sest.config import TrainConfig
-from sest.progress import Silent
-from sest.train import train
+from sest.training.train import train
 a = json.loads(sys.argv[1])
 torch.set_num_threads(a["threads"])
 lines = []
-train(Path(a["cache"]), Path(a["run"]), TrainConfig(**a["config"]), Silent(), on_log=lines.append)
+train(Path(a["cache"]), Path(a["run"]), TrainConfig(**a["config"]), on_log=lines.append)
 lines = [line for line in lines if "it_per_s" in line][1:]  # the first steps warm up
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 if torch.cuda.is_available():
@@ -129,19 +127,23 @@ def child(python: str, code: str, task: dict[str, Any], options: argparse.Namesp
 
 
 def make_data(work: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Cells, features and splits from `sest simulate`; a store; and the same for upstream."""
+    """Cells, features and splits from `sest simulate`; a cache; and the same for upstream."""
     paths = {name: work / name for name in ("cells.h5ad", "features.pt", "splits.toml", "cells.zarr")}
-    words = [
-        "simulate", paths["cells.h5ad"], "--features", paths["features.pt"], "--splits", paths["splits.toml"],
-        "--n-genes", options.genes, "--n-features", options.n_features, "--n-perturbations", 24,
-        "--n-cells", 4 * options.set_size, "--n-controls", 8 * options.set_size,
-        "--expressed-genes", options.genes // 5, "--umi-per-cell", options.genes * 4 // 5,
-    ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "sest", *map(str, words)], check=True, capture_output=True)
-    config = EmbedConfig(encoder="pca", dim=str(options.dim), device="cpu")
-    embed([paths["cells.h5ad"]], paths["cells.zarr"], config, Silent())
+    sest.simulate(
+        paths["cells.h5ad"],
+        features=paths["features.pt"],
+        splits=paths["splits.toml"],
+        n_genes=options.genes,
+        n_features=options.n_features,
+        n_perturbations=24,
+        n_cells_per_perturbation=4 * options.set_size,
+        n_controls=8 * options.set_size,
+        expressed_genes=options.genes // 5,
+        umi_per_cell=options.genes * 4 // 5,
+    )
+    cache = sest.embed(paths["cells.h5ad"], paths["cells.zarr"], encoder="pca", dim=options.dim, device="cpu")
 
-    group = next(iter(open_cache(paths["cells.zarr"]).groups.values()))
+    group = next(iter(cache.groups.values()))
     theirs = anndata.read_h5ad(paths["cells.h5ad"])
     totals = np.asarray(theirs.X.sum(1)).ravel()
     scaled = np.repeat(1e4 / np.maximum(totals, 1), np.diff(theirs.X.indptr)) * theirs.X.data
@@ -228,10 +230,10 @@ def best_of(run: Any, seconds: float = 2.0) -> float:
 
 def batch_seconds(cache: Path, config: TrainConfig, options: argparse.Namespace) -> float:
     """Seconds in which one thread prepares a batch in host memory."""
-    data = read_dataset(cache, config, Silent())
-    store = store_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+    data = read_dataset(cache, config)
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
     sampler = SetSampler(data.labels, data.in_split(TRAIN), options.set_size, 0)
-    with batch_source(sampler, store, options.batch_size, 0) as batches:
+    with closing(BatchSource(sampler, cells, options.batch_size, 0)) as batches:
         numbers = iter(range(10**9))
         return best_of(lambda: batches.get(next(numbers)))
 
@@ -291,8 +293,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     a_cell = encoder_seconds(work, options)
     bound = limit(options)
     n_controls = options.batch_size * options.set_size
-    ours = max((run for run in runs["sest"] if "error" not in run), key=lambda run: run["it_per_s"], default=None)
-    if ours is None:
+    ours = fastest(runs["sest"])
+    if not ours:
         raise SystemExit(f"sest train failed: {runs['sest'][0]['error']}")
     head = 1 / ours["it_per_s"]
     device = choose_device(options.device)
@@ -314,22 +316,25 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, float | None, dict[str, Any], str]]:
-    """(name, it/s, its run, remark) of every way."""
-    best = {
-        name: max((run for run in runs if "error" not in run), key=lambda run: run["it_per_s"], default=None)
-        for name, runs in found["runs"].items()
-    }
+def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of the most it/s; {} where none succeeded."""
+    return max((run for run in runs if "error" not in run), key=lambda run: float(run["it_per_s"]), default={})
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, float, dict[str, Any], str]]:
+    """(name, it/s, its run, remark) of every way that was measured."""
+    best = {name: fastest(runs) for name, runs in found["runs"].items()}
     loop = found["encoder_in_loop"]
     part = loop["cells_encoded"] < loop["cells_a_step"]
     remark = f"from {loop['cells_encoded']} of {loop['cells_a_step']:,} cells" if part else ""
-    upstream = best["upstream"]
-    return [
+    table = [
         ("sest", best["sest"]["it_per_s"], best["sest"], ""),
         ("encoder in the loop", loop["it_per_s"], {}, remark),
         ("SE-600M in the loop", found["se_600m_in_loop"]["it_per_s"], {}, "computed"),
-        ("upstream", upstream and upstream["it_per_s"], upstream or {}, "" if upstream else "not measured"),
     ]
+    if upstream := best["upstream"]:
+        table.append(("upstream", upstream["it_per_s"], upstream, ""))
+    return table
 
 
 def report(found: dict[str, Any]) -> None:
@@ -346,9 +351,6 @@ def report(found: dict[str, Any]) -> None:
     print(f"{'':<20}{'it/s':>10}{'s a step':>10}{'sest is':>9}{'data wait':>11}{'peak':>10}")
     table = rows(found)
     for name, speed, run, remark in table:
-        if speed is None:
-            print(f"{name:<20}{remark:>10}")
-            continue
         wait = f"{run['data_wait']:.1%}" if run else ""
         peak = f"{run['peak_bytes'] / 1e9:.2f} GB" if run else ""
         print(f"{name:<20}{speed:>10.3g}{1 / speed:>10.3g}{table[0][1] / speed:>8.1f}x{wait:>11}{peak:>10}  {remark}")
@@ -371,7 +373,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         raise SystemExit("--png needs matplotlib: pip install matplotlib") from None
-    table = [(name, speed, remark) for name, speed, _, remark in rows(found) if speed is not None][::-1]
+    table = [(name, speed, remark) for name, speed, _, remark in rows(found)][::-1]
     figure, axes = plt.subplots(figsize=(8, 0.7 * len(table) + 1.2), layout="constrained")
     bars = axes.barh([name for name, _, _ in table], [speed for _, speed, _ in table], color="#0072B2")
     axes.bar_label(bars, [f" {speed:.3g} {remark}" for _, speed, remark in table])

@@ -1,4 +1,4 @@
-"""The embedding store: one Zarr v3 store, written shard by shard, read only when complete. No torch here."""
+"""The cache of embeddings: one Zarr v3 store, written shard by shard, read only when complete. No torch here."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sest.cache.reader import Cache, Group, open_cache
-    from sest.cache.schema import StoreError
-    from sest.cache.writer import StoreWriter
+    from sest.cache.schema import CacheError
+    from sest.cache.writer import CacheWriter
 
-__all__ = ["Cache", "Group", "StoreError", "StoreWriter", "open_cache"]
+__all__ = ["Cache", "CacheError", "CacheWriter", "Group", "open_cache"]
 _MODULES = {
     "Cache": "reader",
     "Group": "reader",
     "open_cache": "reader",
-    "StoreError": "schema",
-    "StoreWriter": "writer",
+    "CacheError": "schema",
+    "CacheWriter": "writer",
 }
 
 

@@ -1,7 +1,7 @@
-"""The journal: which files of a store are finished, with their sizes and hashes. A file not in it does not exist.
+"""The journal: which files of a cache are finished, with their sizes and hashes. A file not in it does not exist.
 
 Every process that writes has a journal of its own, so that none waits for another; they are read together, and become
-one sorted file when the store is complete: the same bytes whoever wrote which file, and in whatever order.
+one sorted file when the cache is complete: the same bytes whoever wrote which file, and in whatever order.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from sest.cache import schema
-from sest.cache.schema import StoreError
+from sest.cache.schema import CacheError
 from sest.cache.storage import Storage
 
 Entries = dict[str, dict[str, Any]]  # file name -> its line
-_NAME = re.compile(r"journal(-[0-9]+)?\.jsonl")
+_NAME = re.compile(r"journal(?:-([0-9]+))?\.jsonl")
 
 
 def journal_name(rank: int) -> str:
@@ -26,8 +26,9 @@ def journal_name(rank: int) -> str:
 
 
 def journals(names: Iterable[str]) -> list[str]:
-    """Those of a store's files that are journals, the first process's first."""
-    return sorted(name for name in names if _NAME.fullmatch(name))
+    """Those of a cache's files that are journals, the first process's first."""
+    ranks = {name: int(found[1] or 0) for name in names if (found := _NAME.fullmatch(name))}
+    return sorted(ranks, key=lambda name: ranks[name])
 
 
 def line_of(entry: dict[str, Any]) -> bytes:
@@ -46,7 +47,7 @@ def read_journal(storage: Storage, name: str) -> tuple[Entries, bytes]:
     A kill can leave a last line without its newline; that line was never promised and is left out.
 
     Raises:
-        StoreError: a whole line is not one of a journal's.
+        CacheError: a whole line is not one of a journal's.
     """
     try:
         data = storage.read(name)
@@ -58,8 +59,8 @@ def read_journal(storage: Storage, name: str) -> tuple[Entries, bytes]:
         if not all(isinstance(line, dict) and {"file", "size", "sha256"} <= line.keys() for line in lines):
             raise ValueError("a line names no file")
     except ValueError as error:
-        raise StoreError(
-            f"{storage}/{name} is damaged ({error}). Delete the store and run `sest embed` again."
+        raise CacheError(
+            f"{storage}/{name} is damaged ({error}). Delete the cache and run `sest embed` again."
         ) from error
     return {line["file"]: line for line in lines}, whole
 
@@ -108,13 +109,13 @@ def root_attributes(storage: Storage, group: str = "") -> dict[str, Any] | None:
     """Return what a group (the root: "") says of itself (its "sest" attribute); None where it is not one of sest's.
 
     Raises:
-        StoreError: its zarr.json is missing or cannot be read.
+        CacheError: its zarr.json is missing or cannot be read.
     """
     name = f"{group}/{schema.ROOT}" if group else schema.ROOT
     try:
         metadata = json.loads(storage.read(name))
     except (OSError, ValueError) as error:
-        raise StoreError(
+        raise CacheError(
             f"{storage}/{name} cannot be read ({error}). If sest made it, delete it and embed again."
         ) from error
     attributes = metadata.get("attributes") if isinstance(metadata, dict) else None

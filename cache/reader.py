@@ -1,7 +1,8 @@
-"""Read a finished store. A store without COMPLETE, or with a file of another size, is refused."""
+"""Read a finished cache. A cache without COMPLETE, or with a file of another size, is refused."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,15 @@ import scipy.sparse
 import zarr
 
 from sest.cache import journal, schema
+from sest.cache.disk import sha256
 from sest.cache.journal import Entries
-from sest.cache.schema import StoreError
+from sest.cache.schema import CacheError
 from sest.cache.storage import LocalStorage, Storage, open_group, storage_at
 
 
 @dataclass(frozen=True)
 class Group:
-    """One input file's cells: an AnnData group of the store."""
+    """One input file's cells: an AnnData group of the cache."""
 
     storage: Storage
     path: str  # group path, such as "replogle/rpe1"
@@ -77,17 +79,26 @@ class Group:
         shape = (len(indptr) - 1, self.n_genes)
         return scipy.sparse.csr_matrix((data, indices, indptr - low), shape=shape)
 
+    def to_anndata(self) -> anndata.AnnData:
+        """All of it in memory: X the targets, obs, var and obsm["X_sest"] the embeddings."""
+        return anndata.AnnData(
+            X=self.targets(),
+            obs=self.obs.copy(),
+            var=pd.DataFrame(index=pd.Index(self.genes, dtype=str)),
+            obsm={schema.EMBEDDING: self.embeddings()},
+        )
+
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Entries of one array. Raises StoreError where a chunk is not what its checksum says."""
+        """Entries of one array. Raises CacheError where a chunk is not what its checksum says."""
         try:
             array = self._zarr[name]
             assert isinstance(array, zarr.Array)
             with self.storage.reached():
                 return np.asarray(array[start:stop])
-        except StoreError:
+        except CacheError:
             raise
         except ValueError as error:
-            raise StoreError(
+            raise CacheError(
                 f"{self.storage} is damaged: {self.path}/{name} cannot be read ({error}). "
                 "`sest info --verify` names the file; delete that, and the same `sest embed` command writes it again."
             ) from error
@@ -95,7 +106,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Cache:
-    """A finished store: how it was made (`attributes`) and its groups by path."""
+    """A finished cache: how it was made (`attributes`) and its groups by path."""
 
     storage: Storage
     attributes: dict[str, Any]
@@ -106,6 +117,11 @@ class Cache:
     def path(self) -> str:
         """Its path or URL, as it was given."""
         return str(self.storage)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of how the cache was made: encoder, options and the content of the inputs. Equal for equal caches."""
+        return sha256(json.dumps(self.attributes, sort_keys=True).encode())
 
     @property
     def dim(self) -> int:
@@ -134,44 +150,67 @@ class Cache:
         """What the projection says of itself (for the pca encoder: its genes)."""
         return dict(open_group(self.storage, schema.PROJECTION).attrs)
 
+    def to_anndata(self, group: str | None = None) -> anndata.AnnData:
+        """A group in memory, or all of them under each other, over the genes that all have.
+
+        Of several, obs["group"] says which a cell is from, and names of cells that occur twice get their group's name.
+
+        Raises:
+            CacheError: no such group, or some hold counts and others log1p values: they are no one matrix.
+        """
+        if group is not None:
+            if group not in self.groups:
+                raise CacheError(f"{self} has no group {group!r}. It has: {', '.join(self.groups)}.")
+            return self.groups[group].to_anndata()
+        scales = {name: str(g.attributes["scale"]) for name, g in self.groups.items()}
+        if len(set(scales.values())) > 1:
+            held = ", ".join(f"{name} {scale}" for name, scale in scales.items())
+            raise CacheError(f"{self} holds counts and log1p values ({held}). Name one group.")
+        parts = {name: g.to_anndata() for name, g in self.groups.items()}
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        names = pd.Index(np.concatenate([part.obs_names for part in parts.values()]))
+        twice = not names.is_unique
+        return anndata.concat(parts, join="inner", label="group", index_unique="-" if twice else None)
+
     def verify(self) -> list[str]:
         """Read every file and list those that are missing or whose sha256 is not the journal's (empty: sound)."""
         return journal.damaged_files(self.storage, self._entries.values(), every_byte=True)
 
 
 def open_cache(path: str | Path) -> Cache:
-    """Open a finished store for reading.
+    """Open a finished cache for reading.
 
     Raises:
-        StoreError: no such store, not one of sest's, unfinished (no COMPLETE), of another schema version, or damaged
+        CacheError: no such cache, not one of sest's, unfinished (no COMPLETE), of another schema version, or damaged
             (a file is missing, has another size than the journal says, or is metadata of another content).
     """
     storage = storage_at(path)
     there = storage.here()
     if schema.ROOT not in there:
         exists = there or (isinstance(storage, LocalStorage) and storage.root.exists())
-        what = "is not a sest store (no zarr.json in it)" if exists else "does not exist"
-        raise StoreError(f"{storage} {what}. Make one with `sest embed INPUT --encoder ... --cache {storage}`.")
+        what = "is not a sest cache (no zarr.json in it)" if exists else "does not exist"
+        raise CacheError(f"{storage} {what}. Make one with `sest embed INPUT --encoder ... --cache {storage}`.")
     attributes = journal.root_attributes(storage)
     if attributes is None:
-        raise StoreError(f"{storage} is a Zarr store, but not one of sest's (no 'sest' attribute).")
+        raise CacheError(f"{storage} is a Zarr store, but not one of sest's (no 'sest' attribute).")
     if attributes.get("schema_version") != schema.SCHEMA_VERSION:
-        raise StoreError(
+        raise CacheError(
             f"{storage} has schema version {attributes.get('schema_version')}; this sest reads version "
             f"{schema.SCHEMA_VERSION}. Embed again, or use the sest version it was made with "
             f"({attributes.get('sest_version')})."
         )
     if schema.COMPLETE not in there:
-        raise StoreError(f"{storage} is unfinished (no COMPLETE file). Run the same `sest embed` command to finish it.")
+        raise CacheError(f"{storage} is unfinished (no COMPLETE file). Run the same `sest embed` command to finish it.")
     if not journal.is_promised(storage):
-        raise StoreError(
+        raise CacheError(
             f"{storage} is damaged: journal.jsonl is not the one COMPLETE was written for. "
             "Run the same `sest embed` command to check every file and write again what is wrong."
         )
     entries, _ = journal.read_journal(storage, schema.JOURNAL)
     damaged = journal.damaged_files(storage, entries.values())
     if damaged:
-        raise StoreError(
+        raise CacheError(
             f"{storage} is damaged: {len(damaged)} of {len(entries)} files are missing or are not as they were written "
             f"(first: {damaged[0]}). Run the same `sest embed` command to write them again."
         )

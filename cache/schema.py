@@ -1,21 +1,19 @@
-"""Names, sizes and small file operations that the writer and the reader of a store share.
+"""Names and sizes that the writer and the reader of a cache share.
 
-A store is a folder (DESIGN: one Zarr v3 store; every file's group is a valid AnnData group):
+A cache is a folder, one Zarr v3 hierarchy in which every input file's group is a valid AnnData group:
 
-    OUT.zarr/zarr.json            root group; attribute "sest" says how the store was made
+    OUT.zarr/zarr.json            root group; attribute "sest" says how the cache was made
     OUT.zarr/<group>/             X (CSR targets), obs, var, obsm/X_sest; opens with anndata.read_zarr
     OUT.zarr/projection/          mean, basis, explained_variance of the PCA, where there is one
     OUT.zarr/journal.jsonl        one line a finished file: {file, size, sha256, ...}, fsynced; sorted once complete
     OUT.zarr/journal-<rank>.jsonl the same of further processes, while they write; merged into journal.jsonl at the end
     OUT.zarr/COMPLETE             written last; holds the sha256 of the journal
-    OUT.zarr/.spool/              finished row blocks of unfinished shards; gone when the store is complete
+    OUT.zarr/.spool/              finished row blocks of unfinished shards; gone when the cache is complete
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
+from sest.errors import Error
 
 SCHEMA_VERSION = 1
 EMBEDDING = "X_sest"
@@ -28,10 +26,9 @@ ROOT = "zarr.json"
 JOURNAL = "journal.jsonl"
 COMPLETE = "COMPLETE"
 LOCK = ".lock"
-FINISHING = ".finishing"  # locked by the one of several processes that completes the store
+FINISHING = ".finishing"  # locked by the one of several processes that completes the cache
 SPOOL = ".spool"
 PROJECTION = "projection"
-PARTIAL = ".partial"  # ends the name of a file that is being written
 RESERVED = (JOURNAL, COMPLETE, LOCK, FINISHING, SPOOL, PROJECTION, ROOT)
 MEASURED = ("fidelity",)  # root attributes that were measured, which another machine may measure otherwise
 
@@ -41,41 +38,5 @@ LICENCE_NOTE = (
 )
 
 
-class StoreError(ValueError):
-    """A store that cannot be used as asked: one line that says what is wrong and what to do."""
-
-
-def fsync_file(path: Path) -> None:
-    """Flush one file's bytes to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(path: Path) -> None:
-    """Flush a folder's names (new files, renames) to the disk."""
-    fsync_file(path)
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256(data: bytes) -> str:
-    """Return the SHA-256 of bytes as 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` aside, fsync it, rename it to `path` and fsync the folder: all of it or nothing."""
-    aside = path.with_name(path.name + PARTIAL)
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    fsync_folder(path.parent)
+class CacheError(Error):
+    """A cache that cannot be used as asked: one line that says what is wrong and what to do."""

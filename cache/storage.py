@@ -1,7 +1,7 @@
-"""Where a store's files lie: a local folder, or any URL that fsspec knows (s3://, gs://, memory:// ...).
+"""Where a cache's files lie: a local folder, or any URL that fsspec knows (s3://, gs://, memory:// ...).
 
 A file is written whole, from memory, or not at all. Locally that is: bytes aside, fsync, rename, fsync of the folders.
-Object stores write whole objects anyway. Names are relative to the store, with slashes.
+Object stores write whole objects anyway. Names are relative to the cache, with slashes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import IO, Any, Protocol, TypeVar
 import zarr
 from zarr.abc.store import Store
 
-from sest.cache.schema import PARTIAL, StoreError, fsync_folder, sha256_file
+from sest.cache.disk import PARTIAL, append_durably, flush, sha256_file, write_aside
+from sest.cache.schema import CacheError
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=.)")  # a scheme has two letters or more; pathlib makes s3:// to s3:/
 T = TypeVar("T")
@@ -29,10 +30,9 @@ _BLOCK = 2**24  # bytes read at once where a file is only hashed
 
 
 class Storage(Protocol):
-    """The files of one store."""
+    """The files of one cache."""
 
     url: str  # as the user may give it again: an absolute path, or a URL
-    local: bool
 
     def read(self, name: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError."""
@@ -41,7 +41,7 @@ class Storage(Protocol):
         """Bytes of every file below a folder by name, without what unfinished writes left."""
 
     def here(self) -> list[str]:
-        """Names of the files and folders directly in the store; empty where there is none yet."""
+        """Names of the files and folders directly in the cache; empty where there is none yet."""
 
     def sha256(self, name: str) -> str:
         """Hash of a file's bytes. Raises FileNotFoundError."""
@@ -59,7 +59,7 @@ class Storage(Protocol):
         """Delete a folder with all in it, if it is there."""
 
     def hold(self, name: str, *, alone: bool, text: str) -> Lock:
-        """Lock a file of the store while the result is open; raises Held if another process has it."""
+        """Lock a file of the cache while the result is open; raises Held if another process has it."""
 
     def sweep(self) -> None:
         """Delete what unfinished writes left, once no other process writes."""
@@ -68,7 +68,7 @@ class Storage(Protocol):
         """For reading."""
 
     def reached(self) -> AbstractContextManager[None]:
-        """Around what reads or writes: what an object store's package raises becomes a StoreError of one line."""
+        """Around what reads or writes: what an object store's package raises becomes a CacheError of one line."""
 
 
 class Held(Exception):
@@ -88,7 +88,7 @@ class Lock:
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a store's path is a URL, and not a local one (file:// is local)."""
+    """Whether a cache's path is a URL, and not a local one (file:// is local)."""
     found = _URL.match(str(path))
     return found is not None and found[1] not in ("file", "local")
 
@@ -97,7 +97,7 @@ def storage_at(path: str | Path) -> Storage:
     """The storage of a path or URL. A URL that went through pathlib.Path (s3:/bucket) is understood.
 
     Raises:
-        StoreError: a URL of a kind that is unknown, or whose package is not installed.
+        CacheError: a URL of a kind that is unknown, or whose package is not installed.
     """
     text = str(path)
     if is_url(text):
@@ -106,15 +106,13 @@ def storage_at(path: str | Path) -> Storage:
 
 
 def open_group(storage: Storage, name: str) -> zarr.Group:
-    """Open a Zarr group of the store for reading."""
+    """Open a Zarr group of the cache for reading."""
     with storage.reached():
         return zarr.open_group(storage.zarr_store(), path=name, mode="r", use_consolidated=False)
 
 
 class LocalStorage:
     """A folder."""
-
-    local = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -145,29 +143,17 @@ class LocalStorage:
         for name, data in files.items():
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(path.name + PARTIAL)
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
+            write_aside(path, data)
         for folder in sorted({parent for name in files for parent in self._parents(name)}):
-            fsync_folder(folder)
+            flush(folder)
 
     def append(self, name: str, data: bytes) -> None:
-        path = self.root / name
-        new = not path.exists()
-        with open(path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            fsync_folder(path.parent)
+        append_durably(self.root / name, data)
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
             (self.root / name).unlink(missing_ok=True)
-            fsync_folder((self.root / name).parent)
+            flush((self.root / name).parent)
 
     def remove_folder(self, name: str) -> None:
         shutil.rmtree(self.root / name, ignore_errors=True)
@@ -177,7 +163,7 @@ class LocalStorage:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             file = open(self.root / name, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
         except OSError as error:
-            raise StoreError(f"Cannot write to {self.root}: {error.strerror}. Choose another --cache path.") from error
+            raise CacheError(f"Cannot write to {self.root}: {error.strerror}. Choose another --cache path.") from error
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -218,8 +204,6 @@ def _reaching(method: Callable[..., T]) -> Callable[..., T]:
 class RemoteStorage:
     """An object store, through fsspec. It has no locks: a process number (--rank) must run once only."""
 
-    local = False
-
     def __init__(self, url: str) -> None:
         import fsspec
 
@@ -227,7 +211,7 @@ class RemoteStorage:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"{url} cannot be used as a store: {error}") from error
+            raise CacheError(f"{url} cannot be used as a cache: {error}") from error
 
     def __str__(self) -> str:
         return self.url
@@ -236,11 +220,11 @@ class RemoteStorage:
     def reached(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, StoreError, ValueError, KeyError):
+        except (FileNotFoundError, CacheError, ValueError, KeyError):
             raise  # no such object; damage
         except Exception as error:  # packages for object stores have no error in common
             words = " ".join(str(error).split()) or type(error).__name__
-            raise StoreError(f"{self.url} cannot be reached: {words}.") from error
+            raise CacheError(f"{self.url} cannot be reached: {words}.") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -280,7 +264,7 @@ class RemoteStorage:
         try:
             self._fs.pipe({self._path(name): data for name, data in files.items()})
         except FileNotFoundError as error:
-            raise StoreError(f"{self.url} cannot be written: {error}.") from error
+            raise CacheError(f"{self.url} cannot be written: {error}.") from error
 
     def append(self, name: str, data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -1,81 +1,46 @@
-"""Write a store so that a kill at any moment loses nothing that was journalled.
+"""Write a cache so that a kill at any moment loses nothing that was journalled.
 
 Order of every step: bytes, fsync of the file, fsync of its folders, one fsynced line in the journal. Resuming reads the
 journal, never a file's mere existence. COMPLETE is written last, with the journal's sha256. Every file is made in
 memory and put in place whole, so that a folder and an object store are written alike.
 
-Several processes ("ranks", as torchrun numbers them) may write one store. Rank 0 creates the groups and the projection;
+Several processes ("ranks", as torchrun numbers them) may write one cache. Rank 0 creates the groups and the projection;
 whoever writes which shard is the caller's to decide, and any of them may call `finish`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import anndata
 import numpy as np
 import pandas as pd
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
-from sest.cache import journal, schema
+from sest.cache import journal, layout, locks, schema
+from sest.cache.disk import PARTIAL, sha256
 from sest.cache.journal import Entries
-from sest.cache.schema import StoreError
-from sest.cache.storage import Held, LocalStorage, Lock, Storage, open_group, storage_at
+from sest.cache.layout import Files, GroupPlan
+from sest.cache.schema import CacheError
+from sest.cache.storage import LocalStorage, Storage, storage_at
+from sest.errors import brief
 
 
-@dataclass(frozen=True)
-class GroupPlan:
-    """What one file's group will hold; known before anything is written."""
-
-    path: str  # group path in the store, such as "replogle/rpe1"
-    indptr: np.ndarray  # (n_cells + 1,) int64, row starts of the CSR targets
-    n_genes: int
-    target_dtype: str  # "int16" or "int32" counts, "float32" log1p
-    dim: int  # width of obsm/X_sest
-    embedding_dtype: str  # "float16" or "float32"
-    attributes: Mapping[str, Any]  # JSON: dataset, columns, control, scale, fingerprint ...
-
-    @property
-    def n_cells(self) -> int:
-        return len(self.indptr) - 1
-
-    @property
-    def n_entries(self) -> int:
-        return int(self.indptr[-1])
-
-    def embedding_shards(self) -> list[tuple[int, int]]:
-        """Row range of every shard of obsm/X_sest."""
-        return _ranges(self.n_cells, schema.ROWS_PER_SHARD)
-
-    def target_shards(self) -> list[tuple[int, int]]:
-        """Range of stored values of every shard of X/data and X/indices."""
-        return _ranges(self.n_entries, schema.ENTRIES_PER_SHARD)
-
-
-class StoreWriter:
-    """A process that writes a store. A context manager: it holds file locks while open (none on object stores).
+class CacheWriter:
+    """A process that writes a cache. A context manager: it holds file locks while open (none on object stores).
 
     Args:
         path: folder or URL.
-        attributes: of the root; a store that exists must have the same.
-        rank, world_size: which of how many processes that write this store at the same time.
-        add: "groups" and "inputs" of `attributes` may name new files, which are added to those of the store.
+        attributes: of the root; a cache that exists must have the same.
+        rank, world_size: which of how many processes that write this cache at the same time.
+        add: "groups" and "inputs" of `attributes` may name new files, which are added to those of the cache.
 
     Raises:
-        StoreError: another process writes the store, the path is no store, or the store on disk was made with other
+        CacheError: another process writes the cache, the path is no cache, or the cache on disk was made with other
             attributes (the differences are shown).
     """
 
@@ -98,52 +63,16 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         refuse_foreign(self.storage)
-        with ExitStack() as locks:
-            self._lock(locks)
+        with ExitStack() as held:
+            held.enter_context(locks.writing(self.storage, self.rank, self.world_size))
             self._open()
-            self._locks = locks.pop_all()
+            self._locks = held.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._locks.close()
-
-    def _lock(self, locks: ExitStack) -> None:
-        """One lock for the store, shared by the ranks, and one for every rank."""
-        me = f"{os.getpid()} of {self.world_size}"
-        alone = self.world_size == 1
-        try:
-            locks.callback(self.storage.hold(schema.LOCK, alone=alone, text=str(os.getpid())).close)
-        except Held as held:
-            raise StoreError(f"{self.storage} is being written by process {held}. Wait for it or stop it.") from held
-        if alone:
-            return
-        try:
-            locks.callback(self.storage.hold(_rank_lock(self.rank), alone=True, text=me).close)
-        except Held as held:
-            raise StoreError(
-                f"{self.storage} is being written by a process with --rank {self.rank} already ({held})."
-            ) from held
-        for rank, lock in self._others():
-            process, _, size = lock.partition(" of ")
-            if size != str(self.world_size):
-                raise StoreError(
-                    f"{self.storage} is being written with --world-size {size} (rank {rank}, process {process}), not "
-                    f"{self.world_size}. Wait for that, or give the same --world-size."
-                )
-
-    def _others(self) -> Iterator[tuple[int, str]]:
-        """Ranks whose processes write this store now, and what their locks say. Unknown on object stores."""
-        if not isinstance(self.storage, LocalStorage):
-            return
-        for file in (self.storage.root / schema.SPOOL).glob("lock-*"):
-            rank = int(file.name.removeprefix("lock-"))
-            if rank != self.rank:
-                try:
-                    self.storage.hold(_rank_lock(rank), alone=False, text="").close()
-                except Held as held:
-                    yield rank, str(held)
 
     def _open(self) -> None:
         self._entries = self._read()
@@ -163,44 +92,46 @@ class StoreWriter:
                 self._write_root()
 
     def _write_root(self) -> None:
-        self.storage.write(_in_memory(lambda root: root.attrs.update({"sest": self.attributes})))
+        self.storage.write(layout.root_files(self.attributes))
 
     def _agree(self) -> list[str]:
-        """Compare with the attributes of the store that is there; returns the groups that are to be added to it."""
-        made, asked = journal.root_attributes(self.storage) or {}, self.attributes
-        new = [name for name in asked["groups"] if name not in made["groups"]] if self._add else []
+        """Compare with the attributes of the cache that is there; returns the groups that are to be added to it."""
+        on_disk, asked = journal.root_attributes(self.storage) or {}, self.attributes
+        new = [name for name in asked["groups"] if name not in on_disk["groups"]] if self._add else []
         if self._add:
             self.attributes = {
                 **asked,
-                "groups": [*made["groups"], *new],
-                "inputs": {**made["inputs"], **asked["inputs"]},
+                "groups": [*on_disk["groups"], *new],
+                "inputs": {**on_disk["inputs"], **asked["inputs"]},
             }
-            made = {
-                **made,
+            on_disk = {
+                **on_disk,
                 "groups": self.attributes["groups"],
-                "inputs": {**made["inputs"], **{name: asked["inputs"][name] for name in new}},
+                "inputs": {**on_disk["inputs"], **{name: asked["inputs"][name] for name in new}},
             }
-        self.attributes |= {key: made[key] for key in schema.MEASURED if key in made}
-        _refuse_differences(self.storage, made, self.attributes)
-        if new and not self.complete and (begun := self._unfinished(set(made["groups"]) - set(asked["groups"]))):
-            raise StoreError(
+        self._refuse_other(on_disk)
+        if new and not self.complete and (begun := self._unfinished(set(on_disk["groups"]) - set(asked["groups"]))):
+            raise CacheError(
                 f"{self.storage} is unfinished: {', '.join(begun)}. Run the command that began it before adding files."
             )
         return new
 
+    def _refuse_other(self, on_disk: Mapping[str, Any]) -> None:
+        """Raise CacheError where the cache was made with other attributes; what was measured then holds."""
+        self.attributes |= {key: on_disk[key] for key in schema.MEASURED if key in on_disk}
+        if different := list(_differences(on_disk, self.attributes)):
+            shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
+            raise CacheError(
+                f"{self.storage} was made differently ({shown}). Choose another --cache path or delete the cache."
+            )
+
     def _unfinished(self, names: set[str]) -> list[str]:
-        """Those of the store's groups of which the journal lacks something."""
+        """Those of the cache's groups of which the journal lacks something."""
         found = []
         for name in sorted(names):
             expected = [f"{name}/{schema.ROOT}"]
             if expected[0] in self._entries:
-                group = open_group(self.storage, name)
-                for array in ("X/data", "X/indices", f"obsm/{schema.EMBEDDING}"):
-                    opened = group[array]
-                    assert isinstance(opened, zarr.Array) and opened.shards is not None
-                    ending = "/0" * (opened.ndim - 1)
-                    shards = range(-(-opened.shape[0] // opened.shards[0]))
-                    expected += [f"{name}/{array}/c/{i}{ending}" for i in shards]
+                expected += layout.shard_files(self.storage, name)
             if not self._entries.keys() >= set(expected):
                 found.append(name)
         return found
@@ -211,74 +142,14 @@ class StoreWriter:
         promised = not finished or journal.is_promised(self.storage)
         damaged = journal.damaged_files(self.storage, self._entries.values(), every_byte=not promised)
         if damaged:
-            if others := [rank for rank, _ in self._others()]:
-                raise StoreError(
+            if others := locks.other_ranks(self.storage, self.rank):
+                raise CacheError(
                     f"{self.storage} has {len(damaged)} damaged files (first: {damaged[0]}), and other processes (rank "
                     f"{', '.join(map(str, others))}) are writing it. Stop them and start all again."
                 )
             self._drop(damaged + self._follow_up(damaged))
         if finished and (damaged or not promised):  # after the journal: a kill before this has every byte checked again
             self.storage.remove([schema.COMPLETE])
-
-    def _read(self) -> Entries:
-        if schema.COMPLETE in self.storage.here():  # then all is in the first
-            return journal.read_journal(self.storage, schema.JOURNAL)[0]
-        return journal.read_journals(self.storage)
-
-    def refresh(self) -> None:
-        """Read again what other processes have finished."""
-        self._entries = {**self._read(), **self._entries}
-        if self.created and not self._add:
-            made = journal.root_attributes(self.storage) or {}
-            self.attributes |= {key: made[key] for key in schema.MEASURED if key in made}
-            _refuse_differences(self.storage, made, self.attributes)
-
-    @property
-    def created(self) -> bool:
-        """Whether the root group is there."""
-        return schema.ROOT in self.storage.here()
-
-    @property
-    def complete(self) -> bool:
-        """Whether the store was finished, with all the groups it is to have."""
-        if schema.COMPLETE not in self.storage.here():
-            return False
-        made = journal.root_attributes(self.storage) or {}
-        return set(made["groups"]) >= set(self.attributes["groups"])
-
-    def _append(self, lines: list[dict[str, Any]]) -> None:
-        self.storage.append(self._journal, b"".join(map(journal.line_of, lines)))
-
-    def _promise(self, files: Mapping[str, bytes], **about: Any) -> None:
-        """Make files durable, then journal them; `about` goes into each line (rows, entries)."""
-        self.storage.write(files)
-        lines = [
-            {"file": name, "size": len(data), "sha256": schema.sha256(data), **about} for name, data in files.items()
-        ]
-        self._append(lines)
-        self._entries.update({line["file"]: line for line in lines})
-
-    def has_group(self, plan: GroupPlan) -> bool:
-        """Whether the group was created whole."""
-        return bool(self._entries.get(f"{plan.path}/{schema.ROOT}", {}).get("ready"))
-
-    def add_group(self, plan: GroupPlan, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-        """Create one file's AnnData group with its arrays at their final shape. Done before: nothing happens.
-
-        Shards that are there already stay (a repair).
-
-        Args:
-            plan: shapes, dtypes and attributes of the group.
-            obs: (n_cells, ...) perturbation, cell type and batch; the index holds the original names.
-            var: (n_genes, ...) index holds the gene names.
-        """
-        if self.has_group(plan):
-            return
-        files = _in_memory(lambda root: _create_group(root.require_group(plan.path), plan, obs, var))
-        del files[schema.ROOT]
-        marker = f"{plan.path}/{schema.ROOT}"
-        self._promise({name: data for name, data in files.items() if name != marker})
-        self._promise({marker: files[marker]}, ready=True)
 
     def _drop(self, names: list[str]) -> None:
         """Take files out of the journals: they will be written again."""
@@ -306,65 +177,98 @@ class StoreWriter:
             self.storage.remove_folder(schema.SPOOL)
         return again
 
+    def _read(self) -> Entries:
+        if schema.COMPLETE in self.storage.here():  # then all is in the first
+            return journal.read_journal(self.storage, schema.JOURNAL)[0]
+        return journal.read_journals(self.storage)
+
+    def refresh(self) -> None:
+        """Read again what other processes have finished."""
+        self._entries = {**self._read(), **self._entries}
+        if self.created and not self._add:
+            self._refuse_other(journal.root_attributes(self.storage) or {})
+
+    @property
+    def created(self) -> bool:
+        """Whether the root group is there."""
+        return schema.ROOT in self.storage.here()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the cache was finished, with all the groups it is to have."""
+        if schema.COMPLETE not in self.storage.here():
+            return False
+        on_disk = journal.root_attributes(self.storage) or {}
+        return set(on_disk["groups"]) >= set(self.attributes["groups"])
+
+    def _promise(self, files: Files, **about: Any) -> None:
+        """Make files durable, then journal them; `about` goes into each line (rows, entries)."""
+        self.storage.write(files)
+        lines = [{"file": name, "size": len(data), "sha256": sha256(data), **about} for name, data in files.items()]
+        self.storage.append(self._journal, b"".join(map(journal.line_of, lines)))
+        self._entries.update({line["file"]: line for line in lines})
+
+    def _promise_ready(self, marker: str, files: Files) -> None:
+        """Promise the files of a group; its own metadata last, which says that the group is there whole."""
+        last = files.pop(marker)
+        self._promise(files)
+        self._promise({marker: last}, ready=True)
+
+    def _is_ready(self, marker: str) -> bool:
+        return bool(self._entries.get(marker, {}).get("ready"))
+
+    def has_group(self, plan: GroupPlan) -> bool:
+        """Whether the group was created whole."""
+        return self._is_ready(f"{plan.path}/{schema.ROOT}")
+
+    def add_group(self, plan: GroupPlan, obs: pd.DataFrame, var: pd.DataFrame) -> None:
+        """Create one file's AnnData group with its arrays at their final shape. Done before: nothing happens.
+
+        Shards that are there already stay (a repair).
+
+        Args:
+            plan: shapes, dtypes and attributes of the group.
+            obs: (n_cells, ...) perturbation, cell type and batch; the index holds the original names.
+            var: (n_genes, ...) index holds the gene names.
+        """
+        if not self.has_group(plan):
+            self._promise_ready(f"{plan.path}/{schema.ROOT}", layout.group_files(plan, obs, var))
+
     def missing_embedding_shards(self, plan: GroupPlan) -> list[int]:
         """Numbers of the embedding shards that the journal does not have."""
         shards = range(len(plan.embedding_shards()))
-        return [i for i in shards if f"{plan.path}/obsm/{schema.EMBEDDING}/c/{i}/0" not in self._entries]
+        return [i for i in shards if layout.embedding_file(plan.path, i) not in self._entries]
 
     def missing_target_shards(self, plan: GroupPlan) -> list[int]:
         """Numbers of the target shards of which the journal lacks data or indices."""
-        return [
-            i
-            for i in range(len(plan.target_shards()))
-            if any(f"{plan.path}/X/{name}/c/{i}" not in self._entries for name in ("data", "indices"))
-        ]
+        shards = range(len(plan.target_shards()))
+        return [i for i in shards if not self._entries.keys() >= set(layout.target_files(plan.path, i))]
 
     def write_embedding_shard(self, plan: GroupPlan, shard: int, rows: np.ndarray) -> None:
         """Write one whole shard of embeddings. Args: rows: (rows of the shard, dim) floats."""
         start, stop = plan.embedding_shards()[shard]
         assert rows.shape == (stop - start, plan.dim), rows.shape
-        name = f"{plan.path}/obsm/{schema.EMBEDDING}"
-        self._promise(self._shard(name, start, stop, rows.astype(plan.embedding_dtype)), rows=[start, stop])
+        array = f"{plan.path}/obsm/{schema.EMBEDDING}"
+        self._promise(self._shard_of(array, start, rows.astype(plan.embedding_dtype)), rows=[start, stop])
 
     def write_target_shard(self, plan: GroupPlan, shard: int, data: np.ndarray, indices: np.ndarray) -> None:
         """Write one whole shard of the CSR targets: its stored values and their gene positions."""
         start, stop = plan.target_shards()[shard]
         assert len(data) == len(indices) == stop - start, (len(data), len(indices), start, stop)
-        files = self._shard(f"{plan.path}/X/data", start, stop, data)
-        files |= self._shard(f"{plan.path}/X/indices", start, stop, indices)
+        files = self._shard_of(f"{plan.path}/X/data", start, data)
+        files |= self._shard_of(f"{plan.path}/X/indices", start, indices)
         self._promise(files, entries=[start, stop])
 
-    def _shard(self, array: str, start: int, stop: int, values: np.ndarray) -> dict[str, bytes]:
-        """The file that holds entries [start, stop) of an array, a whole shard of it."""
-        held = {schema.ROOT: default_buffer_prototype().buffer.from_bytes(self.storage.read(f"{array}/{schema.ROOT}"))}
-        opened = zarr.open_array(MemoryStore(held), mode="r+")
-        assert isinstance(opened, zarr.Array)
-        opened.with_config({"write_empty_chunks": True})[start:stop] = values
-        del held[schema.ROOT]
-        assert len(held) == 1, sorted(held)
-        return {f"{array}/{key}": data.to_bytes() for key, data in held.items()}
+    def _shard_of(self, array: str, start: int, values: np.ndarray) -> Files:
+        return layout.shard_of(array, self.storage.read(f"{array}/{schema.ROOT}"), start, values)
 
     def write_projection(self, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
         """Store the PCA (mean, basis, explained variance, float32) that made the embeddings."""
-
-        def create(root: zarr.Group) -> None:
-            group = root.create_group(schema.PROJECTION, attributes=dict(attributes))
-            for name, values in arrays.items():
-                group.create_array(name, data=np.ascontiguousarray(values), chunks=values.shape)
-
-        files = _in_memory(create)
-        del files[schema.ROOT]
-        marker = f"{schema.PROJECTION}/{schema.ROOT}"
-        self._promise({name: data for name, data in files.items() if name != marker})
-        self._promise({marker: files[marker]}, ready=True)
+        self._promise_ready(f"{schema.PROJECTION}/{schema.ROOT}", layout.projection_files(arrays, attributes))
 
     def has_projection(self) -> bool:
         """Whether the projection was stored whole."""
-        return bool(self._entries.get(f"{schema.PROJECTION}/{schema.ROOT}", {}).get("ready"))
-
-    def read_projection(self) -> dict[str, np.ndarray]:
-        """The stored projection's arrays by name."""
-        return {name: np.asarray(array[:]) for name, array in open_group(self.storage, schema.PROJECTION).arrays()}
+        return self._is_ready(f"{schema.PROJECTION}/{schema.ROOT}")
 
     def spool_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Keep finished rows of an unfinished shard, durably, so that a kill does not cost their encoding.
@@ -392,7 +296,7 @@ class StoreWriter:
         self.storage.remove_folder(f"{schema.SPOOL}/{name}")
 
     def finish(self) -> None:
-        """Mark the store complete: spool and strays deleted, one sorted journal, COMPLETE written last.
+        """Mark the cache complete: spool and strays deleted, one sorted journal, COMPLETE written last.
 
         Of several processes that come here at once, one does it and the others wait.
         """
@@ -400,126 +304,37 @@ class StoreWriter:
             self.storage.remove(name for name in self.storage.here() if name == schema.FINISHING)  # a killed one's
             self._finish()
             return
-        with closing(self._finishing()):
+        with locks.finishing(self.storage):
             if not self.complete:
                 self._finish()
-            self.storage.remove([schema.FINISHING])
-
-    def _finishing(self) -> Lock:
-        while True:
-            with contextlib.suppress(Held):
-                return self.storage.hold(schema.FINISHING, alone=True, text=str(os.getpid()))
-            time.sleep(0.05)
 
     def _finish(self) -> None:
         self.storage.remove_folder(schema.SPOOL)
         self.storage.sweep()
         root = self.storage.read(schema.ROOT)
-        self._entries[schema.ROOT] = {"file": schema.ROOT, "size": len(root), "sha256": schema.sha256(root)}
+        self._entries[schema.ROOT] = {"file": schema.ROOT, "size": len(root), "sha256": sha256(root)}
         self.storage.write({schema.JOURNAL: journal.merged(self._entries)})
         self.storage.write({schema.COMPLETE: journal.complete_line(self._entries)})
         self.storage.remove(name for name in journal.journals(self.storage.here()) if name != schema.JOURNAL)
 
 
-def _rank_lock(rank: int) -> str:
-    return f"{schema.SPOOL}/lock-{rank}"
-
-
-def _ranges(total: int, step: int) -> list[tuple[int, int]]:
-    return [(start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def _in_memory(create: Any) -> dict[str, bytes]:
-    """The files of a new Zarr group by name; `create(group)` fills it."""
-    held: dict[str, Any] = {}
-    create(zarr.create_group(MemoryStore(held), zarr_format=3))
-    return {name: data.to_bytes() for name, data in held.items()}
-
-
 def refuse_foreign(storage: Storage) -> None:
-    """Raise StoreError if a path is something else than a store, the beginning of one, or an empty folder."""
+    """Raise CacheError if a path is something else than a cache, the beginning of one, or an empty folder."""
     if isinstance(storage, LocalStorage) and storage.root.exists() and not storage.root.is_dir():
-        raise StoreError(f"{storage} is a file, not a store. Choose another --cache path.")
+        raise CacheError(f"{storage} is a file, not a cache. Choose another --cache path.")
     there = storage.here()
     if schema.ROOT in there:
         if journal.root_attributes(storage) is None:
-            raise StoreError(f"{storage} is a Zarr store that sest did not write. Choose another --cache path.")
-    elif any(name not in (schema.LOCK, schema.SPOOL) and not name.endswith(schema.PARTIAL) for name in there):
-        raise StoreError(f"{storage} exists and is not a sest store. Choose another --cache path.")
+            raise CacheError(f"{storage} is a Zarr store that sest did not write. Choose another --cache path.")
+    elif any(name not in (schema.LOCK, schema.SPOOL) and not name.endswith(PARTIAL) for name in there):
+        raise CacheError(f"{storage} exists and is not a sest cache. Choose another --cache path.")
 
 
-def _has_auto_shard() -> bool:
-    return hasattr(anndata.settings, "auto_shard_zarr_v3")
-
-
-def _refuse_differences(storage: Storage, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    different = list(_differences(made, asked))
-    if different:
-        shown = "; ".join(different[:6]) + (f"; and {len(different) - 6} more" if len(different) > 6 else "")
-        raise StoreError(f"{storage} was made differently ({shown}). Choose another --cache path or delete the store.")
-
-
-def _differences(made: Mapping[str, Any], asked: Mapping[str, Any], above: str = "") -> Iterator[str]:
+def _differences(on_disk: Mapping[str, Any], asked: Mapping[str, Any], above: str = "") -> Iterator[str]:
     """Describe every value that differs, by its path of keys."""
-    for key in sorted({*made, *asked}):
-        there, here = made.get(key), asked.get(key)
+    for key in sorted({*on_disk, *asked}):
+        there, here = on_disk.get(key), asked.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             yield from _differences(there, here, f"{above}{key}.")
         elif there != here:
-            yield f"{above}{key}: {_brief(there)} there, {_brief(here)} asked"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _create_group(group: zarr.Group, plan: GroupPlan, obs: pd.DataFrame, var: pd.DataFrame) -> None:
-    """Fill a new group: an AnnData whose X and obsm/X_sest have no shards yet."""
-    with anndata.settings.override(auto_shard_zarr_v3=False) if _has_auto_shard() else contextlib.nullcontext():
-        anndata.io.write_elem(group, "obs", obs)
-        anndata.io.write_elem(group, "var", var)
-    for name in ("layers", "obsp", "varm", "varp", "uns"):
-        anndata.io.write_elem(group, name, {})
-    obsm = group.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
-    _create_embedding(obsm, plan)
-    _create_targets(group, plan)
-    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0", "sest": dict(plan.attributes)})
-
-
-def _create_embedding(obsm: zarr.Group, plan: GroupPlan) -> None:
-    rows_per_shard = min(schema.ROWS_PER_SHARD, -(-plan.n_cells // schema.ROWS_PER_CHUNK) * schema.ROWS_PER_CHUNK)
-    array = obsm.create_array(
-        schema.EMBEDDING,
-        shape=(plan.n_cells, plan.dim),
-        dtype=plan.embedding_dtype,
-        chunks=(schema.ROWS_PER_CHUNK, plan.dim),
-        shards=(rows_per_shard, plan.dim),
-        compressors=[Crc32cCodec()],
-        fill_value=np.nan,
-        config={"write_empty_chunks": True},
-    )
-    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-
-
-def _create_targets(group: zarr.Group, plan: GroupPlan) -> None:
-    x = group.create_group("X")
-    for name, dtype in (("data", plan.target_dtype), ("indices", "int32")):
-        array = x.create_array(
-            name,
-            shape=(plan.n_entries,),
-            dtype=dtype,
-            chunks=(schema.ENTRIES_PER_CHUNK,),
-            shards=(min(schema.ENTRIES_PER_SHARD, _round_up(plan.n_entries, schema.ENTRIES_PER_CHUNK)),),
-            compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
-            fill_value=0,
-            config={"write_empty_chunks": True},
-        )
-        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    indptr = x.create_array("indptr", data=plan.indptr, chunks=(min(len(plan.indptr), schema.ENTRIES_PER_CHUNK),))
-    indptr.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [plan.n_cells, plan.n_genes]})
-
-
-def _round_up(value: int, step: int) -> int:
-    return max(1, -(-value // step)) * step
+            yield f"{above}{key}: {brief(there)} there, {brief(here)} asked"

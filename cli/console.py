@@ -1,4 +1,4 @@
-"""All printing: progress bars on a terminal, plain lines elsewhere, errors in one line."""
+"""All printing: sentences, tables and JSON on standard output; notes and errors, a line each, on standard error."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ import math
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from textwrap import wrap
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
-from sest.progress import STEPS
-
-if TYPE_CHECKING:
-    from sest.cli.panel import TrainingPanel
 
 
 def _console(stream: str) -> Console:
@@ -33,12 +23,24 @@ def _console(stream: str) -> Console:
 
 
 out, err = _console("stdout"), _console("stderr")
-PLAIN_SECONDS = 10.0  # between lines where no terminal draws a bar
 
 
 def error(message: str) -> None:
     """Print an error as one line on standard error (a terminal wraps it between words)."""
     err.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=not err.is_terminal)
+
+
+def note(message: str) -> None:
+    """Print a sentence on standard error, where it does not mix with what a command answers."""
+    err.print(Text(message), soft_wrap=not err.is_terminal)
+
+
+def command(text: str) -> None:
+    """Print a command line that is about to be carried out; a terminal shows it in lines that can be copied."""
+    lines = [text]
+    if err.is_terminal and "'" not in text:
+        lines = wrap(text, err.width - 6, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    err.print(Text.assemble(("\n$ ", "bold green"), (" \\\n".join(lines), "bold")), soft_wrap=True)
 
 
 def say(message: str) -> None:
@@ -70,185 +72,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-class _RateColumn(ProgressColumn):
-    """Units a second since the step began."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{_rate(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
-
-
-def _rate(speed: float) -> str:
-    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
-
-
-class _DetailColumn(ProgressColumn):
-    """What a step says of itself beside its rate."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["detail"](), style="dim")
-
-
-def _new_bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.percentage:.0f}%"),
-        _RateColumn(),
-        TimeRemainingColumn(compact=True),
-        _DetailColumn(),
-        console=err,
-        expand=True,
-    )
-
-
-def _is_utf() -> bool:
-    return err.encoding.startswith("utf")
-
-
-class ConsoleProgress:
-    """A sest.progress.Progress: Rich bars and a live panel of the training, or plain lines when not on a terminal.
-
-    Args:
-        prefix: of every line where several processes share a terminal; then nothing is live.
-        patience: of early stopping, for the panel; None: there is none.
-    """
-
-    def __init__(self, prefix: str = "", patience: int | None = None) -> None:
-        self._prefix, self._patience = prefix, patience
-        self._is_live = err.is_terminal and not prefix
-        self._bars: Progress | None = None
-        self._task: TaskID | None = None
-        self._panel: TrainingPanel | None = None
-        self._live: Live | None = None
-        self._history: list[dict[str, Any]] = []  # of metrics.jsonl, before this process
-        self._said: set[str] = set()  # findings
-        self._name, self._unit = "", ""
-        self._detail: Callable[[], str] = str
-        self._total, self._done, self._began_with = 0, 0, 0
-        self._started = self._printed = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._finish()
-        self._stop()
-
-    def remember(self, lines: list[dict[str, Any]]) -> None:
-        """The lines that a resumed run has written before."""
-        self._history = lines
-
-    def begin(self, task: str, total: int, unit: str, done: int = 0, detail: Callable[[], str] | None = None) -> None:
-        self._finish()
-        self._name, self._unit, self._total, self._done, self._began_with = task, unit, total, done, done
-        self._detail = detail or str
-        self._started = self._printed = time.monotonic()
-        if unit == STEPS:
-            from sest.cli.panel import TrainingPanel  # NumPy, which help texts do not need
-
-            self._panel = TrainingPanel(total, patience=self._patience, width=err.width, ascii_only=not _is_utf())
-            for line in self._history:
-                self._panel.add(line)
-            self._said = self._warnings()
-            self._panel.step = done
-            if self._is_live:
-                self._stop()
-                self._live = Live(get_renderable=self._panel.render, console=err, refresh_per_second=4)
-                self._live.start()
-        elif self._is_live:
-            if self._bars is None:
-                self._bars = _new_bars()
-                self._bars.start()
-            self._task = self._bars.add_task(task, total=total, completed=done, unit=unit, detail=self._detail)
-
-    def advance(self, n: int = 1) -> None:
-        self._done += n
-        if self._live is not None and self._panel is not None:
-            self._panel.step = self._done
-        elif self._bars is not None and self._task is not None:
-            self._bars.advance(self._task, n)
-        if self._panel is not None:
-            return  # a training ends when its last line was shown
-        if self._done >= self._total:
-            self._finish()
-        elif not self._is_live and time.monotonic() - self._printed > PLAIN_SECONDS:
-            self._line()
-
-    def note(self, text: str) -> None:
-        err.print(Text(self._prefix + text), soft_wrap=not err.is_terminal)
-
-    def command(self, text: str) -> None:
-        """A command line that is about to be carried out; a terminal shows it in lines that can be copied."""
-        self._finish()
-        lines = [text]
-        if err.is_terminal and "'" not in text:
-            lines = wrap(text, err.width - 6, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-        err.print(Text.assemble(("\n$ ", "bold green"), (" \\\n".join(lines), "bold")), soft_wrap=True)
-
-    def show(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl: into the panel, or in words."""
-        if self._panel is None:
-            return
-        self._panel.add(line)
-        if self._live is not None:
-            return
-        if "val_loss" in line:
-            better = "better than" if line["val_loss"] < line["val_loss_perturbation_mean"] else "not yet better than"
-            self.note(
-                f"step {line['step']:,}: val_loss {line['val_loss']:.4f} ({better} the perturbation mean, "
-                f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
-                f"pds {line['pds']:.3f}"
-            )
-            for finding in self._panel.warnings():
-                if finding.name not in self._said and line["step"] < self._total:
-                    self.note(f"{finding.name}: {finding.evidence} {finding.advice}")
-            self._said = self._warnings()
-        else:
-            skipped = f", {line['skipped_steps']} skipped" if line["skipped_steps"] else ""
-            left = duration((self._total - line["step"]) / line["it_per_s"])
-            self.note(
-                f"step {line['step']:,}/{self._total:,}: loss {line['loss']:.4f}, grad norm {line['grad_norm']:.3g}, "
-                f"{_rate(line['it_per_s'])} it/s, {left} left{skipped}"
-            )
-
-    def _warnings(self) -> set[str]:
-        return {finding.name for finding in self._panel.warnings()} if self._panel is not None else set()
-
-    def _stop(self) -> None:
-        """What is live stays as it is now."""
-        if self._bars is not None:
-            self._bars.stop()
-        if self._live is not None:
-            self._live.stop()
-        self._bars = self._live = self._task = None
-
-    def _finish(self) -> None:
-        """Say how a step ended, once; its bar goes, the panel of a training stays."""
-        if self._bars is not None and self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
-        if self._live is None:
-            self._line(final=True)
-        else:
-            if self._panel is not None:
-                self._panel.read()  # what stays on the screen is up to date
-            self._stop()
-        self._panel = None
-        self._name = ""
-
-    def _line(self, final: bool = False) -> None:
-        """One plain line: what, how much of how much, how fast, how long still."""
-        if not self._name or (final and self._done == self._began_with and self._total > 0):
-            return
-        now = time.monotonic()
-        rate = (self._done - self._began_with) / max(now - self._started, 1e-9)
-        share = f" ({self._done / self._total:.0%})" if self._total and not final else ""
-        left = f", {duration((self._total - self._done) / rate)} left" if rate and not final else ""
-        detail = f", {text}" if (text := self._detail()) else ""
-        text = f"{self._name}: {self._done:,}/{self._total:,} {self._unit}{share}, {_rate(rate)} {self._unit}/s"
-        err.print(Text(f"{self._prefix}{text}{left}{detail}"), soft_wrap=not err.is_terminal)
-        self._printed = now

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
 import typer
 
 from sest.cli import console
+from sest.cli.options import options
+from sest.config import EmbedConfig
 
 
 def import_(
@@ -18,7 +20,7 @@ def import_(
 
     It becomes a checkpoint folder that predicts the same. The file is read without running anything in it.
     """
-    from sest.import_upstream import import_checkpoint
+    from sest.compat.import_upstream import import_checkpoint
 
     state = import_checkpoint(source, out)
     sizes = state["sizes"]
@@ -28,20 +30,18 @@ def import_(
     )
 
 
+@options(EmbedConfig, {"Options": "weights"})
 def convert(
     encoder: Annotated[Path, typer.Argument(metavar="ENCODER", help="SE folder, or its .ckpt file")],
-    checkpoint: Annotated[
-        Optional[str],  # noqa: UP045 - Typer shows Optional types as plain ones
-        typer.Option(help="which of several .ckpt files in the folder, by file name; default: the only one"),
-    ] = None,
+    **options: Any,
 ) -> None:
     """Keep a safetensors copy beside an encoder's .ckpt, which loads in seconds.
 
     `sest embed` and `sest predict` read the copy from then on, while the .ckpt is unchanged.
     """
-    from sest.weights import convert_encoder
+    from sest.encoder.weights import convert_encoder
 
-    copy, made = convert_encoder(encoder, checkpoint)
+    copy, made = convert_encoder(encoder, options.get("weights"))
     size = f"{copy.stat().st_size / 1e9:.2f} GB"
     if made:
         console.say(f"{copy}: written ({size}). It is read instead of the .ckpt from now on.")

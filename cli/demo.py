@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sest.cli import console
 from sest.cli.evaluate import show_summary
+from sest.cli.options import options
+from sest.cli.progress import ConsoleProgress
+from sest.simulation.simulation import Simulation
 
 
+@options(Simulation, {"Options": "seed"})
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="new folder for everything the demo makes")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="output: a new folder for everything the demo makes")] = Path(
         "sest-demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes: only to see that everything works")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="of the simulated cells and the training")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="tiny sizes: only to see that everything works [default: off]")
+    ] = False,
+    **options: Any,
 ) -> None:
     """Run the whole pipeline on simulated cells.
 
     Takes under 3 minutes on 2 CPU cores. Shows the command of every step, and the model beside baselines at the end.
     """
+    seed = Simulation.from_values(options, "the command line").seed
     from sest.demo import run_demo
 
-    with console.ConsoleProgress() as progress:
-        result = run_demo(out, progress, quick=quick, seed=seed, on_command=progress.command, on_log=progress.show)
+    with ConsoleProgress() as progress:
+        result = run_demo(out, quick=quick, seed=seed, on_command=progress.command, on_log=progress.show)
     title = f"Held-out perturbations after {result.training.step:,} steps: the model beside baselines"
     show_summary(result.evaluation.summary, title)
     if quick:

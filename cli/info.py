@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from sest.cli import console
 from sest.cli.train import show_splits, validation_rows
+from sest.config import SPLITS
 from sest.errors import InputError
 
 
 def info(
-    path: Annotated[Path, typer.Argument(help="store, run folder, checkpoint folder, encoder folder or h5ad file")],
-    json: Annotated[bool, typer.Option("--json", help="print JSON for other programs")] = False,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="cache, run folder, checkpoint folder, encoder folder or .h5ad file")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs [default: off]")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="read every file and compare its sha256 (stores, checkpoints)")
+        bool,
+        typer.Option(
+            "--verify", help="read every file and compare its sha256 (caches, runs, checkpoints) [default: off]"
+        ),
     ] = False,
     splits: Annotated[
-        Optional[Path],  # noqa: UP045 - Typer shows Optional types as plain ones
-        typer.Option(
-            "--splits",
-            help="of a store: also show how this TOML divides its cells (cell-load's form); default: none",
-            show_default=False,
-        ),
+        Path | None, typer.Option(help=f"{SPLITS}: also show how it divides the cells of a cache; default: none")
     ] = None,
 ) -> None:
     """Say what a path is, and whether it is sound.
 
-    A store, a run, a checkpoint, an encoder folder or a file of cells.
+    A cache, a run, a checkpoint, an encoder folder or a file of cells.
     """
     from sest.describe import describe
 

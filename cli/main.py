@@ -11,19 +11,19 @@ from typing import Annotated
 import typer
 
 from sest import __version__
-from sest.cache.schema import StoreError
 from sest.cli import console
 from sest.cli.convert import convert, import_
 from sest.cli.demo import demo
 from sest.cli.embed import embed
 from sest.cli.evaluate import evaluate
 from sest.cli.info import info
+from sest.cli.options import Command
 from sest.cli.predict import predict
 from sest.cli.report import report
 from sest.cli.simulate import simulate
 from sest.cli.train import train
-from sest.errors import InputError, TrainingFailed
-from sest.signals import Interrupted
+from sest.errors import Error, TrainingFailed
+from sest.machine.signals import Interrupted
 
 EXIT_BAD_INPUT = 2
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -37,8 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (embed, train, predict, evaluate, report, info, convert, demo, simulate):
-    app.command()(command)
-app.command("import")(import_)
+    app.command(cls=Command)(command)
+app.command("import", cls=Command)(import_)
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,7 +64,7 @@ def run_command(command: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: unfinished files are removed
     try:
         command()
-    except (InputError, StoreError) as error:
+    except Error as error:
         console.error(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except TrainingFailed as error:

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sest.cli.console import duration
-from sest.curves import BASELINES, HIGHER_IS_BETTER, curves_of
-from sest.diagnose import GOOD, WARNING, Finding, diagnose
+from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, curves_of
+from sest.runs.diagnose import GOOD, WARNING, Finding, diagnose
 
 WIDTH, SPARKS = 80, 24
 READING_SHARE = 50  # of the time, one part in so many goes into reading the curves

@@ -8,16 +8,16 @@ import sys
 
 from rich.markup import escape
 
-from sest.ancestor import BOTH, CONFIGS, EMBED, FIXED, KEYS, SIZE, TRAIN, Key, Request, in_keys, read_request
-from sest.cache.schema import StoreError
 from sest.cli import console
 from sest.cli.embed import embed
 from sest.cli.main import EXIT_BAD_INPUT, run_command
-from sest.cli.options import opt
+from sest.cli.options import help_of
+from sest.cli.progress import ConsoleProgress
 from sest.cli.train import train
-from sest.errors import InputError
-from sest.ranks import ranks_of
-from sest.signals import Interrupted
+from sest.compat.ancestor import BOTH, CONFIGS, EMBED, FIXED, KEYS, SIZE, TRAIN, Key, Request, in_keys, read_request
+from sest.errors import Error, InputError
+from sest.machine.ranks import ranks_of
+from sest.machine.signals import Interrupted
 
 USAGE = """\
 Usage: se-st-train ++KEY=VALUE ...
@@ -52,39 +52,39 @@ def se_st_train(words: list[str]) -> None:
         sys.exit(0 if words else EXIT_BAD_INPUT)
     try:
         embed_and_train(read_request(words))
-    except (InputError, StoreError) as error:
+    except Error as error:
         raise InputError(in_keys(str(error))) from error
     except Interrupted as stopped:
         raise Interrupted(stopped.signum, in_keys(str(stopped))) from stopped
 
 
 def embed_and_train(request: Request) -> None:
-    """Make the store unless it is finished, then train from it."""
+    """Make the cache unless it is finished, then train from it."""
     if ranks_of(None, None, os.environ).world_size > 1:
         raise InputError("se-st-train is one process. Start it alone once; it shows the two commands for torchrun.")
-    from sest.ancestor_run import (  # imports torch
+    from sest.cache import open_cache
+    from sest.compat.ancestor_run import (  # imports torch
         check_before_embedding,
         check_features,
         check_genes,
         find_resume,
-        finished_store,
+        finished_cache,
     )
-    from sest.cache import open_cache
 
-    progress = console.ConsoleProgress()
-    resume = find_resume(request, progress)
-    store = finished_store(request, progress)
-    if store is None:
+    with ConsoleProgress():
+        resume = find_resume(request)
+        cache = finished_cache(request)
+    if cache is None:
         check_before_embedding(request)
-        progress.command(shlex.join(request.embed_command()))
+        console.command(shlex.join(request.embed_command()))
         embed(
             [request.splits], request.encoder, str(request.cache), data_root=list(request.data_roots), **request.embed
         )
-        store = open_cache(request.cache)
+        cache = open_cache(request.cache)
     else:
         check_features(request)
-    check_genes(request, store)
-    progress.command(shlex.join(request.train_command(resume)))
+    check_genes(request, cache)
+    console.command(shlex.join(request.train_command(resume)))
     train(request.cache, request.run, resume, **request.train)
 
 
@@ -119,5 +119,5 @@ def _meaning(key: Key) -> str:
         return f"{' or '.join(key.words or ())} only: {key.note}"
     if key.note or key.kind == SIZE:
         return key.note
-    text = str(opt(CONFIGS[key.kind][0], key.field).help)
+    text = help_of(CONFIGS[key.kind][0], key.field)
     return f"{text}; here: {' | '.join(key.words)}" if key.words else text

@@ -3,60 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
 import typer
 
 from sest.cli import console
+from sest.cli.options import options
+from sest.cli.progress import ConsoleProgress
+from sest.config import FEATURES, GENES, SPLITS
 from sest.errors import InputError
+from sest.simulation.simulation import Simulation
 
-File = Optional[Path]  # noqa: UP045 - Typer shows Optional types as plain ones
+GROUPS = {
+    "How many": "n_perturbations n_cells_per_perturbation n_controls n_features",
+    "The cells": "cell_types n_genes expressed_genes umi_per_cell",
+    "Repeating it": "seed",
+}
 
 
+@options(Simulation, GROUPS, n_cells_per_perturbation={"flag": "--n-cells"})
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="file of raw counts to write")],
     features: Annotated[
-        File, typer.Option(help="also write perturbation features (.npz, .safetensors, .pt); default: none")
+        Path | None,
+        typer.Option(help=f"{FEATURES}: also write a file of them (.npz, .safetensors, .pt); default: none"),
     ] = None,
     splits: Annotated[
-        File, typer.Option(help="also write a splits TOML that holds some perturbations out; default: none")
+        Path | None,
+        typer.Option(help=f"{SPLITS}: also write one that holds some perturbations out; default: none"),
     ] = None,
-    n_perturbations: Annotated[int, typer.Option(min=1, help="perturbed genes")] = 40,
-    n_cells: Annotated[int, typer.Option(min=1, help="cells a perturbation and cell type")] = 100,
-    n_controls: Annotated[int, typer.Option(min=1, help="control cells a cell type")] = 400,
-    n_genes: Annotated[int, typer.Option(min=50, help="genes of the panel")] = 2000,
-    genes: Annotated[File, typer.Option(help="file with one gene name a line; default: made-up names")] = None,
-    expressed_genes: Annotated[int, typer.Option(min=1, help="mean number of genes with counts in a cell")] = 700,
-    umi_per_cell: Annotated[int, typer.Option(min=1, help="median counts a cell")] = 5000,
-    n_features: Annotated[int, typer.Option(min=1, help="width of a perturbation's features")] = 64,
-    cell_types: Annotated[str, typer.Option(help="names of the cell types, separated by commas")] = "alpha,beta",
-    seed: Annotated[int, typer.Option(min=0, help="everything follows from it")] = 0,
+    genes: Annotated[
+        Path | None, typer.Option(help=f"{GENES}: those of the panel, instead of --n-genes; default: made-up names")
+    ] = None,
+    **options: Any,
 ) -> None:
     """Simulate a Perturb-seq experiment of any size.
 
     Raw counts with controls, cell types, batches, and effects that generalise.
     A full panel: --n-genes 18080 --expressed-genes 3700 --umi-per-cell 15000.
     """
-    from sest.simulate import Simulation, write_screen
-
     names = None
     if genes is not None:
         try:
             names = [line.strip() for line in genes.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"Cannot read {genes}: {error}.") from error
-    simulation = Simulation(
-        n_cells_per_perturbation=n_cells,
-        n_controls=n_controls,
-        n_perturbations=n_perturbations,
-        n_genes=len(names) if names else n_genes,
-        cell_types=tuple(name.strip() for name in cell_types.split(",")),
-        n_features=n_features,
-        expressed_genes=expressed_genes,
-        umi_per_cell=umi_per_cell,
-        seed=seed,
-    )
-    with console.ConsoleProgress() as progress:
-        progress.begin("Simulating", simulation.n_cells, "cells")
-        write_screen(simulation, out, features, splits, gene_names=names, on_rows=progress.advance)
-    console.say(f"{out}: {simulation.n_cells:,} cells x {simulation.n_genes:,} genes, {n_perturbations} perturbations.")
+    simulation = Simulation.from_values(options | ({"n_genes": len(names)} if names else {}), "the command line")
+    from sest.simulation.screen import write_screen
+
+    with ConsoleProgress():
+        write_screen(simulation, out, features, splits, gene_names=names)
+    n_cells, n_genes, n_perturbations = simulation.n_cells, simulation.n_genes, simulation.n_perturbations
+    console.say(f"{out}: {n_cells:,} cells x {n_genes:,} genes, {n_perturbations} perturbations.")

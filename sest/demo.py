@@ -6,23 +6,25 @@ other cell type, so it can beat both "nothing happens" and "the same as elsewher
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sest.config import EmbedConfig, PredictConfig, TrainConfig
-from sest.embed import embed
+from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
+from sest.embedding.embed import embed
 from sest.errors import InputError
-from sest.evaluate import Evaluation, evaluate, write_results
-from sest.predict import predict
-from sest.progress import Progress
-from sest.report import Report, write_report
-from sest.simulate import Simulation, write_screen
-from sest.train import TrainResult, train
+from sest.evaluation.evaluate import evaluate
+from sest.evaluation.results import Evaluation
+from sest.prediction.predict import predict
+from sest.report.write import Report, write_report
+from sest.simulation.screen import write_screen
+from sest.simulation.simulation import Simulation
+from sest.training.train import TrainResult, train
 
-DIM = "64"  # stored width of the embeddings
+DIM = 64  # stored width of the embeddings
 SIMULATION = Simulation()
 QUICK_SIMULATION = Simulation(
     n_cells_per_perturbation=30, n_controls=80, n_perturbations=12, n_genes=300, expressed_genes=120, umi_per_cell=600
@@ -67,8 +69,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path,
-    progress: Progress,
+    out: str | os.PathLike[str],
     *,
     quick: bool = False,
     seed: int = 0,
@@ -79,7 +80,6 @@ def run_demo(
 
     Args:
         out: a new folder for everything.
-        progress: is told what happens.
         quick: tiny sizes, to see that everything works; its figures mean nothing.
         seed: of the simulation and the training.
         on_command: is given every step as the command line that does the same.
@@ -88,30 +88,30 @@ def run_demo(
     Raises:
         InputError: `out` exists and is not empty.
     """
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder. Pass another --out or remove it.")
     out.mkdir(parents=True, exist_ok=True)
     tell = on_command or (lambda command: None)
-    simulation = (QUICK_SIMULATION if quick else SIMULATION).with_seed(seed)
+    simulation = replace(QUICK_SIMULATION if quick else SIMULATION, seed=seed)
     cells, features, splits = out / "cells.h5ad", out / "features.safetensors", out / "starter.toml"
     tell(_line("simulate", cells, "--features", features, "--splits", splits, *_simulation_options(simulation)))
-    progress.begin("Simulating", simulation.n_cells, "cells")
-    write_screen(simulation, cells, features, splits, on_rows=progress.advance)
+    write_screen(simulation, cells, features, splits)
     cache, run, seeded = out / "cache.zarr", out / "run", ("--seed", seed) if seed else ()
     tell(_line("embed", splits, "--encoder", "pca", "--dim", DIM, "--cache", cache, *seeded))
-    embed([splits], cache, EmbedConfig(encoder="pca", dim=DIM, seed=seed), progress)
+    embed([splits], cache, EmbedConfig(encoder="pca", dim=DIM, seed=seed))
     values = {**(QUICK_TRAINING if quick else TRAINING).to_values(), "seed": seed}
     files = {"perturbations": str(features), "splits": str(splits)}
     tell(_line("train", cache, "--run", run, *_options({**values, **files}, TrainConfig().to_values())))
-    training = train(cache, run, TrainConfig(**{**values, **files}), progress, on_log=on_log)
+    training = train(cache, run, TrainConfig(**{**values, **files}), on_log=on_log)
     predicted, scores = out / "predicted.h5ad", out / "evaluation"
     tell(_line("predict", run, "--out", predicted))
-    predict(run, predicted, PredictConfig(), progress)
+    predict(run, predicted, PredictConfig())
     tell(_line("evaluate", predicted, cells, "--out", scores, "--no-cell-eval"))
-    evaluation = evaluate(predicted, cells, with_cell_eval=False, progress=progress)
-    write_results(evaluation, scores)
+    evaluation = evaluate(predicted, cells, EvaluateConfig(cell_eval=False))
+    evaluation.write(scores)
     tell(_line("report", run))
-    report = write_report([run], None, progress)
+    report = write_report(run)
     return DemoResult(training, evaluation, report)
 
 
@@ -130,5 +130,5 @@ def _options(values: dict[str, Any], defaults: dict[str, Any]) -> list[object]:
 
 
 def _line(*words: object) -> str:
-    """A command line for a shell."""
+    """A command of sest as a line for a shell."""
     return shlex.join(["sest", *map(str, words)])

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sest.cache import journal, open_cache
-from sest.cache.schema import COMPLETE, ROOT, StoreError
+from sest.cache.schema import COMPLETE, ROOT
 from sest.cache.storage import Storage, is_url, storage_at
+from sest.cells.split_file import read_splits
+from sest.cells.splits import assign_splits, split_table
 from sest.config import TrainConfig
-from sest.errors import InputError
-from sest.splits import assign_splits, read_splits, split_table
+from sest.errors import Error, InputError
+from sest.runs.curves import read_lines
 
 Facts = dict[str, Any]
 CACHE_FACTS = (
@@ -27,29 +29,37 @@ WEIGHTS = (".ckpt", ".safetensors")
 RUN_FACTS = "trainable_parameters dim n_features n_genes val_loss best_val_loss best_step".split()
 
 
-def describe(path: Path, *, verify: bool = False, splits: Path | None = None) -> tuple[Facts, list[str]]:
+def describe(
+    path: str | os.PathLike[str], *, verify: bool = False, splits: str | os.PathLike[str] | None = None
+) -> tuple[Facts, list[str]]:
     """Return the facts about a path and the files found damaged (only with `verify`).
 
     Args:
-        splits: of a store: also count its cells as this TOML divides them ("splits", one entry a table row, and
+        path: a cache (also its URL), a run, a checkpoint, an encoder folder or an .h5ad file.
+        verify: read every file of a cache or a checkpoint and compare its sha256.
+        splits: of a cache: also count its cells as this TOML divides them ("splits", one entry a table row, and
             "split_notes").
 
     Raises:
-        InputError, StoreError: nothing there, nothing sest knows, or something that cannot be used.
+        InputError, CacheError: nothing there, nothing sest knows, or something that cannot be used.
     """
+    path = Path(path)
     if not (path.exists() or is_url(path)):
         raise InputError(f"{path} does not exist.")
     if is_url(path) or (path / ROOT).exists():
-        of_store, damaged = _cache(storage_at(path), verify)
-        return of_store | (_splits(path, TrainConfig(splits=str(splits))) if splits is not None else {}), damaged
+        facts, damaged = _cache(storage_at(path), verify)
+        if splits is not None:
+            usual = TrainConfig()
+            facts |= _splits(path, splits, usual.seed, usual.val_fraction)
+        return facts, damaged
     if splits is not None:
-        raise InputError(f"--splits counts the cells of a store, and {path} is none. Pass the store's path.")
-    facts = _cells(path) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
-    if facts is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
-        facts = _encoder(path)
-    if facts is None:
-        raise InputError(f"{path} is no store, run, checkpoint, encoder folder or h5ad file.")
-    return _finite(facts), []
+        raise InputError(f"--splits counts the cells of a cache, and {path} is none. Pass the cache's path.")
+    found = _cells(path) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
+    if found is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
+        found = _encoder(path)
+    if found is None:
+        raise InputError(f"{path} is no cache, run, checkpoint, encoder folder or h5ad file.")
+    return _finite(found), []
 
 
 def _finite(value: Any) -> Any:
@@ -79,13 +89,13 @@ def _cache(storage: Storage, verify: bool) -> tuple[Facts, list[str]]:
     return facts, damaged
 
 
-def _splits(cache: str | Path, config: TrainConfig) -> Facts:
-    """What training would read: cells of a store by dataset, cell type and split."""
-    from sest.cells import read_labels
+def _splits(cache: str | Path, splits: str | os.PathLike[str] | None, seed: int, val_fraction: float) -> Facts:
+    """What training would read: cells of a cache by dataset, cell type and split."""
+    from sest.data.labels import read_labels
 
     _, groups = read_labels(open_cache(cache))
-    file = read_splits(Path(config.splits), resolve_files=False) if config.splits else None
-    divided = assign_splits(groups, file, seed=config.seed, val_fraction=config.val_fraction)
+    file = read_splits(Path(splits), resolve_files=False) if splits else None
+    divided = assign_splits(groups, file, seed=seed, val_fraction=val_fraction)
     return {
         "splits": [dataclasses.asdict(row) for row in split_table(groups, divided)],
         "split_notes": list(divided.notes),
@@ -93,7 +103,7 @@ def _splits(cache: str | Path, config: TrainConfig) -> Facts:
 
 
 def _unfinished_cache(storage: Storage, attributes: Facts) -> Facts:
-    """What a store that is being written, or whose writing was stopped, says of itself already."""
+    """What a cache that is being written, or whose writing was stopped, says of itself already."""
     groups, written = {}, storage.sizes()
     for name in attributes.get("groups", ()):
         made = journal.root_attributes(storage, name) if f"{name}/{ROOT}" in written else None
@@ -110,8 +120,8 @@ def _unfinished_cache(storage: Storage, attributes: Facts) -> Facts:
 
 
 def _run_or_checkpoint(path: Path, verify: bool) -> Facts | None:
-    from sest.checkpoint import STATE  # imports torch, which stores and cells do not need
-    from sest.run_folder import CONFIG, METRICS
+    from sest.runs.checkpoint import STATE  # imports torch, which caches and cells do not need
+    from sest.runs.run_folder import CONFIG, METRICS
 
     if (path / STATE).exists():
         return _checkpoint(path, verify)
@@ -120,7 +130,7 @@ def _run_or_checkpoint(path: Path, verify: bool) -> Facts | None:
 
 def _checkpoint(path: Path, verify: bool) -> Facts:
     """Sizes and state of a checkpoint; `verify` compares the sha256 of its files (a difference is an error)."""
-    from sest.checkpoint import open_checkpoint
+    from sest.runs.checkpoint import open_checkpoint
 
     state = open_checkpoint(path, check=verify).state
     run = state["run"]
@@ -149,8 +159,8 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 
 def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     """The furthest checkpoint of a run, and where it stands."""
-    from sest.checkpoint import checkpoints, find_checkpoint, open_checkpoint
-    from sest.run_folder import read_run_config
+    from sest.runs.checkpoint import checkpoints, find_checkpoint, open_checkpoint
+    from sest.runs.run_folder import read_run_config
 
     config, provenance = read_run_config(path)
     found = [folder for folder in checkpoints(path) if not folder.name.startswith(".")]
@@ -164,25 +174,18 @@ def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     facts["max_steps"] = config.get("max_steps")
     facts["checkpoints"] = [folder.name for folder in found]
     facts["cache"] = provenance.get("cache")
-    facts["metrics"] = _last_validation(metrics)
+    facts["metrics"] = next((line for line in reversed(read_lines(metrics)) if "val_loss" in line), None)
     try:
-        facts |= _splits(provenance["cache"], TrainConfig.from_values(config, str(path)))
-    except (KeyError, StoreError, InputError) as error:  # the store is elsewhere by now
+        used = TrainConfig.from_values(config, str(path))
+        facts |= _splits(provenance["cache"], used.splits, used.seed, used.val_fraction)
+    except (KeyError, Error) as error:  # the cache is elsewhere by now
         facts["split_notes"] = [f"No table of its cells: {error}"]
     return facts
 
 
-def _last_validation(metrics: Path) -> dict[str, float] | None:
-    for line in reversed(metrics.read_text().splitlines()):
-        if '"val_loss"' in line and line.endswith("}"):  # a kill can cut the last line short
-            found: dict[str, float] = json.loads(line)
-            return found
-    return None
-
-
 def _encoder(path: Path) -> Facts:
-    from sest.encoder import sizes
-    from sest.weights import load_encoder
+    from sest.encoder.model import sizes
+    from sest.encoder.weights import load_encoder
 
     weights = load_encoder(path)
     return {
@@ -198,8 +201,8 @@ def _encoder(path: Path) -> Facts:
 
 
 def _cells(path: Path) -> Facts:
-    from sest.columns import detect_columns, labels
-    from sest.h5ad import CellFile
+    from sest.cells.columns import detect_columns, labels
+    from sest.cells.h5ad import CellFile
 
     with CellFile(path) as file:
         facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.layers)}

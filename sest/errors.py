@@ -1,12 +1,18 @@
-"""The one error a user is meant to see, and the words it is made of."""
+"""The errors a user is meant to see, and the words they are made of."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
+from typing import Any
 
 
-class InputError(ValueError):
+class Error(ValueError):
+    """Whatever a user's input can cause; offered as `sest.Error`."""
+
+
+class InputError(Error):
     """Bad input: one line that says what is wrong, what exists and what to do (exit code 2)."""
 
 
@@ -26,6 +32,18 @@ def shown(names: Iterable[str], limit: int = 8) -> str:
         return "(none)"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of what another library's error says, without a full stop, cut at `limit` characters."""
+    lines = (" ".join(line.split()).strip(" .") for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:limit]
+
+
+def brief(value: Any) -> str:
+    """A plain value as JSON, cut at 60 characters."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class TrainingFailed(Exception):

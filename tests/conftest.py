@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-from sest.progress import Silent
 
 if TYPE_CHECKING:
     from sest.demo import DemoResult
@@ -47,7 +44,7 @@ def shared_reference() -> Path:
 
 @dataclass(frozen=True)
 class Demo:
-    """`sest demo --quick` in `folder`: simulated cells, a store, a trained run, its prediction and evaluation."""
+    """`sest demo --quick` in `folder`: simulated cells, a cache, a trained run, its prediction and evaluation."""
 
     folder: Path
     commands: list[str]  # as shown
@@ -76,23 +73,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     from sest.demo import run_demo  # imports torch
 
     folder, commands = tmp_path_factory.mktemp("demo") / "out", list[str]()
-    result = run_demo(folder, Silent(), quick=True, on_command=commands.append)
+    result = run_demo(folder, quick=True, on_command=commands.append)
     return Demo(folder, commands, result)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of two groups, one below a folder, with several shards each. Tests work on copies."""
-    from small import small_shards, write_store
+    """A finished cache of two groups, one below a folder, with several shards each. Tests work on copies."""
+    from helpers.caches import continue_cache, small_shards
 
-    path = tmp_path_factory.mktemp("finished") / "store.zarr"
+    path = tmp_path_factory.mktemp("finished") / "cache.zarr"
     with pytest.MonkeyPatch.context() as monkeypatch:
         small_shards(monkeypatch)
-        write_store(path)
+        continue_cache(path)
     return path
-
-
-@pytest.fixture
-def store(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished store, to damage."""
-    return Path(shutil.copytree(finished, tmp_path / "store.zarr"))

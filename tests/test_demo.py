@@ -14,7 +14,6 @@ from sest import demo as demo_module
 from sest.cli.main import main
 from sest.demo import run_demo
 from sest.errors import InputError
-from sest.progress import Silent
 
 
 def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
@@ -65,13 +64,13 @@ def test_another_seed_is_shown_in_the_commands_that_depend_on_it(
     monkeypatch.setattr(demo_module, "train", stop)
     commands: list[str] = []
     with pytest.raises(Stop):
-        run_demo(tmp_path / "out", Silent(), seed=7, on_command=commands.append)
+        run_demo(tmp_path / "out", seed=7, on_command=commands.append)
     assert [command.count("--seed 7") for command in commands] == [1, 1, 1]
 
 
 def test_an_older_folder_is_never_written_into(demo: Demo, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
-    for out in (tmp_path, tmp_path / "x"):
+    for out in (tmp_path, tmp_path / "x", str(tmp_path)):
         with pytest.raises(InputError, match="not an empty folder"):
-            run_demo(out, Silent())
+            run_demo(out)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -1,4 +1,4 @@
-"""What `sest info` says of stores, runs, checkpoints, encoders and cells: the keys other programs rely on."""
+"""What `sest info` says of caches, runs, checkpoints, encoders and cells: the keys other programs rely on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import Demo
-from small import gene_names, write_se
 
+from helpers.h5ad_files import gene_names
+from helpers.se_model import write_se
 from sest.cache import open_cache
-from sest.cache.schema import COMPLETE, StoreError
-from sest.checkpoint import load_model, open_checkpoint
+from sest.cache.schema import COMPLETE, CacheError
 from sest.describe import describe
 from sest.errors import InputError
+from sest.runs.checkpoint import load_model, open_checkpoint
 
 PROMISED_OF_A_CACHE = {"kind", "complete", "n_cells", "dim", "encoder", "groups"}
 PROMISED_OF_A_GROUP = {"n_cells", "n_genes", "perturbations", "controls"}
@@ -37,7 +38,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_store_says_what_is_in_it(demo: Demo) -> None:
+def test_a_cache_says_what_is_in_it(demo: Demo) -> None:
     facts = strict(describe(demo.cache)[0])
     assert set(facts) >= PROMISED_OF_A_CACHE
     assert (facts["kind"], facts["complete"], facts["n_cells"], facts["dim"]) == ("cache", True, 880, 64)
@@ -53,33 +54,33 @@ def test_a_store_says_what_is_in_it(demo: Demo) -> None:
     assert facts["bytes"] == open_cache(demo.cache).size
 
 
-def test_an_unfinished_store_says_so_and_what_is_known_already(demo: Demo, tmp_path: Path) -> None:
-    store = shutil.copytree(demo.cache, tmp_path / "store.zarr")
-    (store / COMPLETE).unlink()
-    facts = strict(describe(store)[0])
+def test_an_unfinished_cache_says_so_and_what_is_known_already(demo: Demo, tmp_path: Path) -> None:
+    cache = shutil.copytree(demo.cache, tmp_path / "cache.zarr")
+    (cache / COMPLETE).unlink()
+    facts = strict(describe(cache)[0])
     assert set(facts) >= PROMISED_OF_A_CACHE
     assert (facts["complete"], facts["n_cells"], facts["dim"], facts["encoder"]) == (False, 880, 64, "pca")
-    shutil.rmtree(store / "cells")  # nothing but the root group is written yet
-    facts = strict(describe(store)[0])
+    shutil.rmtree(cache / "cells")  # nothing but the root group is written yet
+    facts = strict(describe(cache)[0])
     assert (facts["complete"], facts["n_cells"]) == (False, None)
     assert set(facts["groups"]["cells"].values()) == {None}
 
 
 def test_a_zarr_store_of_another_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
-    with pytest.raises(StoreError, match="not one of sest's"):
+    with pytest.raises(CacheError, match="not one of sest's"):
         describe(tmp_path)
 
 
-def test_verifying_finds_a_flipped_bit_of_a_store(demo: Demo, tmp_path: Path) -> None:
-    store = shutil.copytree(demo.cache, tmp_path / "store.zarr")
-    facts, damaged = describe(store, verify=True)
+def test_verifying_finds_a_flipped_bit_of_a_cache(demo: Demo, tmp_path: Path) -> None:
+    cache = shutil.copytree(demo.cache, tmp_path / "cache.zarr")
+    facts, damaged = describe(cache, verify=True)
     assert facts["verified"] and not damaged
-    shard = next(file for file in sorted((store / "cells" / "obsm").rglob("c/0/0")))
+    shard = next(file for file in sorted((cache / "cells" / "obsm").rglob("c/0/0")))
     flip(shard)
-    assert describe(store)[1] == []  # the size is the same: only reading every byte shows it
-    facts, damaged = describe(store, verify=True)
-    assert not facts["verified"] and damaged == [shard.relative_to(store).as_posix()]
+    assert describe(cache)[1] == []  # the size is the same: only reading every byte shows it
+    facts, damaged = describe(cache, verify=True)
+    assert not facts["verified"] and damaged == [shard.relative_to(cache).as_posix()]
 
 
 @pytest.mark.parametrize("folder", ["best", "last", "checkpoint-step-10"])
@@ -166,17 +167,24 @@ def test_columns_that_cannot_be_told_are_said_and_are_no_error(tmp_path: Path) -
     assert "Several columns" in strict(describe(tmp_path / "x.h5ad")[0])["columns"]
 
 
+def test_paths_may_be_text(demo: Demo) -> None:
+    splits = demo.folder / "starter.toml"
+    assert describe(str(demo.cache), splits=str(splits)) == describe(demo.cache, splits=splits)
+    for path in (demo.run, demo.run / "best", demo.cells):
+        assert describe(str(path)) == describe(path)
+
+
 def test_what_is_nothing_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         describe(tmp_path / "gone")
-    with pytest.raises(InputError, match="is no store, run, checkpoint, encoder folder or h5ad file"):
+    with pytest.raises(InputError, match="is no cache, run, checkpoint, encoder folder or h5ad file"):
         describe(tmp_path)
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(InputError, match="is no store"):
+    with pytest.raises(InputError, match="is no cache"):
         describe(tmp_path / "x.txt")
 
 
-def test_a_store_s_cells_are_counted_by_split_before_anything_trains(demo: Demo) -> None:
+def test_a_cache_s_cells_are_counted_by_split_before_anything_trains(demo: Demo) -> None:
     facts = strict(describe(demo.cache, splits=demo.folder / "starter.toml")[0])
     rows = facts["splits"]
     assert set(rows[0]) == {"dataset", "cell_type", "split", "n_perturbations", "n_perturbed_cells", "n_controls"}
@@ -189,8 +197,8 @@ def test_a_store_s_cells_are_counted_by_split_before_anything_trains(demo: Demo)
     assert {row["split"] for row in rows} == {"train", "val", "test"}
 
 
-def test_splits_are_counted_of_stores_only(demo: Demo) -> None:
-    with pytest.raises(InputError, match="--splits counts the cells of a store"):
+def test_splits_are_counted_of_caches_only(demo: Demo) -> None:
+    with pytest.raises(InputError, match="--splits counts the cells of a cache"):
         describe(demo.run, splits=demo.folder / "starter.toml")
 
 

@@ -33,18 +33,17 @@ import typer
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
-from small import write_se
 
-from sest.ancestor import FIXED, KEYS, Key
+from helpers.se_model import write_se
 from sest.cli import se_st_train
 from sest.cli.main import app, main
+from sest.compat.ancestor import FIXED, KEYS, Key
 from sest.config import EmbedConfig, TrainConfig
-from sest.curves import read_lines
-from sest.embed import embed
-from sest.model import HeadSizes, new_model
-from sest.progress import Silent
-from sest.train import train
-from sest.weights import save_safetensors_copy
+from sest.embedding.embed import embed
+from sest.encoder.weights import save_safetensors_copy
+from sest.head.model import HeadSizes, new_model
+from sest.runs.curves import read_lines
+from sest.training.train import train
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -234,10 +233,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.toml").write_text(tomli_w.dumps(TINY))
     with pytest.MonkeyPatch.context() as patch, mock.patch("os.fsync"):
         patch.chdir(folder)
-        embed([Path("starter.toml")], "vcc.zarr", EmbedConfig(encoder="pca", dim=str(DIM)), Silent())
+        embed([Path("starter.toml")], "vcc.zarr", EmbedConfig(encoder="pca", dim=DIM))
         files = {"splits": "starter.toml", "perturbations": "ESM2_pert_features.pt"}
         config = TrainConfig(**{**TINY, **files, "max_steps": 5, "val_every": 5})
-        train(Path("vcc.zarr"), Path("competition"), config, Silent())
+        train(Path("vcc.zarr"), Path("competition"), config)
     return folder
 
 
@@ -298,7 +297,7 @@ def _reduced(words: list[str], page: str, before: list[str]) -> list[str]:
     for flag in (
         "--compile",
         "--tensorboard",
-    ):  # a compiler, a package: tests/test_train.py and test_sinks.py have both
+    ):  # a compiler, a package: tests/training/test_train.py and test_sinks.py have both
         words = [word for word in words if word != flag]
     if words[1] == "train" and "--resume" not in words:
         words += ["--config", "tiny.toml"]
@@ -414,7 +413,7 @@ def test_scripts_are_shell(block: Block) -> None:
 
 def _options(command: str) -> set[str]:
     found = {"--help"}
-    for parameter in COMMANDS[command].params:
+    for parameter in (p for p in COMMANDS[command].params if not p.hidden):
         found |= {option for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("-")}
     return found
 
@@ -457,11 +456,16 @@ def _is_named(option: str, text: str) -> bool:
     return option.startswith("--no-") or f"`{option}`" in text or option == "--help"
 
 
-def test_every_module_has_a_line_in_the_tree() -> None:
+def test_every_room_and_module_is_in_the_tree() -> None:
     tree = README.read_text().partition("## The tree")[2]
-    modules = {path.name for path in (ROOT / "sest").glob("*.py") if not path.name.startswith("__")}
-    assert {name for name in modules if f"\n  {name} " not in tree} == set()
-    assert set(re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE)) == modules
+    places = [path for path in (ROOT / "sest").iterdir() if not path.name.startswith("__") and not path.is_symlink()]
+    rooms = {f"{path.name}/" for path in places if path.is_dir()}
+    modules = {path.name for path in places if path.suffix == ".py"}
+    assert set(re.findall(r"^  (\w+/|\w+\.py) ", tree, re.MULTILINE)) == rooms | modules
+    for room in rooms:
+        line = re.search(rf"^  {room} (.*(?:\n    .*)*)", tree, re.MULTILINE)
+        named = {path.stem for path in (ROOT / "sest" / room).glob("*.py") if path.stem != "__init__"}
+        assert line is not None and named <= set(re.findall(r"\w+", line[1])), room
 
 
 def test_every_page_is_in_the_menu() -> None:
@@ -512,7 +516,7 @@ def _messages() -> list[str]:
     """All texts in the code; what is filled in is left out."""
     found = []
     for folder in ("sest", "cache", "cli"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
@@ -529,7 +533,9 @@ def test_every_error_in_troubleshooting_is_one_of_the_codes() -> None:
 
 
 def test_every_finding_of_the_diagnosis_is_explained() -> None:
-    calls = [n for n in ast.walk(ast.parse((ROOT / "sest" / "diagnose.py").read_text())) if isinstance(n, ast.Call)]
+    calls = [
+        n for n in ast.walk(ast.parse((ROOT / "sest" / "runs" / "diagnose.py").read_text())) if isinstance(n, ast.Call)
+    ]
     names = {c.args[0].value for c in calls if isinstance(c.func, ast.Name) and c.func.id == "Finding" and c.args}  # type: ignore[attr-defined]
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     table = text.partition("| finding | what was seen | what to do |\n|---|---|---|\n")[2].partition("\n\n")[0]

@@ -1,46 +1,27 @@
-"""What is shipped, what it needs, and which way imports point."""
+"""What is shipped, what it needs and where it can be imported; which way imports point is tests/test_rooms.py."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"sest": "sest", "sest.cli": "cli", "sest.cache": "cache"}  # package -> folder
+from helpers.source_tree import FOLDERS, ROOT, imported, modules
+
+PACKAGES = {name: path.parent for name, path in modules().items() if path.name == "__init__.py"}
 SLOW_IMPORTS = {"torch", "anndata", "zarr", "pandas", "scipy", "h5py"}  # 0.1 to 3 s each
-
-
-def _modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
-    """Each module of `package`, without its subpackages, parsed."""
-    paths = sorted((ROOT / FOLDERS[package]).glob("*.py"))
-    assert paths, f"no modules in {FOLDERS[package]}/"
-    for path in paths:
-        yield path, ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def _imported(package: str, tree: ast.Module) -> Iterator[str]:
-    """Dotted names a module imports, inside functions too: `from a import b` gives `a` and `a.b`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            module = ".".join([*parents, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-def _is_in(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
 
 
 @pytest.fixture(scope="module")
@@ -51,52 +32,16 @@ def project() -> dict[str, Any]:
 
 def test_every_folder_with_an_init_is_in_the_packages_list(project: dict[str, Any]) -> None:
     setuptools = project["tool"]["setuptools"]
-    found = set()
-    for package, folder in FOLDERS.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
-            found.add(".".join([package, *init.parent.relative_to(ROOT / folder).parts]))
-    assert set(setuptools["packages"]) == found
+    assert set(setuptools["packages"]) == set(PACKAGES)
     assert setuptools["package-dir"] == FOLDERS
 
 
 def test_every_file_in_a_package_is_python_or_declared_as_data(project: dict[str, Any]) -> None:
     """setuptools ships only *.py unless told otherwise, so any other file would be missing from the wheel."""
     declared = project["tool"]["setuptools"].get("package-data", {})
-    for package, folder in FOLDERS.items():
-        shipped = {p for pattern in ["*.py", *declared.get(package, [])] for p in (ROOT / folder).glob(pattern)}
-        files = {p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-        assert files == shipped
-
-
-def test_the_cache_imports_neither_torch_nor_the_rest_of_sest() -> None:
-    for path, tree in _modules("sest.cache"):
-        for name in _imported("sest.cache", tree):
-            assert not _is_in(name, "torch"), f"{path.name} imports {name}"
-            assert name == "sest" or not _is_in(name, "sest") or _is_in(name, "sest.cache"), (
-                f"{path.name} imports {name}"
-            )
-
-
-def test_the_science_does_not_import_the_command_line() -> None:
-    for path, tree in _modules("sest"):
-        if path.name != "__main__.py":  # `python -m sest` is the command
-            assert not [name for name in _imported("sest", tree) if _is_in(name, "sest.cli")], path.name
-
-
-def test_training_does_not_import_the_encoder() -> None:
-    tree = ast.parse((ROOT / "sest" / "train.py").read_text(encoding="utf-8"))
-    assert not [name for name in _imported("sest", tree) if _is_in(name, "sest.encoder")]
-
-
-def test_torch_load_appears_in_exactly_one_file() -> None:
-    """Pickles from elsewhere are read in one place, which knows what to refuse."""
-    places = set()
-    for package in FOLDERS:
-        for path, tree in _modules(package):
-            loads = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-            if {"torch.load", "torch.serialization.load"} & {*loads, *_imported(package, tree)}:
-                places.add(path.relative_to(ROOT).as_posix())
-    assert len(places) == 1, places
+    for package, folder in PACKAGES.items():
+        shipped = {p for pattern in ["*.py", *declared.get(package, [])] for p in folder.glob(pattern)}
+        assert {p for p in folder.iterdir() if p.is_file()} == shipped
 
 
 def test_cli_and_cache_cannot_be_imported_by_themselves(tmp_path: Path) -> None:
@@ -119,20 +64,18 @@ def test_every_third_party_import_is_a_declared_dependency(project: dict[str, An
     optional = ("eval", "hub", "sinkhorn", "tensorboard", "wandb")
     needed = [*project["project"]["dependencies"], *(package for extra in optional for package in extras[extra])]
     declared = {_canonical(re.split(r"[<>=!;\[ ]", requirement)[0]) for requirement in needed}
+    declared.add("ipython")  # imported where it runs already: by the kernel of a notebook
     distributions = metadata.packages_distributions()
-    for package in FOLDERS:
-        for path, tree in _modules(package):
-            for top in {name.split(".")[0] for name in _imported(package, tree)}:
-                if top != "sest" and top not in sys.stdlib_module_names:
-                    names = {_canonical(name) for name in distributions.get(top, [top])}
-                    assert names & declared, f"{path.name} imports {top}, which pyproject.toml does not name"
+    for path in modules().values():
+        for top in {name.split(".")[0] for name in imported(path)} - {"sest"} - sys.stdlib_module_names:
+            names = {_canonical(name) for name in distributions.get(top, [top])}
+            assert names & declared, f"{path.name} imports {top}, which pyproject.toml does not name"
 
 
 def test_every_extra_an_error_message_names_exists(project: dict[str, Any]) -> None:
     extras = set(project["project"]["optional-dependencies"])
-    for folder in FOLDERS.values():
-        for path in (ROOT / folder).glob("*.py"):
-            assert set(re.findall(r"sest\[(\w+)\]", path.read_text(encoding="utf-8"))) <= extras, path.name
+    for path in modules().values():
+        assert set(re.findall(r"sest\[(\w+)\]", path.read_text(encoding="utf-8"))) <= extras, path.name
 
 
 def test_the_installed_version_is_that_of_the_source() -> None:
@@ -140,6 +83,125 @@ def test_the_installed_version_is_that_of_the_source() -> None:
     import sest
 
     assert metadata.version("sest") == sest.__version__
+
+
+# ---- an installation that is not editable
+
+
+@dataclass(frozen=True)
+class Installed:
+    """sest in an environment of its own, which finds the other packages where this one has them."""
+
+    sdist: Path
+    site: Path  # site-packages
+    python: Path
+
+    def run(self, folder: Path, *words: str | Path) -> str:
+        """What Python prints, started in a folder."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        done = subprocess.run(
+            [self.python, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel of the sdist of this tree, as `pip install .` makes it."""
+    work = tmp_path_factory.mktemp("install")
+    tree, venv = work / "tree", work / "venv"
+    tree.mkdir()  # a copy: setuptools builds in place, and would ship what an earlier build left there
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in FOLDERS.values():
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    _python("-m", "build", "--no-isolation", "--outdir", work / "dist", tree)
+    _python("-m", "venv", "--without-pip", venv)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(venv), "platbase": str(venv)}))
+    (wheel,), (sdist,) = (list((work / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    _python("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site, wheel)
+    # Python reads no .pth files of a folder that one names: an editable sest in there stays unknown.
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    return Installed(sdist, site, Path(sysconfig.get_path("scripts", "venv", {"base": str(venv)}), "python"))
+
+
+def _python(*words: str | Path) -> None:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+
+
+def test_an_installation_has_every_module_and_every_data_file_and_nothing_at_the_top_but_sest(
+    installed: Installed, project: dict[str, Any]
+) -> None:
+    expected = set[str]()
+    for package, folder in PACKAGES.items():
+        patterns = ["*.py", *project["tool"]["setuptools"]["package-data"].get(package, [])]
+        expected |= {f"{package.replace('.', '/')}/{p.name}" for pattern in patterns for p in folder.glob(pattern)}
+    files = [path for path in (installed.site / "sest").rglob("*") if path.is_file()]
+    assert {path.relative_to(installed.site).as_posix() for path in files if path.suffix != ".pyc"} == expected
+    assert not any(path.is_symlink() for path in files)
+    rest = {path.name for path in installed.site.iterdir()} - {"sest", "bin", "others.pth"}
+    assert all(name.endswith(".dist-info") for name in rest), rest
+
+
+def test_an_sdist_holds_every_module_once_and_no_links(installed: Installed) -> None:
+    with tarfile.open(installed.sdist) as archive:
+        members = archive.getmembers()
+    assert all(member.isfile() or member.isdir() for member in members)
+    found = sorted(name for m in members if (name := m.name.partition("/")[2]).endswith(".py") and name != "setup.py")
+    assert found == sorted(path.relative_to(ROOT).as_posix() for path in modules().values())
+
+
+@pytest.mark.parametrize("where", ["in the checkout", "elsewhere"])
+def test_every_package_imports_without_an_editable_installation(
+    installed: Installed, finished: Path, tmp_path: Path, where: str
+) -> None:
+    """The README's example too. In the checkout Python finds the checkout's sest first, and its parts by the links."""
+    folder = ROOT if where == "in the checkout" else tmp_path
+    code = f"""
+import sys, sest, sest.cache, sest.cli, sest.cache.reader, sest.cli.main
+{_imports_of_the_readme()}
+print(len(sest.cache.open_cache({str(finished)!r}).groups))
+print(*(sys.modules[name].__file__ for name in ("sest", "sest.cache", "sest.cli")), sep="\\n")
+"""
+    n_groups, *files = installed.run(folder, "-c", code).splitlines()
+    assert n_groups == "2"
+    home = ROOT if where == "in the checkout" else installed.site
+    assert [Path(file).parent for file in files] == [home / "sest", home / "sest/cache", home / "sest/cli"]
+    assert "embed" in installed.run(folder, "-m", "sest", "--help")
+
+
+def _imports_of_the_readme() -> str:
+    """The import lines of its Python examples."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    nodes = [node for text in examples for node in ast.parse(text).body]
+    lines = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert lines
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("where", ["in the checkout", "elsewhere"])
+def test_mypy_resolves_every_package(installed: Installed, tmp_path: Path, where: str) -> None:
+    """By the links alone, or from what is installed. `skip`: whether a module is found is known without reading it."""
+    folder, option = (ROOT, "--no-site-packages")
+    if where == "elsewhere":
+        folder, option = tmp_path, f"--python-executable={installed.python}"
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir=/dev/null", "--follow-imports=skip", option]
+    code = "import sest.cache.reader, sest.cli.main, sest.head.loss\nimport sest.cache.nothing"
+    done = subprocess.run([*command, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    found = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert len(found) == 1 and '"sest.cache.nothing"' in found[0], done.stdout + done.stderr
+
+
+def test_git_keeps_the_links_that_make_packages_of_cli_and_cache() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository")
+    command = ["git", "ls-files", "--stage", "sest/cache", "sest/cli"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == ["120000", "120000"]
+    for name in ("cache", "cli"):
+        assert os.readlink(ROOT / "sest" / name) == f"../{name}"
 
 
 def _canonical(name: str) -> str:

@@ -32,14 +32,14 @@ def info(folder: Path, path: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_cells_become_a_store_a_run_a_prediction_and_scores(tmp_path: Path) -> None:
+def test_cells_become_a_cache_a_run_a_prediction_and_scores(tmp_path: Path) -> None:
     """Sizes of seconds: 8 perturbations, 200 genes, 480 cells. Paths are relative: everything lies in one folder."""
     size = "--n-perturbations 8 --n-cells 20 --n-controls 80 --n-genes 200 --expressed-genes 80 --umi-per-cell 400"
     sest(tmp_path, "simulate", "cells.h5ad", "--features", "f.npz", "--splits", "starter.toml", *size.split())
     sest(tmp_path, "embed", "cells.h5ad", "--encoder", "pca", "--dim", "16", "--cache", "cells.zarr")
-    store = info(tmp_path, "cells.zarr")
-    assert (store["complete"], store["n_cells"], store["dim"], store["encoder"]) == (True, 480, 16, "pca")
-    assert store["groups"]["cells"]["perturbations"] == 8
+    cache = info(tmp_path, "cells.zarr")
+    assert (cache["complete"], cache["n_cells"], cache["dim"], cache["encoder"]) == (True, 480, 16, "pca")
+    assert cache["groups"]["cells"]["perturbations"] == 8
 
     head = "--batch-size 4 --set-size 8 --hidden 16 --n-layers 1 --n-heads 2 --num-workers 1"
     steps = "--max-steps 6 --val-every 3 --checkpoint-every 3 --log-every 3"

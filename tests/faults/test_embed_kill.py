@@ -1,4 +1,4 @@
-"""`sest embed` killed, or out of disk, at any moment: the same command then ends with the store it would have made.
+"""`sest embed` killed, or out of disk, at any moment: the same command then ends with the cache it would have made.
 
 The sweep runs in a process of its own (this file as a script), which has imported everything and never used Zarr, and
 so can fork: every run is a child that really dies of SIGKILL before its k-th file operation.
@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `small`, when run as a script
-from small import Notes, counts, gene_names, hashes, write_cells, write_se
-
-import sest.embed
-import sest.embed_plan
-import sest.encode_rows
-from sest.cache import StoreError, open_cache, schema
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the helpers, when run as a script
+import sest.embedding.embed
+import sest.embedding.plan
+import sest.embedding.rows
+from helpers.caches import hashes
+from helpers.h5ad_files import counts, gene_names, write_cells
+from helpers.se_model import write_se
+from sest.cache import CacheError, open_cache, schema
 from sest.cache.storage import LocalStorage
 from sest.config import EmbedConfig
-from sest.encoder import StateEncoder
+from sest.encoder.model import StateEncoder
 
 CHANGES = ("replace", "unlink", "truncate")  # of the os module; Zarr and pathlib use them too
 
@@ -37,7 +38,7 @@ class Child:
     """One run of `sest embed` in a forked process, which stops before its k-th file operation.
 
     Args:
-        folder: has the input, the model and the stores.
+        folder: has the input, the model and the caches.
         way: "killed": SIGKILL; "torn": SIGKILL in the middle of the k-th write to the journal; "full": from the k-th
             operation on, nothing can be written (ENOSPC).
     """
@@ -66,14 +67,14 @@ class Child:
     def _embed(self, cache: Path) -> int:
         # Shards of 8 cells, batches of 3, every batch spooled: all that can happen happens in a second.
         schema.ROWS_PER_CHUNK, schema.ROWS_PER_SHARD, schema.ENTRIES_PER_CHUNK, schema.ENTRIES_PER_SHARD = 4, 8, 64, 256
-        sest.embed_plan.SAMPLE_CELLS, sest.encode_rows.SPOOL_SECONDS = 9, 0.0
+        sest.embedding.plan.SAMPLE_CELLS, sest.embedding.rows.SPOOL_SECONDS = 9, 0.0
         config = EmbedConfig(encoder=str(self.folder / "se"), dim="4", batch_size=3, device="cpu")
         try:
-            sest.embed.embed([self.folder / "splits.toml"], cache, config, Notes())
+            sest.embedding.embed.embed([self.folder / "splits.toml"], cache, config)
             if not self.way:
                 assert open_cache(cache).verify() == []
         except Exception as error:  # noqa: BLE001 - shown, and the exit code says so
-            if self.way == "full" and (isinstance(error, StoreError) or getattr(error, "errno", 0) == errno.ENOSPC):
+            if self.way == "full" and (isinstance(error, CacheError) or getattr(error, "errno", 0) == errno.ENOSPC):
                 return errno.ENOSPC
             traceback.print_exc()
             return 1
@@ -92,7 +93,7 @@ class Child:
                     os.kill(os.getpid(), signal.SIGKILL)
                 append(storage, name, data)
 
-            LocalStorage.append = tearing  # type: ignore[method-assign]
+            LocalStorage.append = tearing  # type: ignore[method-assign, assignment]
         elif self.way:
             # what a kill leaves behind changes by these alone; a full disk is also noticed by fsync
             for name in CHANGES if self.way == "killed" else (*CHANGES, "fsync"):
@@ -155,19 +156,19 @@ def in_a_process(folder: Path, *plan: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_stopped_run_ends_with_the_same_store_when_repeated(tmp_path: Path) -> None:
+def test_a_stopped_run_ends_with_the_same_cache_when_repeated(tmp_path: Path) -> None:
     in_a_process(tmp_path, "killed:4", "torn:1", "full:1")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("plan", ["killed:0", "torn:0", "full:100"])
-def test_a_run_stopped_at_any_operation_ends_with_the_same_store_when_repeated(tmp_path: Path, plan: str) -> None:
+def test_a_run_stopped_at_any_operation_ends_with_the_same_cache_when_repeated(tmp_path: Path, plan: str) -> None:
     in_a_process(tmp_path, plan)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(5))
-def test_a_run_killed_again_and_again_ends_with_the_same_store(tmp_path: Path, seed: int) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_cache(tmp_path: Path, seed: int) -> None:
     in_a_process(tmp_path, f"chain:{seed}")
 
 
@@ -194,7 +195,7 @@ def test_the_command_saves_its_rows_and_exits_when_the_scheduler_asks(tmp_path: 
     rows = np.load(spooled)
     assert 0 < len(rows) < 16_384
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-    with pytest.raises(StoreError, match="unfinished"):
+    with pytest.raises(CacheError, match="unfinished"):
         open_cache(cache)
 
 

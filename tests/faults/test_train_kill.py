@@ -22,13 +22,13 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_group, write_store
 
+from helpers.caches import small_screen, write_cache
+from helpers.configs import small_config
 from sest.config import TrainConfig
-from sest.model import HeadSizes, new_model
-from sest.progress import Silent
-from sest.train import train
-from sest.window import MEASURED
+from sest.head.model import HeadSizes, new_model
+from sest.training.train import train
+from sest.training.window import MEASURED
 
 TESTS = Path(__file__).resolve().parent.parent
 OPERATIONS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir")
@@ -37,7 +37,7 @@ FATAL = ("fsync", "rename", "replace", "mkdir")  # others are lived with: files 
 
 def config() -> TrainConfig:
     """6 steps; at 2, 4 and 6 a validation (each the best so far) and a kept checkpoint; last/ at the end."""
-    return tiny_config(max_steps=6, checkpoint_every=2, val_every=2, log_every=2)
+    return small_config(max_steps=6, checkpoint_every=2, val_every=2, log_every=2)
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -84,7 +84,7 @@ def kill_itself() -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("store") / "s.zarr", [tiny_group()])
+    return write_cache(tmp_path_factory.mktemp("store") / "s.zarr", [small_screen()])
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,11 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         return call
 
     warm_up()
-    train(store, tmp_path_factory.mktemp("first") / "run", config(), Silent())  # numba fills its cache, with os.replace
+    train(store, tmp_path_factory.mktemp("first") / "run", config())  # numba fills its cache, with os.replace
     with ExitStack() as stack:
         for name in OPERATIONS:
             stack.enter_context(mock.patch.object(os, name, counted(name, getattr(os, name))))
-        train(store, run, config(), Silent())
+        train(store, run, config())
     assert all(uses.values()), uses
     return run, uses
 
@@ -126,11 +126,11 @@ def disk_fails_once(store: Path, run: Path, whole: dict[str, bytes], operation: 
     failed = False
     with mock.patch.object(os, operation, failing_at(k, getattr(os, operation), disk_full)):
         try:
-            train(store, run, config(), Silent())
+            train(store, run, config())
         except (OSError, ValueError):  # InputError where the run folder cannot be made
             failed = True
     if failed:
-        train(store, run, config(), Silent(), resume="auto")
+        train(store, run, config(), resume="auto")
     assert content(run) == whole, (operation, k)
     return failed
 
@@ -168,7 +168,7 @@ def test_the_lines_before_a_checkpoint_are_on_the_disk_when_it_takes_its_place(s
         rename(source, target)
 
     with mock.patch("os.fsync", note_fsync), mock.patch("os.rename", check_rename):
-        train(store, tmp_path / "run", config(), Silent())
+        train(store, tmp_path / "run", config())
     assert len(renamed) >= 6
 
 
@@ -199,7 +199,7 @@ def _child(store: Path, run: Path, operation: str | None, k: int) -> bool:
     if child == 0:
         if operation is not None:
             setattr(os, operation, failing_at(k, getattr(os, operation), kill_itself))
-        train(store, run, config(), Silent(), resume="auto")
+        train(store, run, config(), resume="auto")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     ended_well = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
@@ -209,7 +209,7 @@ def _child(store: Path, run: Path, operation: str | None, k: int) -> bool:
 
 def kill_at(store: Path, runs: Path, whole: dict[str, bytes], jobs: list[tuple[str, int]]) -> None:
     arguments = [sys.executable, "-W", "error", __file__, str(store), str(runs), json.dumps(jobs)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}  # for tiny.py, which pytest finds by itself
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}  # for the helpers, which pytest finds by itself
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for operation, k in jobs:

@@ -1,0 +1,104 @@
+"""Durable writes: the one place that renames and flushes. A file or folder appears whole under its name, or not at all.
+
+Always in this order: written aside, flushed to the disk, renamed, and the folder that holds the name flushed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
+NEW, OLD = ".new", ".old"  # end the hidden names of folders that are being written, or being replaced
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Flush a file's bytes, or a folder's names (new files, renames), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """Write a file and flush its bytes; its name is the caller's to make durable (see `folder_aside`)."""
+    _write(path, data, "wb")
+
+
+def append_durably(path: Path, data: bytes) -> None:
+    """Add bytes to the end of a file, which need not exist."""
+    new = not path.exists()
+    _write(path, data, "ab")
+    if new:
+        flush(path.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file of which this process is the only writer."""
+    write_aside(path, data)
+    flush(path.parent)
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it; the caller flushes the folder, once for many files."""
+    aside = path.with_name(path.name + PARTIAL)
+    write_flushed(aside, data)
+    os.replace(aside, path)
+
+
+@contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, of this process alone. It becomes `path` at the end of the block, or goes."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield aside
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """An empty folder to write files in with `write_flushed`. It becomes `folder` at the end of the block, or goes.
+
+    An older folder is replaced. A kill between the two renames leaves it as `.<name>.old`.
+    """
+    aside, old = folder.with_name(f".{folder.name}{NEW}"), folder.with_name(f".{folder.name}{OLD}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        flush(aside)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes, mode: str) -> None:
+    with open(path, mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,84 @@
+"""Who writes a cache: one lock for the cache, shared by the ranks, and one for every rank. None on object stores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+
+from sest.cache import schema
+from sest.cache.schema import CacheError
+from sest.cache.storage import Held, LocalStorage, Storage
+
+_BETWEEN_TRIES = 0.05  # seconds
+
+
+@contextmanager
+def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
+    """Hold the locks of one process that writes.
+
+    Raises:
+        CacheError: another process writes the cache, as this rank, or as one of another number of ranks.
+    """
+    alone = world_size == 1
+    with ExitStack() as locks:
+        try:
+            locks.callback(storage.hold(schema.LOCK, alone=alone, text=str(os.getpid())).close)
+        except Held as held:
+            raise CacheError(f"{storage} is being written by process {held}. Wait for it or stop it.") from held
+        if not alone:
+            try:
+                locks.callback(storage.hold(_lock_of(rank), alone=True, text=f"{os.getpid()} of {world_size}").close)
+            except Held as held:
+                raise CacheError(
+                    f"{storage} is being written by a process with --rank {rank} already ({held})."
+                ) from held
+            _refuse_other_size(storage, rank, world_size)
+        yield
+
+
+def other_ranks(storage: Storage, rank: int) -> list[int]:
+    """Ranks but `rank` whose processes write the cache now; unknown on object stores."""
+    return [other for other, _ in _held_by_others(storage, rank)]
+
+
+@contextmanager
+def finishing(storage: Storage) -> Iterator[None]:
+    """Of several processes that complete a cache at once, one enters and the others wait."""
+    while True:
+        with contextlib.suppress(Held):
+            lock = storage.hold(schema.FINISHING, alone=True, text=str(os.getpid()))
+            break
+        time.sleep(_BETWEEN_TRIES)
+    with closing(lock):
+        yield
+        storage.remove([schema.FINISHING])
+
+
+def _lock_of(rank: int) -> str:
+    return f"{schema.SPOOL}/lock-{rank}"
+
+
+def _held_by_others(storage: Storage, rank: int) -> Iterator[tuple[int, str]]:
+    """Other ranks that write now, and what their locks say."""
+    if not isinstance(storage, LocalStorage):
+        return
+    for file in (storage.root / schema.SPOOL).glob("lock-*"):
+        other = int(file.name.removeprefix("lock-"))
+        if other != rank:
+            try:
+                storage.hold(_lock_of(other), alone=False, text="").close()
+            except Held as held:
+                yield other, str(held)
+
+
+def _refuse_other_size(storage: Storage, rank: int, world_size: int) -> None:
+    for other, lock in _held_by_others(storage, rank):
+        process, _, size = lock.partition(" of ")
+        if size != str(world_size):
+            raise CacheError(
+                f"{storage} is being written with --world-size {size} (rank {other}, process {process}), not "
+                f"{world_size}. Wait for that, or give the same --world-size."
+            )

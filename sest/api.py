@@ -1,0 +1,207 @@
+"""What `import sest` offers: the steps as functions of paths or AnnData, and what they leave as objects.
+
+Everything here is thin: the work is in the rooms. Options are the fields of the configuration classes in sest.config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import anndata
+import pandas as pd
+
+from sest.cache import Cache, open_cache
+from sest.cells.in_memory import file_of
+from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
+from sest.notebook import shown_in_notebooks
+
+if TYPE_CHECKING:
+    from sest.evaluation.results import Evaluation
+    from sest.head.model import StateTransition
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Cells: TypeAlias = PathLike | anndata.AnnData
+WHERE = "the options"
+
+
+def embed(
+    inputs: Cells | Sequence[PathLike],
+    cache: PathLike,
+    *,
+    encoder: PathLike = "pca",
+    dim: int | str | None = None,
+    add: bool = False,
+    **options: Any,
+) -> Cache:
+    """Embed every cell of the inputs once, into `cache`; the same call again continues where it stopped.
+
+    Args:
+        inputs: .h5ad/.h5 files, one .toml in cell-load's form, or an AnnData in memory (its group is "cells").
+        cache: the folder to write, or a URL that fsspec knows.
+        encoder: an SE folder, a weights file, a Hugging Face repo id, or "pca", which needs no weights.
+        dim: stored width; "native", "state", or None: 512, or the native width where that is smaller.
+        add: files that a finished cache does not have yet are added to it.
+        **options: further fields of `sest.config.EmbedConfig`.
+
+    Raises:
+        sest.Error: bad input; nothing was written, or everything finished before is kept.
+        Interrupted: Ctrl-C; finished rows are saved.
+    """
+    from sest.embedding.embed import embed as run
+
+    config = EmbedConfig.from_values({"encoder": os.fspath(encoder), "dim": dim, **options}, WHERE)
+    several = [inputs] if isinstance(inputs, str | os.PathLike | anndata.AnnData) else inputs
+    with shown_in_notebooks(), ExitStack() as stack:
+        files = [stack.enter_context(file_of(cells, "cells", config.layer)) for cells in several]
+        run(files, os.fspath(cache), config, add=add)
+    return open_cache(os.fspath(cache))
+
+
+def train(cache: PathLike | Cache, run: PathLike, *, resume: bool | PathLike = False, **options: Any) -> Run:
+    """Train the head from a cache, into the folder `run`.
+
+    Args:
+        resume: True: go on from the run's furthest sound checkpoint; a path: from that checkpoint folder.
+        **options: fields of `sest.config.TrainConfig`. A resumed run keeps its own; only those in
+            `sest.config.RESUMABLE` may differ.
+
+    Raises:
+        sest.Error: bad input; nothing was trained.
+        TrainingFailed: a NaN validation, or too many steps in a row that are not finite; the last checkpoint is kept.
+        Interrupted: Ctrl-C; the step was finished and saved to last/. Go on with resume=True.
+    """
+    from sest.runs.run_folder import config_of
+    from sest.training.train import train as steps
+
+    folder, place = Path(run), cache.storage.url if isinstance(cache, Cache) else os.fspath(cache)
+    start = None if resume is False else "auto" if resume is True else os.fspath(resume)
+    config = config_of(folder, options, start, WHERE)
+    with shown_in_notebooks():
+        steps(Path(place), folder, config, resume=start)
+    return open_run(folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training."""
+
+    folder: Path
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """Lines of metrics.jsonl: (lines, columns); what a line lacks is NaN. Validations have a val_loss."""
+        from sest.runs.curves import read_lines
+        from sest.runs.run_folder import METRICS
+
+        return pd.DataFrame(read_lines(self.folder / METRICS))
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest val_loss, which best/ holds; None before the first validation."""
+        metrics = self.metrics
+        if "val_loss" not in metrics or metrics["val_loss"].isna().all():
+            return None
+        return int(metrics.loc[metrics["val_loss"].idxmin(), "step"])
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The options it was trained with."""
+        from sest.runs.run_folder import read_run_config
+
+        return TrainConfig.from_values(read_run_config(self.folder)[0], str(self.folder))
+
+    def load_model(self, checkpoint: str | None = None) -> StateTransition:
+        """The head: `model(basal (B, S, E), perturbation (B, P)) -> (B, S, G)`, in eval mode on the CPU.
+
+        Args:
+            checkpoint: "best", "last" or "checkpoint-step-N"; default: best, or last where nothing was validated.
+        """
+        from sest.runs.checkpoint import find_checkpoint, sound_checkpoint
+
+        return sound_checkpoint(find_checkpoint(self.folder, checkpoint)).model()
+
+    def predict(
+        self,
+        perturbations: Sequence[str] | Mapping[str, int] | None = None,
+        *,
+        cell_type: str | None = None,
+        controls: Cells | None = None,
+        out: PathLike | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> anndata.AnnData:
+        """Predict cells: X log1p (cells, G), with the real control cells they start from beside them.
+
+        Args:
+            perturbations: names (128 cells each, or `n_cells`), or a number of cells for each name; None: the cells of
+                the run's test split.
+            cell_type: of the controls to start from, where there are several.
+            controls: new control cells, embedded with the run's encoder; default: those of the run's cache.
+            out: also write them to this .h5ad.
+            **options: further fields of `sest.config.PredictConfig`.
+        """
+        from sest.prediction.predict import predict_cells
+
+        config = PredictConfig.from_values({"cell_type": cell_type, "seed": seed, **options}, WHERE)
+        with shown_in_notebooks(), ExitStack() as stack:
+            if controls is not None:
+                file = stack.enter_context(file_of(controls, "controls", config.layer))
+                config = dataclasses.replace(config, controls=str(file))
+            return predict_cells(self.folder, perturbations, config, out=out)
+
+    def report(self, out: PathLike | None = None, **options: Any) -> Path:
+        """Write the HTML report (default: report.html in the run's folder); returns its path.
+
+        Args:
+            **options: of `sest.report.write.write_report`, such as with_model=False.
+        """
+        from sest.report.write import write_report
+
+        with shown_in_notebooks():
+            return write_report(self.folder, out, **options).path
+
+
+def open_run(path: PathLike) -> Run:
+    """Open the folder of a training.
+
+    Raises:
+        sest.Error: it is not one.
+    """
+    from sest.runs.run_folder import read_run_config
+
+    read_run_config(Path(path))
+    return Run(Path(path))
+
+
+def predict(
+    run: PathLike | Run, perturbations: Sequence[str] | Mapping[str, int] | None = None, **options: Any
+) -> anndata.AnnData:
+    """Predict cells with a trained run; see `Run.predict`."""
+    return (run if isinstance(run, Run) else open_run(run)).predict(perturbations, **options)
+
+
+def evaluate(predicted: Cells, real: Cells, **options: Any) -> Evaluation:
+    """Score predicted against real cells, beside baselines.
+
+    Args:
+        predicted: what `Run.predict` returns or `sest predict` writes, or cells of any other model.
+        real: counts or log1p values.
+        **options: fields of `sest.config.EvaluateConfig`.
+
+    Returns:
+        an `Evaluation`, whose `.table` has a row for every cell type, perturbation and predictor.
+
+    Raises:
+        sest.Error: the two do not fit each other, or a file cannot be read.
+    """
+    from sest.evaluation.evaluate import evaluate as scores
+
+    with shown_in_notebooks():
+        return scores(predicted, real, EvaluateConfig.from_values(options, WHERE))

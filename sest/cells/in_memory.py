@@ -1,0 +1,54 @@
+"""Cells in memory as a file: what reads files with care then reads them too."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sest.errors import InputError, one_line, shown
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@contextmanager
+def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | None) -> Iterator[Path]:
+    """The .h5ad file of cells; those in memory are written to a temporary one, with no more than is read of it.
+
+    Args:
+        cells: a path, which is given back, or an AnnData, which stays as it is.
+        name: of the temporary file, without its ending; errors call the cells so.
+        layer: the layer that is read beside X.
+
+    Raises:
+        InputError: neither a path nor an AnnData, no such layer, or cells that no .h5ad can hold.
+    """
+    if isinstance(cells, str | os.PathLike):
+        yield Path(cells)
+        return
+    from anndata import AnnData  # slow to import
+
+    if not isinstance(cells, AnnData):
+        raise InputError(f"The {name} cells are of type {type(cells).__name__}; pass a path or an AnnData.")
+    if layer is not None and layer not in cells.layers:
+        raise InputError(f"The {name} cells have no layer {layer!r}. There are: {shown(cells.layers)}.")
+    if cells.isbacked:
+        cells = cells.to_memory()
+    part = AnnData(
+        X=cells.X,
+        obs=cells.obs.copy(),  # writing makes categories of text
+        var=cells.var.copy(),
+        layers={} if layer is None else {layer: cells.layers[layer]},
+        uns={"sest": cells.uns["sest"]} if "sest" in cells.uns else {},
+    )
+    with tempfile.TemporaryDirectory(prefix="sest-") as folder:
+        path = Path(folder) / f"{name}.h5ad"
+        try:
+            part.write_h5ad(path)
+        except Exception as error:  # of many kinds, none of them promised
+            raise InputError(f"The {name} cells cannot be written as an .h5ad: {one_line(error)}.") from error
+        yield path

@@ -1,0 +1,213 @@
+"""What `sest embed` was given: the files, their groups in the cache, and what each file's columns and values mean."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from sest import progress
+from sest.cache.schema import RESERVED
+from sest.cells.columns import Columns, detect_columns, labels
+from sest.cells.h5ad import CellFile
+from sest.cells.scale import Scan, decide_scale
+from sest.cells.split_file import SUFFIXES, SplitFile, read_splits
+from sest.cells.splits import GroupCells, group_cells
+from sest.config import EmbedConfig
+from sest.errors import InputError, shown
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_READ = 2048
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file and where it goes in the cache."""
+
+    group: str  # "dataset", or "dataset/file stem" where a dataset has several files
+    dataset: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One input file, scanned and understood; nothing has been written yet."""
+
+    source: Source
+    file: CellFile
+    scan: Scan
+    scale: str  # "counts" or "log1p"
+    columns: Columns
+    obs: pd.DataFrame  # perturbation, cell_type, batch (categorical), as the cache keeps them
+
+    @property
+    def group(self) -> str:
+        return self.source.group
+
+    @property
+    def is_control(self) -> np.ndarray:
+        """(n_cells,) bool; all False where the file has no perturbation column."""
+        if "perturbation" not in self.obs:
+            return np.zeros(len(self.obs), bool)
+        return (self.obs["perturbation"] == self.columns.control).to_numpy()
+
+    def read(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
+        """Read chosen cells (sorted row numbers), never more than ROWS_PER_READ neighbours at once."""
+        parts, i = [], 0
+        while i < len(rows):
+            j = int(np.searchsorted(rows, rows[i] + ROWS_PER_READ))
+            block = self.file.rows(int(rows[i]), int(rows[j - 1]) + 1)
+            parts.append(block if block.shape[0] == j - i else block[rows[i:j] - rows[i]])
+            i = j
+        return parts[0] if len(parts) == 1 else scipy.sparse.vstack(parts, format="csr")
+
+    def identity(self) -> dict[str, object]:
+        """What must be the same for a cache to be continued with this file."""
+        labels_hash = hashlib.sha256("\n".join(self.obs.index).encode())
+        for name in self.obs:
+            column = self.obs[name].cat
+            labels_hash.update(
+                repr((name, list(column.categories))).encode() + column.codes.to_numpy(np.int32).tobytes()
+            )
+        return {
+            "file": self.source.path.name,
+            "sha256": self.scan.sha256,
+            "labels_sha256": labels_hash.hexdigest(),
+            "scale": self.scale,
+            "columns": {
+                "perturbation": self.columns.perturbation,
+                "cell_type": self.columns.cell_type,
+                "batch": self.columns.batch,
+                "control": self.columns.control,
+            },
+        }
+
+    def as_group(self) -> GroupCells:
+        """The labels as `sest.cells.splits` reads them."""
+        return group_cells(self.group, self.source.dataset, self.obs, str(self.columns.control))
+
+
+def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[list[Source], SplitFile | None]:
+    """Turn the command's arguments into files: .h5ad/.h5 files, or one .toml that names datasets.
+
+    Args:
+        inputs: what was given on the command line.
+        roots: folders, beside the TOML's own and the working folder, that its paths may lead to.
+
+    Raises:
+        InputError: nothing there, another kind of file, two files of one name, or a TOML beside other inputs.
+    """
+    if not inputs:
+        raise InputError("No input. Give .h5ad or .h5 files, or one .toml that lists some.")
+    tomls = [path for path in inputs if path.suffix == ".toml"]
+    if tomls:
+        if len(inputs) > 1:
+            raise InputError(f"Give one .toml or several .h5ad files, not both ({shown(map(str, inputs))}).")
+        splits = read_splits(tomls[0], roots=tuple(roots))
+        sources = [
+            Source(name if len(files) == 1 else f"{name}/{file.stem}", name, file)
+            for name, files in splits.datasets.items()
+            for file in files
+        ]
+    else:
+        splits = None
+        sources = [Source(path.stem, path.stem, path) for path in inputs]
+    for source in sources:
+        if not source.path.exists():
+            raise InputError(f"{source.path} does not exist.")
+        if source.path.suffix not in SUFFIXES:
+            raise InputError(f"{source.path} is not an .h5ad or .h5 file (nor a .toml that lists some).")
+        for part in source.group.split("/"):
+            if not re.fullmatch(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*", part) or part in RESERVED:
+                raise InputError(
+                    f"'{part}' ({source.path}) cannot name a group of the cache: letters, digits and _.+@=,- can. "
+                    "Rename the file or the dataset."
+                )
+    twice = sorted(group for group, n in Counter(source.group for source in sources).items() if n > 1)
+    if twice:
+        raise InputError(
+            f"Several input files are named {shown(twice)}. Rename them, or make each a dataset of a .toml."
+        )
+    return sources, splits
+
+
+def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack) -> list[Cells]:
+    """Open and read every file once: fingerprint, scale, columns. Nothing is written.
+
+    Args:
+        stack: closes the files.
+
+    Raises:
+        InputError: for every kind of unusable file (see `sest.cells.h5ad` and `sest.cells.columns`).
+    """
+    files = [stack.enter_context(CellFile(source.path, config.layer)) for source in sources]
+    columns = [
+        detect_columns(
+            file.obs,
+            pert_col=config.pert_col,
+            cell_type_col=config.cell_type_col,
+            batch_col=config.batch_col,
+            control=config.control,
+        )
+        for file in files
+    ]
+    tables = [_obs(source, file, found) for source, file, found in zip(sources, files, columns, strict=True)]
+    result = []
+    progress.begin("Reading", sum(file.n_cells for file in files), "cells")
+    for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
+        scan = file.scan(progress.advance)
+        scale = decide_scale(scan, config.counts, file.path, file.layers)
+        if scan.n_negative and config.counts == "auto":
+            raise InputError(
+                f"{file.path} has {scan.n_negative:,} values below zero, as scaled data have: not counts, not log1p. "
+                f"Choose with --layer ({shown(('X', *file.layers))}), or pass --counts log1p to have them read as 0."
+            )
+        result.append(Cells(source, file, scan, scale, found, obs))
+    for cells in result:
+        _describe(cells)
+    return result
+
+
+def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
+    """The obs table of the cache: perturbation, cell_type and batch as categories, the index as in the file."""
+    table = {}
+    for name, column in (
+        ("perturbation", columns.perturbation),
+        ("cell_type", columns.cell_type),
+        ("batch", columns.batch),
+    ):
+        if column is not None:
+            codes, names = labels(file.obs, column)
+            table[name] = pd.Categorical.from_codes(codes, categories=list(names))
+        elif name != "perturbation":
+            table[name] = pd.Categorical.from_codes(np.zeros(file.n_cells, np.int32), categories=["unknown"])
+    return pd.DataFrame(table, index=file.obs.index.astype(str).rename(None))
+
+
+def _describe(cells: Cells) -> None:
+    """Say what was found in a file."""
+    name, columns = cells.source.path.name, cells.columns
+    logger.info(f"{name}: {cells.file.n_cells:,} cells x {cells.file.n_genes:,} genes, {cells.scale}.")
+    for note in columns.notes:
+        logger.info(f"{name}: {note}")
+    if columns.perturbation is None:
+        logger.info(f"{name}: no perturbation column: its embeddings are stored, but nothing can be trained on it.")
+    elif columns.cell_type is None:
+        logger.info(f"{name}: no cell type column: all cells count as one cell type, 'unknown'.")
+    empty = int((np.diff(cells.scan.indptr) == 0).sum())
+    if empty:
+        logger.info(f"{name}: {empty:,} cells have no counts at all; they are embedded with uniform gene shares.")
+    if cells.scan.n_negative:
+        logger.info(
+            f"{name}: {cells.scan.n_negative:,} negative values are read as 0 by the encoder, and stay targets."
+        )

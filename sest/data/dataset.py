@@ -1,0 +1,113 @@
+"""Everything a run reads: the cells of a cache, their splits and the perturbations' features, checked together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sest.cache import Cache, open_cache
+from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, read_splits
+from sest.cells.splits import SplitRow, assign_splits, split_table
+from sest.config import TrainConfig
+from sest.data.features import Features, make_features
+from sest.data.labels import Labels, read_embeddings, read_labels
+from sest.data.targets import Targets, read_targets
+from sest.errors import InputError, shown
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The cells of a run. N cells of all groups in the cache's order, E embedding width, G genes, P feature width."""
+
+    cache: Cache
+    labels: Labels
+    mask: np.ndarray  # (N,) uint8 bits of sest.cells.splits: TRAIN, VAL, TEST; 0: unused
+    features: Features
+    targets: Targets
+    embeddings: np.ndarray  # (controls, E) as stored
+    embedding_row: np.ndarray  # (N,) int64: a cell's row in `embeddings`, -1 for cells that are no controls
+    split_file: SplitFile | None
+    table: list[SplitRow]  # what each split holds, for people
+
+    def in_split(self, bit: int) -> np.ndarray:
+        """(N,) bool: the cells of a split."""
+        return (self.mask & bit) > 0
+
+    def held_out_whole(self) -> list[str]:
+        """Contexts with perturbed cells to validate or test on, and none to train on."""
+        perturbed = ~self.labels.is_control
+        seen = set(self.labels.context[perturbed & self.in_split(TRAIN)].tolist())
+        asked = set(self.labels.context[perturbed & (self.in_split(VAL) | self.in_split(TEST))].tolist())
+        return [" / ".join(self.labels.contexts[code]) for code in sorted(asked - seen)]
+
+
+def read_dataset(
+    cache: Cache | str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    feature_names: tuple[str, ...] | None = None,
+    scratch: Path | None = None,
+) -> Dataset:
+    """Read what training, prediction and validation need from a cache.
+
+    Args:
+        cache: opened, or its path or URL.
+        feature_names: the perturbations of a one-hot run, in its order (a resumed run or a prediction).
+        scratch: folder for the targets where memory does not hold them, or config.data_device is "disk".
+
+    Raises:
+        InputError, CacheError: an unusable cache, splits that do not fit it, features that are missing.
+    """
+    if not isinstance(cache, Cache):
+        cache = open_cache(os.fspath(cache))
+    labels, groups = read_labels(cache)
+    split_file = read_splits(Path(config.splits), resolve_files=False) if config.splits else None
+    splits = assign_splits(groups, split_file, seed=config.seed, val_fraction=config.val_fraction)
+    for note in splits.notes:
+        logger.info(note)
+    mask = np.concatenate([splits.masks[path] for path in labels.groups])
+    features = _features(labels, mask, config.perturbations, config.missing_perturbations, feature_names)
+    if config.missing_perturbations == "drop":
+        mask = _without(features.missing, labels, mask)
+    of_group = {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
+    table = split_table(groups, dataclasses.replace(splits, masks=of_group))
+    where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
+    targets = read_targets(cache, config.target_sum, where=where, scratch=scratch)
+    embeddings, embedding_row = read_embeddings(cache, labels)
+    return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
+
+
+def _features(labels: Labels, mask: np.ndarray, source: str, missing: str, names: tuple[str, ...] | None) -> Features:
+    """Features of the perturbations of the data; those no split uses need none.
+
+    `source` and `missing` as in TrainConfig; `names` see `read_dataset`.
+    """
+    used = np.unique(labels.perturbation[mask > 0])
+    needed = {labels.perturbations[code] for code in used if code}
+    features = make_features(source, names or labels.perturbations, missing, needed=needed)
+    if features.names != labels.perturbations:
+        raise InputError("The run was trained with one-hot features of other perturbations than this cache has.")
+    if features.missing:
+        what = "their cells are left out" if missing == "drop" else "zero vectors stand in"
+        logger.info(f"No features for {len(features.missing)} perturbations, {what}: {shown(features.missing)}.")
+    return features
+
+
+def _without(missing: tuple[str, ...], labels: Labels, mask: np.ndarray) -> np.ndarray:
+    """The mask (N,) without the cells of the perturbations `missing`; splits must not become empty."""
+    dropped = np.isin(labels.perturbation, [i for i, name in enumerate(labels.perturbations) if name in missing])
+    mask = np.where(dropped, 0, mask).astype(np.uint8)
+    for bit in (TRAIN, VAL):
+        if not (~labels.is_control & ((mask & bit) > 0)).any():
+            raise InputError(
+                f"None of the perturbations of the {SPLIT_NAMES[bit]} split has features ({shown(missing)}). "
+                "Name others in a splits file, or pass --missing-perturbations zero."
+            )
+    return mask

@@ -1,0 +1,92 @@
+"""Rows of a CSR as dense log1p expression on a CPU: one pass over the values, straight into a buffer that is reused.
+
+The arrays may lie in memory or be mapped from a file. Shapes: n rows, N cells, G genes. The twin for GPUs is
+`sest.data.resident.ResidentCells.expression`; both are the formula of `sest.cells.scale.log1p_rows`, against which
+tests/data hold them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sest.machine.jit import compiled
+
+SMALL_COUNTS = 64  # whole numbers below this, most of all counts, take their log1p from a table made once a cell
+
+
+@compiled(nogil=True)
+def _counts(rows: Any, indptr: Any, indices: Any, data: Any, factor: Any, out: Any) -> None:
+    table = np.empty(SMALL_COUNTS, np.float32)
+    for i in range(len(rows)):
+        cell = rows[i]
+        dense, scale = out[i], factor[cell]
+        dense[:] = np.float32(0.0)
+        for count in range(SMALL_COUNTS):
+            table[count] = math.log1p(np.float32(count) * scale) if scale > 0 else np.float32(count)
+        for k in range(indptr[cell], indptr[cell + 1]):
+            count = data[k]
+            if 0 <= count < SMALL_COUNTS:
+                dense[indices[k]] = table[count]
+            elif scale > 0:
+                dense[indices[k]] = math.log1p(np.float32(count) * scale)
+            else:
+                dense[indices[k]] = np.float32(count)
+
+
+@compiled(nogil=True)
+def _values(rows: Any, indptr: Any, indices: Any, data: Any, factor: Any, out: Any) -> None:
+    for i in range(len(rows)):
+        cell = rows[i]
+        dense, scale = out[i], factor[cell]
+        dense[:] = np.float32(0.0)
+        for k in range(indptr[cell], indptr[cell + 1]):
+            value = np.float32(data[k])
+            dense[indices[k]] = math.log1p(value * scale) if scale > 0 else value
+
+
+@compiled(nogil=True)
+def _copy(rows: Any, indptr: Any, indices: Any, data: Any, to_indices: Any, to_data: Any) -> None:
+    place = 0
+    for i in range(len(rows)):
+        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            to_indices[place], to_data[place] = indices[k], data[k]
+            place += 1
+
+
+def dense_log1p(
+    rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, factor: np.ndarray, out: np.ndarray
+) -> None:
+    """Write cells as log1p values into `out`, in the calling thread and without the interpreter's lock.
+
+    Args:
+        rows: (n,) int64 cells, each in 0 .. N - 1, as is checked.
+        indptr: (N + 1,) int64.
+        indices: (nnz,) unsigned or signed whole numbers below G; a gene at most once a cell.
+        data: (nnz,) counts, whole or float32, or log1p values.
+        factor: (N,) float32 that counts are multiplied with; 0 marks cells whose values are log1p already.
+        out: (n, G) float32.
+    """
+    _check_rows(rows, len(indptr) - 1)
+    kernel = _counts if np.issubdtype(data.dtype, np.integer) else _values
+    kernel(rows, indptr, indices, data, factor, out)
+
+
+def take_rows(
+    rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows (n,) of a CSR as a CSR of their own: indptr (n + 1,) int64, indices (m,) int32, data (m,) as stored."""
+    _check_rows(rows, len(indptr) - 1)
+    of_rows = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(indptr[rows + 1] - indptr[rows], out=of_rows[1:])
+    to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
+    _copy(rows, indptr, indices, data, to_indices, to_data)
+    return of_rows, to_indices, to_data
+
+
+def _check_rows(rows: np.ndarray, n_cells: int) -> None:
+    """The compiled loops would read anywhere."""
+    if len(rows) and not 0 <= rows.min() <= rows.max() < n_cells:
+        raise IndexError(f"rows {rows.min()} .. {rows.max()} of {n_cells} cells")

@@ -1,0 +1,261 @@
+"""What an `embed` command will do, decided before anything is written: the encoder, the width, the PCA's sample.
+
+Shapes: B cells, D native width, E stored width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sest import __version__
+from sest.cache import schema
+from sest.cache.layout import GroupPlan
+from sest.cache.storage import Storage, open_group
+from sest.cells.inputs import Cells
+from sest.cells.split_file import TRAIN, SplitFile
+from sest.cells.splits import assign_splits
+from sest.config import EmbedConfig
+from sest.encoder.base import CellEncoder
+from sest.encoder.choose import make_encoder
+from sest.encoder.pca import PCA, PcaEncoder, Projection, hash_names
+from sest.errors import InputError, shown
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DIM = 512
+SAMPLE_CELLS = 16_384  # at most, for the PCA
+FIDELITY_CELLS = 64  # on which an approximate encoder is compared with the exact one
+
+
+@dataclass(frozen=True)
+class EmbedPlan:
+    """What an `embed` command does; `--dry-run` stops here."""
+
+    cells: list[Cells]
+    encoder: CellEncoder
+    dim: int  # E
+    projected: bool  # whether a PCA stands between the encoder and the cache
+    sample: list[np.ndarray]  # per file: sorted rows of the PCA's sample
+    selected: list[np.ndarray]  # per file: sorted rows to embed
+    attributes: dict[str, Any]  # of the cache's root
+    complete: bool = False  # whether the cache is
+
+    @property
+    def n_selected(self) -> int:
+        return sum(map(len, self.selected))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of embeddings plus uncompressed targets."""
+        width = np.dtype(self.attributes["dtype"]).itemsize
+        cells = sum(c.file.n_cells for c in self.cells)
+        return cells * self.dim * width + sum(int(c.scan.indptr[-1]) * 6 for c in self.cells)
+
+
+def plan_cache(cells: list[Cells], splits: SplitFile | None, config: EmbedConfig) -> EmbedPlan:
+    """Load the encoder, decide the width and the sample; everything that can be refused is refused here."""
+    encoder = make_encoder(config, cells)
+    selected = _selected(cells, config.cells)
+    eligible = _eligible(cells, selected, splits, config.seed)
+    n_sample = min(SAMPLE_CELLS, sum(map(len, eligible)))
+    dim, projected = _width(config.dim, encoder, n_sample)
+    sample = _draw(eligible, n_sample, config.seed) if projected else _no_sample(cells)
+    if projected and splits is not None:
+        logger.info(f"The PCA is fitted on training cells of {splits.path.name} only.")
+    encoder.prepare(cells, sample, _number(config.dim), dim)
+    dim = encoder.fitted.basis.shape[1] if encoder.fitted else dim
+    if config.dim in (None, "native"):
+        logger.info(
+            f"Stored width: {dim}" + (f" (PCA of {encoder.native_dim})." if projected else " (the native width).")
+        )
+    sample_hash = hashlib.sha256(b"".join(rows.astype(np.int64).tobytes() for rows in sample)).hexdigest()
+    attributes = {
+        **_attributes(cells, encoder, config),
+        "dim": dim,
+        "projection": "pca" if projected else ("state" if config.dim == "state" else "none"),
+        "projection_sample_sha256": sample_hash if projected else None,
+    }
+    return EmbedPlan(cells, encoder, dim, projected, sample, selected, attributes)
+
+
+def plan_addition(
+    cells: list[Cells],
+    config: EmbedConfig,
+    existing: dict[str, Any],
+    storage: Storage,
+) -> EmbedPlan:
+    """As `plan_cache`, for files that join a cache: its width and its projection hold for them too.
+
+    Args:
+        existing: the cache's attributes.
+    """
+    stored = None
+    if existing.get("projection") == "pca":
+        if f"{schema.PROJECTION}/{schema.ROOT}" not in storage.sizes():
+            raise InputError(f"{storage} is unfinished. Run the command that began it before adding files.")
+        stored = stored_projection(storage)
+    if config.encoder == PCA and stored is not None:
+        encoder: CellEncoder = _pca_of_cache(cells, stored, storage, existing["encoder_sha256"])
+    else:
+        encoder = make_encoder(config, cells)
+    attributes = {
+        **_attributes(cells, encoder, config),
+        "dim": _number(config.dim) or existing["dim"],
+        "projection": "state" if config.dim == "state" else existing["projection"],
+        "projection_sample_sha256": existing["projection_sample_sha256"],
+    }
+    if stored is not None:
+        logger.info("The new cells are projected with the PCA of the cache, which they had no part in.")
+    selected = _selected(cells, config.cells)
+    return EmbedPlan(cells, encoder, existing["dim"], stored is not None, _no_sample(cells), selected, attributes)
+
+
+def _pca_of_cache(cells: list[Cells], projection: Projection, storage: Storage, sha256: str) -> PcaEncoder:
+    """The pca encoder that a cache was made with, whose hash is `sha256`: of all the genes it chose its own from."""
+    genes = [str(name) for name in dict(open_group(storage, schema.PROJECTION).attrs)["genes"]]  # type: ignore[union-attr]
+    for c in cells:
+        if missing := sorted(set(genes) - set(map(str, c.file.var.index))):
+            raise InputError(
+                f"{c.file.path} lacks {len(missing):,} of the {len(genes):,} genes of the PCA of {storage}: "
+                f"{shown(missing)}. Make a cache of all files together instead."
+            )
+    encoder = PcaEncoder.from_projection(genes, projection)
+    encoder.sha256 = sha256
+    return encoder
+
+
+def _attributes(cells: list[Cells], encoder: CellEncoder, config: EmbedConfig) -> dict[str, Any]:
+    """What the root of the cache says, but for the width."""
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "sest_version": __version__,
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.sha256,
+        "gene_table_sha256": encoder.gene_table_sha256(),
+        "native_dim": encoder.native_dim,
+        "max_tokens": encoder.max_tokens,
+        "dtype": config.dtype,
+        "precision": encoder.precision,
+        "cells": config.cells,
+        "seed": config.seed,
+        "groups": [c.group for c in cells],
+        "inputs": {c.group: {**c.identity(), "genes_sha256": hash_names(encoder.gene_names(c))} for c in cells},
+        "licence": schema.LICENCE_NOTE if encoder.name != PCA else None,
+    }
+
+
+def _selected(cells: list[Cells], which: str) -> list[np.ndarray]:
+    """Per file, the sorted rows to embed: "all" or "controls"."""
+    selected = [np.flatnonzero(c.is_control) if which == "controls" else np.arange(c.file.n_cells) for c in cells]
+    if not sum(map(len, selected)):
+        raise InputError("--cells controls, but no file has control cells. Pass --pert-col and --control.")
+    return selected
+
+
+def _no_sample(cells: list[Cells]) -> list[np.ndarray]:
+    return [np.zeros(0, np.int64)] * len(cells)
+
+
+def measure_fidelity(plan: EmbedPlan) -> dict[str, float] | None:
+    """How close an approximate encoder comes to the exact one, on a few cells of the first file; said and recorded."""
+    cells, rows = next((c, rows) for c, rows in zip(plan.cells, plan.selected, strict=True) if len(rows))
+    numbers = rows[np.unique(np.linspace(0, len(rows) - 1, FIDELITY_CELLS).astype(np.int64))]
+    found = plan.encoder.fidelity(cells, cells.read(numbers), numbers)
+    if found is not None:
+        logger.info(
+            f"Approximate: cosine to the exact embedding on {found['n_cells']} cells: mean {found['cosine_mean']:.5f}, "
+            f"lowest {found['cosine_min']:.5f}."
+        )
+    return found
+
+
+def _number(dim: int | str | None) -> int | None:
+    """The width that --dim gives as a number; None for a word, or nothing."""
+    return dim if isinstance(dim, int) else None
+
+
+def _width(asked: int | str | None, encoder: CellEncoder, n_sample: int) -> tuple[int, bool]:
+    """The stored width and whether a PCA makes it."""
+    native = encoder.native_dim
+    if asked == "state":
+        if encoder.n_extra == 0:
+            raise InputError(f"--dim state is what an SE encoder gives; '{encoder.name}' has no dataset columns.")
+        return native + encoder.n_extra, False
+    number = _number(asked)
+    dim = number or (native if asked == "native" else min(DEFAULT_DIM, native))
+    if number is None and encoder.always_projected:
+        return dim, True  # or its rank, where that is smaller
+    if dim > native:
+        raise InputError(f"--dim {dim} is above the native width {native} of '{encoder.name}'. Use {native} or less.")
+    projected = dim < native or encoder.always_projected
+    if projected and dim > n_sample - 1:
+        raise InputError(
+            f"A PCA to {dim} dimensions needs more than {dim} cells; there are {n_sample}. "
+            f"Pass --dim native, or --dim {max(1, n_sample - 1)} or less."
+        )
+    return dim, projected
+
+
+def _eligible(cells: list[Cells], selected: list[np.ndarray], splits: SplitFile | None, seed: int) -> list[np.ndarray]:
+    """Rows the PCA may be fitted on: training cells only, where splits are given."""
+    if splits is None:
+        return selected
+    for c in cells:
+        if c.columns.perturbation is None:
+            raise InputError(
+                f"{c.file.path} has no perturbation column, which the splits of {splits.path} need. "
+                "Pass --pert-col, or give the files instead of the .toml."
+            )
+    masks = assign_splits([c.as_group() for c in cells], splits, seed=seed).masks
+    return [rows[(masks[c.group][rows] & TRAIN) > 0] for c, rows in zip(cells, selected, strict=True)]
+
+
+def _draw(eligible: list[np.ndarray], n_sample: int, seed: int) -> list[np.ndarray]:
+    """A seeded sample over all files: per file, sorted rows."""
+    ends = np.cumsum([0, *map(len, eligible)])
+    chosen = np.sort(np.random.default_rng([seed, 0x5A3B1E]).choice(ends[-1], n_sample, replace=False))
+    return [
+        rows[chosen[np.searchsorted(chosen, a) : np.searchsorted(chosen, b)] - a]
+        for rows, a, b in zip(eligible, ends, ends[1:], strict=False)
+    ]
+
+
+def group_plan(plan: EmbedPlan, c: Cells, selected: np.ndarray) -> GroupPlan:
+    """What the group of one file will hold, of which the rows `selected` are embedded."""
+    attributes = {
+        **c.identity(),
+        "dataset": c.source.dataset,
+        "n_cells": c.file.n_cells,
+        "n_genes": c.file.n_genes,
+        "n_embedded": len(selected),
+        "perturbations": len(set(c.obs["perturbation"]) - {c.columns.control}) if "perturbation" in c.obs else 0,
+        "controls": int(c.is_control.sum()),
+    }
+    return GroupPlan(
+        path=c.group,
+        indptr=c.scan.indptr if plan.attributes["targets"] else np.zeros_like(c.scan.indptr),
+        n_genes=c.file.n_genes,
+        target_dtype=_target_dtype(c),
+        dim=plan.dim,
+        embedding_dtype=plan.attributes["dtype"],
+        attributes=attributes,
+    )
+
+
+def _target_dtype(cells: Cells) -> str:
+    """The smallest type that holds a file's values exactly: integers for counts."""
+    if cells.scale == "counts" and cells.scan.all_integer:
+        for dtype in ("int16", "int32"):
+            if cells.scan.max_value <= np.iinfo(dtype).max:
+                return dtype
+    return "float32"
+
+
+def stored_projection(storage: Storage) -> Projection:
+    """The projection of a cache, which all its shards share."""
+    return Projection(**{name: np.asarray(array[:]) for name, array in open_group(storage, schema.PROJECTION).arrays()})

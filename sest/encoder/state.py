@@ -1,0 +1,175 @@
+"""The State Embedding model as an encoder of files: the genes each shares with it, batches that fit the memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from sest.cells.columns import GeneMatch, match_genes
+from sest.cells.inputs import Cells
+from sest.encoder.model import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
+from sest.encoder.pca import Projection, hash_names
+from sest.encoder.weights import EncoderWeights
+from sest.errors import InputError, shown
+from sest.machine.devices import DTYPES
+
+logger = logging.getLogger(__name__)
+
+# Bytes of activations of one forward pass on a CPU: larger ones are mapped, cleared and unmapped time and again.
+ACTIVATION_BUDGET = 2**25
+
+
+class SeEncoder:
+    """A State Embedding model (sest.encoder.model) and the genes each file shares with it.
+
+    Raises:
+        InputError: a file whose genes the model does not know, or cannot tell apart.
+    """
+
+    always_projected = False
+    n_extra = N_DATASET_COLUMNS
+    fitted: Projection | None = None
+
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        cells: Sequence[Cells],
+        device: torch.device,
+        precision: str,
+        *,
+        seed: int,
+        max_tokens: int | None,
+    ) -> None:
+        matches = {c.group: _match(c, weights.genes) for c in cells}
+        self.precision = precision
+        self._model = StateEncoder(
+            weights, device, DTYPES[precision], seed, max_tokens=max_tokens, eight_bits=precision == "fp8"
+        )
+        self.max_tokens = self._model.pad_length if self._model.pad_length < weights.pad_length else None
+        self._weights = weights
+        self._most = sys.maxsize  # cells a forward pass that the memory has held
+        self.name, self.sha256, self.native_dim = self._model.name, self._model.sha256, self._model.native_dim
+        self._genes = {c.group: _unique_names(c, matches[c.group].names) for c in cells}
+        self._kept: dict[str, KeptGenes] = {
+            c.group: self._model.keep(matches[c.group].positions, matches[c.group].tokens, c.file.n_genes)
+            for c in cells
+        }
+        logger.info(f"Encoder {self.name} ({self._model.describe()}) on {device}, {precision}.")
+        if self.max_tokens is not None:
+            logger.info(
+                f"Sentences are cut to {self.max_tokens} of {weights.pad_length} tokens: embeddings are approximate."
+            )
+
+    def prepare(self, cells: Sequence[Cells], sample: Sequence[np.ndarray], dim: int | None, at_most: int) -> None:
+        """Nothing to fit: the weights are given."""
+
+    def encode(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:
+        return self.run(cells, self.stage(cells, rows, numbers))
+
+    def stage(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> Staged:
+        return self._model.stage(rows, numbers, cells.scale, self._kept[cells.group])
+
+    def run(self, cells: Cells, staged: Staged) -> np.ndarray:
+        out, most = _run_in_parts(self._model, staged, self._kept[cells.group], self._most)
+        if most < self._most:
+            self._most = most
+            logger.info(f"{len(staged)} cells at once do not fit the memory: going on with {most}.")
+        return out
+
+    def fidelity(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> dict[str, float] | None:
+        """Cosine between the CLS embeddings of these cells and those of whole sentences, of bf16 instead of fp8.
+
+        Returns:
+            n_cells, cosine_mean and cosine_min; None where nothing is approximate.
+        """
+        if self.max_tokens is None and self.precision != "fp8":
+            return None
+        exact, kept = self._model.with_slots(self._weights.pad_length), self._kept[cells.group]
+        if self.precision == "fp8":
+            exact = StateEncoder(self._weights, exact.device, exact.dtype, exact.seed)
+        expected, _ = _run_in_parts(exact, exact.stage(rows, numbers, cells.scale, kept), kept, self._most)
+        a, b = (x[:, : self.native_dim].astype(np.float64) for x in (self.encode(cells, rows, numbers), expected))
+        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        return {
+            "n_cells": len(numbers),
+            "cosine_mean": round(float(cosine.mean()), 5),
+            "cosine_min": round(float(cosine.min()), 5),
+        }
+
+    def gene_names(self, cells: Cells) -> list[str]:
+        return self._genes[cells.group]
+
+    def gene_table_sha256(self) -> str:
+        return hash_names(self._model.genes)
+
+    def projection_attributes(self) -> dict[str, Any]:
+        return {}
+
+    def batch_size(self, asked: int) -> int:
+        if asked:
+            return asked
+        device, a_cell = self._model.device, self._model.activation_bytes()
+        budget = int(torch.cuda.mem_get_info(device)[0] * 0.5) if device.type == "cuda" else ACTIVATION_BUDGET
+        return int(np.clip(budget // a_cell, 1, 256))
+
+
+def _run_in_parts(model: StateEncoder, staged: Staged, kept: KeptGenes, most: int) -> tuple[np.ndarray, int]:
+    """Run a batch in parts of at most `most` cells; where memory runs out, halve them.
+
+    Returns:
+        (B, O + 10) float32, and the number of cells that fitted (`most`, where all did).
+
+    Raises:
+        InputError: one cell alone does not fit.
+    """
+    parts: list[np.ndarray] = []
+    start = 0
+    while start < len(staged):
+        part = staged.part(start, start + most)
+        try:
+            parts.append(model.run(part, kept).cpu().numpy())
+        except torch.OutOfMemoryError as error:
+            if len(part) == 1:
+                raise InputError(
+                    f"A single cell does not fit the memory of {model.device}: its {model.pad_length} tokens need "
+                    f"about {model.activation_bytes() / 1e6:.0f} MB beside the weights. Stop what else uses the "
+                    "device, or pass --max-tokens, another --device or a lower --precision."
+                ) from error
+            most = len(part) // 2
+        else:
+            start += len(part)
+    return np.concatenate(parts), most
+
+
+def _match(cells: Cells, known: Sequence[str]) -> GeneMatch:
+    """Which of a file's genes the encoder knows, and by which column (which is said)."""
+    try:
+        match = match_genes(cells.file.var, known)
+    except InputError as error:
+        raise InputError(f"{cells.file.path.name}: {error}") from error
+    logger.info(
+        f"{cells.source.path.name}: {len(match.tokens):,} of {cells.file.n_genes:,} genes are known to the encoder "
+        f"({match.column})."
+    )
+    return match
+
+
+def _unique_names(cells: Cells, names: Sequence[str]) -> list[str]:
+    """The matched names; a gene without one, or whose name repeats, keeps its name in the var index (which is said)."""
+    often = Counter(names)
+    index = list(map(str, cells.file.var.index))
+    result = [name if name and often[name] == 1 else i for name, i in zip(names, index, strict=True)]
+    changed = sum(a != b for a, b in zip(result, names, strict=True))
+    if changed:
+        logger.info(f"{cells.source.path.name}: {changed:,} genes without a name of their own keep their var index.")
+    if len(set(result)) < len(result):
+        twice = [name for name, n in Counter(result).items() if n > 1]
+        raise InputError(f"{cells.source.path.name} names {len(twice)} genes twice: {shown(twice)}. Rename them.")
+    return result

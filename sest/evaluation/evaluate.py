@@ -1,0 +1,190 @@
+"""Score a prediction against real cells, always beside baselines that need no network.
+
+Own metrics (sest.evaluation.metrics) are computed on pseudobulks streamed from both files; with the extra `eval`,
+cell-eval adds the Virtual Cell Challenge's DES and overall score. Shapes: N cells, G genes of the prediction, pairs =
+(cell type, perturbation) of the prediction. Space: log1p of counts normalised to target_sum.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+import sest
+from sest import progress
+from sest.cells.h5ad import CellFile
+from sest.cells.in_memory import file_of
+from sest.config import EvaluateConfig
+from sest.errors import shown
+from sest.evaluation.cell_eval_scores import (
+    CONTROL,
+    CellEvalFailed,
+    cell_eval_scores,
+    cells_with_mean,
+    controls_of,
+    overall_scores,
+    stack,
+)
+from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.evaluation.record import Record, read_record
+from sest.evaluation.results import Evaluation, means_over_pairs
+from sest.evaluation.sides import Comparison, align, prediction_columns, real_columns, target_sums
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def evaluate(
+    predicted: str | os.PathLike[str] | AnnData,
+    real: str | os.PathLike[str] | AnnData,
+    config: EvaluateConfig | None = None,
+) -> Evaluation:
+    """Score predicted cells (log1p, with controls) against real ones (counts or log1p).
+
+    An effect is a pseudobulk minus the control mean of its own file, as in cell-eval; PDS ranks within each cell type.
+    Counts are normalised over all genes of their file.
+
+    Args:
+        predicted, real: .h5ad files, or AnnData in memory (written to a temporary file and read from it).
+        config: column names, layer, values and control label describe `real`; a prediction of `sest predict` knows its
+            own, a foreign one is read with the same names or detected.
+
+    Raises:
+        InputError: genes or pairs of the prediction that `real` does not have, cell types without real controls,
+            several possible columns, and whatever makes a file unreadable.
+    """
+    config = config or EvaluateConfig()
+    notes: list[str] = []
+    p_name, r_name = _name(predicted, "predicted"), _name(real, "real")
+    with (
+        file_of(predicted, "predicted", None) as p_path,
+        file_of(real, "real", config.layer) as r_path,
+        CellFile(p_path) as p,
+        CellFile(r_path, config.layer) as r,
+    ):
+        p.path, r.path = Path(p_name), Path(r_name)  # what messages call them
+        record = read_record(p_path)
+        given = config.pert_col, config.cell_type_col, config.control
+        p_columns = prediction_columns(p, record, *given)
+        r_columns = real_columns(r, p_columns, *given)
+        notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
+        sums = target_sums(p, r, record, config.counts, config.target_sum, notes)
+        task = align(p, p_columns, r, r_columns, sums)
+        table, predictors, n_controls = _own_scores(task, record, notes)
+        overall: dict[str, float] = {}
+        if config.cell_eval:
+            table, overall = _add_cell_eval(table, task, predictors, config.threads, config.seed, notes)
+    summary = means_over_pairs(table)
+    if overall:
+        summary["overall_score_over"] = overall
+    provenance: dict[str, object] = {
+        "predicted": p_name,
+        "real": r_name,
+        "layer": config.layer,
+        "control": r_columns.control,
+        "predicted_counts_normalised_to": sums[0],
+        "real_counts_normalised_to": sums[1],
+        "n_genes": len(task.genes),
+        "n_pairs": len(task.pairs),
+        "n_real_controls": n_controls,
+        "sest": sest.__version__,
+        "cell_eval": importlib.metadata.version("cell-eval") if overall else None,
+        "seed": config.seed,
+    }
+    return Evaluation(table, summary, provenance, tuple(notes))
+
+
+def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
+    return os.fspath(cells) if isinstance(cells, str | os.PathLike) else f"{what} AnnData"
+
+
+def _own_scores(
+    task: Comparison, record: Record | None, notes: list[str]
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, int]]:
+    """The table with the own metrics, each predictor's pseudobulks (n_pairs, G), and real controls a cell type."""
+    n_types, own_type = len(task.cell_types), task.own_type
+    predicted, n_predicted = task.predicted.pseudobulks(task.n_groups, "predicted cells")
+    real, n_real = task.real.pseudobulks(task.n_groups, "real cells")
+    without = np.flatnonzero(n_predicted[:n_types] == 0)
+    if len(without):
+        predicted[without] = real[without]
+        names = shown(task.cell_types[i] for i in without)
+        notes.append(f"The prediction has no control cells of {names}: its effects are from the real ones.")
+    predictors = {"model": predicted[n_types:], "context_mean": real[own_type]}
+    if record is not None:
+        predictors |= record.baselines_of(task.pairs, len(task.genes))
+    table = pd.DataFrame(task.pairs, columns=["cell_type", "perturbation"])
+    table["n_predicted"], table["n_real"] = n_predicted[n_types:], n_real[n_types:]
+    observed, control = real[n_types:], real[own_type]
+    parts = []
+    for name, means in predictors.items():
+        own_control = control if name == "context_mean" else predicted[own_type]
+        pds = np.empty(len(means))
+        for i in range(n_types):
+            at = np.flatnonzero(own_type == i)
+            perturbations = [task.pairs[row][1] for row in at]
+            pds[at] = discrimination_score(
+                means[at], observed[at], control[at], perturbations, task.genes, own_control[at]
+            )
+        parts.append(
+            table.assign(
+                predictor=name,
+                pearson_delta=pearson_delta(means, observed, control, own_control),
+                mae=mean_absolute_error(means, observed),
+                pds=pds,
+            )
+        )
+    n_controls = dict(zip(task.cell_types, n_real[:n_types].tolist(), strict=True))
+    return pd.concat(parts, ignore_index=True), predictors, n_controls
+
+
+def _add_cell_eval(
+    table: pd.DataFrame,
+    task: Comparison,
+    predictors: dict[str, np.ndarray],
+    threads: int,
+    seed: int,
+    notes: list[str],
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """The table with cell-eval's columns, and its overall scores; as it was, with a note, where that cannot be."""
+    if importlib.util.find_spec("cell_eval") is None:
+        notes.append("cell-eval is not installed: no DES and no overall score. Run pip install 'sest[eval]'.")
+        return table, {}
+    try:
+        scores = _scores_of_cell_eval(task, predictors, threads, seed)
+    except CellEvalFailed as error:
+        notes.append(f"cell-eval failed, so there is no DES and no overall score: {error}.")
+        return table, {}
+    table = table.merge(scores, on=["cell_type", "perturbation", "predictor"], how="left", validate="one_to_one")
+    return table, overall_scores(table)
+
+
+def _scores_of_cell_eval(task: Comparison, predictors: dict[str, np.ndarray], threads: int, seed: int) -> pd.DataFrame:
+    """cell-eval's columns for every (cell_type, perturbation, predictor), one cell type in memory at a time."""
+    parts = []
+    n_types = len(task.cell_types)
+    progress.begin("Running cell-eval", n_types, "cell types")
+    for at, cell_type in enumerate(task.cell_types):
+        rows = {n_types + i: name for i, (of, name) in enumerate(task.pairs) if of == cell_type}  # group -> name
+        real, predicted = (side.cells_of({at: CONTROL, **rows}) for side in (task.real, task.predicted))
+        if CONTROL not in predicted[1]:
+            predicted = stack([predicted, controls_of(real)])
+        predictions = {"model": predicted}
+        for predictor in [name for name in predictors if name != "model"]:
+            controls = controls_of(real if predictor == "context_mean" else predicted)
+            stand_in = [controls]
+            for group, perturbation in rows.items():
+                n = int((task.predicted.group == group).sum())  # the model's number: the same power for its test
+                rng = np.random.default_rng([seed, group])  # the same choice of control cells for every baseline
+                mean = predictors[predictor][group - n_types]
+                stand_in.append((cells_with_mean(mean, controls[0], n, rng), np.repeat(perturbation, n)))
+            predictions[predictor] = stack(stand_in)
+        parts.append(cell_eval_scores(real, predictions, task.genes, threads).assign(cell_type=cell_type))
+        progress.advance(1)
+    return pd.concat(parts, ignore_index=True)

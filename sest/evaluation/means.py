@@ -1,0 +1,89 @@
+"""Pseudobulks of the cells of a run: of the (context, perturbation) pairs of a split, and the effects in training.
+
+Shapes: N cells, K pairs, G genes. Space: log1p, as the run's targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+from sest.cells.split_file import TRAIN
+from sest.data.dataset import Dataset
+from sest.data.targets import Targets
+from sest.evaluation.baselines import TrainingMeans
+
+ROWS_PER_BLOCK = 8192
+
+
+def pseudobulks(targets: Targets, code: np.ndarray, n_groups: int) -> np.ndarray:
+    """Mean log1p expression of groups of cells.
+
+    Args:
+        code: (N,) int group of every cell, -1 for cells in none.
+        n_groups: how many groups; every one must have a cell.
+
+    Returns:
+        (n_groups, G) float64.
+    """
+    rows = np.flatnonzero(code >= 0)
+    sums = np.zeros((n_groups, len(targets.genes)))
+    for start in range(0, len(rows), ROWS_PER_BLOCK):
+        block = rows[start : start + ROWS_PER_BLOCK]
+        values = targets.log1p(block).astype(np.float64)
+        member = scipy.sparse.csr_matrix(
+            (np.ones(len(block)), (code[block], np.arange(len(block)))), shape=(n_groups, len(block))
+        )
+        sums += (member @ values).toarray()
+    counts = np.bincount(code[rows], minlength=n_groups)
+    assert (counts > 0).all(), "a group without cells"
+    return sums / counts[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pseudobulks of the (context, perturbation) pairs of a split, beside those of their controls. K pairs, G genes."""
+
+    context: np.ndarray  # (K,) codes of Labels.contexts
+    perturbation: np.ndarray  # (K,) codes of Labels.perturbations
+    n_cells: np.ndarray  # (K,)
+    observed: np.ndarray  # (K, G) float64
+    control: np.ndarray  # (K, G) float64
+
+
+def split_pairs(data: Dataset, bit: int) -> Pairs:
+    """Pseudobulks of all perturbed cells and of the controls of a split."""
+    labels, mask = data.labels, data.in_split(bit)
+    n_perturbations = len(labels.perturbations)
+    key = np.where(
+        mask & ~labels.is_control, labels.context.astype(np.int64) * n_perturbations + labels.perturbation, -1
+    )
+    keys = np.unique(key[key >= 0])
+    context, perturbation = keys // n_perturbations, keys % n_perturbations
+    contexts = np.unique(context)
+    code = np.full(len(labels), -1)
+    code[key >= 0] = np.searchsorted(keys, key[key >= 0])
+    controls = mask & labels.is_control & np.isin(labels.context, contexts)
+    code[controls] = len(keys) + np.searchsorted(contexts, labels.context[controls])
+    means = pseudobulks(data.targets, code, len(keys) + len(contexts))
+    counts = np.bincount(code[code >= 0], minlength=len(keys))[: len(keys)]
+    return Pairs(
+        context, perturbation, counts, means[: len(keys)], means[len(keys) + np.searchsorted(contexts, context)]
+    )
+
+
+def training_means(data: Dataset) -> TrainingMeans:
+    """Effects of the training perturbations, from which the baselines learn."""
+    pairs = split_pairs(data, TRAIN)
+    contexts, which = np.unique(pairs.context, return_inverse=True)
+    perturbations, pair = np.unique(pairs.perturbation, return_inverse=True)
+    return TrainingMeans(
+        contexts=tuple("/".join(data.labels.contexts[c]) for c in contexts),
+        perturbations=tuple(data.labels.perturbations[p] for p in perturbations),
+        delta=pairs.observed - pairs.control,
+        pair_context=which,
+        pair_perturbation=pair,
+        n_cells=pairs.n_cells,
+    )

@@ -1,0 +1,103 @@
+"""How close predicted pseudobulks are to real ones: pearson_delta, mean absolute error and PDS.
+
+All inputs are pseudobulks: means over cells of log1p(counts normalised to target_sum), float, shape (N, G).
+N = perturbations of one cell type, G = genes. The definitions are those of cell-eval 0.8.2, checked against numbers
+it produced (tests/evaluation/test_metrics.py); where ours differ (no NaN, no luck in ties) the docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+FLAT = 1e-6
+"""Effects whose standard deviation over genes is below this (log1p units) are float32 rounding, not effects."""
+
+
+def pearson_delta(
+    predicted: np.ndarray, observed: np.ndarray, control: np.ndarray, predicted_control: np.ndarray | None = None
+) -> np.ndarray:
+    """Correlation over genes of the predicted and the observed effect, one number a row: (N,).
+
+    r(predicted - predicted_control, observed - control), in log1p space; the effect of a perturbation is its
+    pseudobulk minus the mean of the matching controls. `control` is (G,) or (N, G); `predicted_control` are the
+    prediction's own controls and default to `control`.
+
+    1 is the right direction at any size. 0 is no linear relation, **and** an effect without variation over genes
+    (below `FLAT`), for which the correlation is undefined: predicting no effect earns nothing. cell-eval's
+    `pearson_delta` gives NaN there, which would turn the mean over perturbations into NaN or drop the row.
+    """
+    predicted_effect, observed_effect = _effects(predicted, observed, control, predicted_control)
+    x = predicted_effect - predicted_effect.mean(axis=1, keepdims=True)
+    y = observed_effect - observed_effect.mean(axis=1, keepdims=True)
+    size_x, size_y = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    floor = FLAT * np.sqrt(x.shape[1])
+    # Written so that a NaN in the data stays NaN in the answer: only a size known to be tiny becomes 0.
+    flat = (size_x < floor) | (size_y < floor)
+    return np.where(flat, 0.0, (x * y).sum(axis=1) / np.where(flat, 1.0, size_x * size_y))
+
+
+def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Mean over genes of |predicted - observed|, in log1p units, one number a row: (N,). cell-eval's `mae`.
+
+    0 is a perfect pseudobulk. Controls do not enter.
+    """
+    return np.abs(_matrix(predicted) - _matrix(observed)).mean(axis=1)
+
+
+def discrimination_score(
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    control: np.ndarray | None,
+    perturbations: Sequence[str],
+    gene_names: Sequence[str] | None = None,
+    predicted_control: np.ndarray | None = None,
+) -> np.ndarray:
+    """Perturbation discrimination score (PDS), cell-eval's `discrimination_score_l1`, one number a row: (N,).
+
+    1 - rank / N, where rank is the number of perturbations whose observed effect is nearer (L1 over genes, log1p
+    space) to the predicted effect of perturbation i than its own observed effect. A perturbation named exactly like a
+    gene is compared without that gene's column (knocking it out is no discovery); combinations such as `A+B` keep all.
+
+    1 is nearest to its own; a prediction that cannot tell perturbations apart averages (N + 1) / 2N, about 0.5; the
+    worst is 1 / N, so 0 is never reached; with N = 1 the score is always 1. Equal distances count as half a rank each
+    (cell-eval breaks such ties by the order of names). With one control for both sides it cancels: pass None.
+
+    `perturbations` has N names, `gene_names` G (None: no column is left out).
+    """
+    zero = np.zeros(np.shape(observed)[1])
+    predicted_effect, observed_effect = _effects(
+        predicted, observed, zero if control is None else control, predicted_control
+    )
+    n = len(predicted_effect)
+    assert len(perturbations) == n, "one name a row"
+    column = {} if gene_names is None else {str(gene): j for j, gene in enumerate(gene_names)}
+    scores = np.empty(n)
+    for i, perturbation in enumerate(perturbations):
+        gap = np.abs(observed_effect - predicted_effect[i])  # (N, G)
+        if str(perturbation) in column:
+            gap[:, column[str(perturbation)]] = 0.0
+        distance = gap.sum(axis=1)
+        nearer = (distance < distance[i]).sum()
+        ties = (distance == distance[i]).sum() - 1  # without itself
+        scores[i] = 1.0 - (nearer + ties / 2) / n
+    return scores
+
+
+def _effects(
+    predicted: np.ndarray, observed: np.ndarray, control: np.ndarray, predicted_control: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and observed pseudobulks minus their controls, both (N, G) float64."""
+    control = np.asarray(control, dtype=np.float64)
+    own = control if predicted_control is None else np.asarray(predicted_control, dtype=np.float64)
+    predicted, observed = _matrix(predicted), _matrix(observed)
+    assert predicted.shape == observed.shape, (predicted.shape, observed.shape)
+    return predicted - own, observed - control
+
+
+def _matrix(pseudobulks: np.ndarray) -> np.ndarray:
+    """(N, G) as float64: means of float32 sums lose the small differences that ranks rest on."""
+    matrix = np.asarray(pseudobulks, dtype=np.float64)
+    assert matrix.ndim == 2, matrix.shape
+    return matrix

@@ -1,0 +1,122 @@
+"""What a head predicts for the (context, perturbation) pairs of a split, and how close that comes.
+
+Shapes: K pairs, S cells a set, G genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sest.config import TrainConfig
+from sest.data.dataset import Dataset
+from sest.data.resident import ResidentCells
+from sest.data.sampler import SetRows, SetSampler
+from sest.evaluation.baselines import predict_baselines
+from sest.evaluation.means import Pairs, split_pairs, training_means
+from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.machine.team import ALONE, Team
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The cells of a split in fixed sets, and the pairs these belong to."""
+
+    pairs: Pairs
+    perturbation_mean: np.ndarray  # (K, G) controls plus the mean training effect
+    sets: SetRows
+    pair: np.ndarray  # (sets,) the pair of every set
+    n_sets: int  # of all its cells; a limit takes fewer of them
+
+
+def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int) -> HeldOut:
+    """The pairs of a split and its sets, at most `at_most` of them but one of every pair (0: every cell once).
+
+    Raises:
+        InputError: no perturbed cells in the split, or a context without controls.
+    """
+    sampler = SetSampler(
+        data.labels, data.in_split(bit), config.set_size, config.seed, same_batch=config.match_controls == "batch"
+    )
+    sets, pairs = sampler.fixed_sets(at_most), split_pairs(data, bit)
+    n_perturbations = len(data.labels.perturbations)
+    pair = np.searchsorted(
+        pairs.context.astype(np.int64) * n_perturbations + pairs.perturbation,
+        data.labels.context[sets["targets"][:, 0]].astype(np.int64) * n_perturbations + sets["perturbation"],
+    )
+    names = [data.labels.perturbations[p] for p in pairs.perturbation]
+    mean = predict_baselines(training_means(data), names, pairs.control)["perturbation_mean"]
+    return HeldOut(pairs, mean, sets, pair, sampler.sets_per_epoch)
+
+
+def some_sets(sets: SetRows, part: slice) -> SetRows:
+    """A batch of sets."""
+    return SetRows(
+        targets=sets["targets"][part],
+        controls=sets["controls"][part],
+        perturbation=sets["perturbation"][part],
+        number=sets["number"][part],
+    )
+
+
+def predicted_means(
+    model: nn.Module,
+    cells: ResidentCells,
+    held: HeldOut,
+    features: Tensor,
+    size: int,
+    autocast: Callable[[], AbstractContextManager[None]],
+    *,
+    team: Team = ALONE,
+    each: Callable[[SetRows, Tensor], None] | None = None,
+) -> np.ndarray:
+    """Mean predicted cell of every pair, over its sets.
+
+    Args:
+        features: (perturbations, P) on the cells' device.
+        size: sets a forward pass.
+        each: is given every batch of sets and the cells predicted for them, (B, S, G).
+
+    Returns:
+        (K, G) float64.
+    """
+    sums = torch.zeros(len(held.pairs.context), cells.n_genes, dtype=torch.float64, device=cells.device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for number, start in enumerate(range(0, len(held.pair), size)):
+            if not team.ranks.owns(number):
+                continue
+            part = slice(start, start + size)
+            sets = some_sets(held.sets, part)
+            basal, perturbation = cells.basal(sets["controls"]), torch.as_tensor(sets["perturbation"])
+            with autocast():
+                predicted = model(basal, features[perturbation.to(cells.device)])
+            if each is not None:
+                each(sets, predicted)
+            sums.index_add_(0, torch.as_tensor(held.pair[part], device=cells.device), predicted.double().mean(1))
+    model.train(was_training)
+    counts = np.bincount(held.pair, minlength=len(sums))
+    means: np.ndarray = team.sum(sums).cpu().numpy() / counts[:, None]
+    return means
+
+
+def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str, np.ndarray]:
+    """pearson_delta, mae and pds (within its context) of every pair, each (K,). predicted: (K, G) log1p."""
+    scores = np.empty(len(predicted))
+    for context in np.unique(pairs.context):
+        mine = pairs.context == context
+        names = [data.labels.perturbations[p] for p in pairs.perturbation[mine]]
+        scores[mine] = discrimination_score(
+            predicted[mine], pairs.observed[mine], pairs.control[mine][0], names, data.targets.genes
+        )
+    return {
+        "pearson_delta": pearson_delta(predicted, pairs.observed, pairs.control),
+        "mae": mean_absolute_error(predicted, pairs.observed),
+        "pds": scores,
+    }

@@ -1,0 +1,89 @@
+"""What `sest predict` says of its cells in uns["sest"], read from a file that is not trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from sest.errors import InputError, shown
+
+MAX_STORED = 2**32  # bytes of one array of uns that is read
+NOT_STORED = ("model", "context_mean")  # predictors that are always computed from the cells
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Labels and normalisation of a prediction, and the baselines' pseudobulks. G genes."""
+
+    columns: dict[str, str]  # perturbation, cell_type: obs columns; control: a label
+    is_log1p: bool  # the run was trained on log1p values as they were, however they were normalised
+    target_sum: float | None  # counts a cell, where the run was trained on counts
+    baselines: dict[str, np.ndarray]  # name -> (rows, G)
+    pairs: dict[str, Any]  # cell_type, perturbation: of those rows
+
+    def baselines_of(self, pairs: list[tuple[str, str]], n_genes: int) -> dict[str, np.ndarray]:
+        """The stored baselines in the order of `pairs` (cell type, perturbation), each (n_pairs, G) float64.
+
+        Raises:
+            InputError: a baseline that lacks a pair or is no finite table of that width.
+        """
+        if not self.baselines:
+            return {}
+        rows = pd.MultiIndex.from_arrays([np.asarray(self.pairs[key], str) for key in ("cell_type", "perturbation")])
+        at = rows.get_indexer(pd.MultiIndex.from_tuples(pairs))
+        for name, values in self.baselines.items():
+            if values.shape != (len(rows), n_genes) or values.dtype.kind != "f" or not np.isfinite(values).all():
+                what = f"{name!r} is not {len(rows)} x {n_genes} finite numbers"
+            elif (at < 0).any():
+                what = f"{name!r} lacks {int((at < 0).sum())} of its pairs"
+            else:
+                continue
+            raise InputError(f"The prediction's stored baseline {what}. Run `sest predict` again.")
+        return {name: values[at].astype(np.float64) for name, values in sorted(self.baselines.items())}
+
+
+def read_record(path: Path) -> Record | None:
+    """Read uns["sest"]; None for a file that `sest predict` did not write.
+
+    Raises:
+        InputError: a record with links, absurd sizes, or without what belongs to it.
+    """
+    from anndata.io import read_elem  # slow to import
+
+    with h5py.File(path, "r") as file:
+        if "uns" not in file or "sest" not in file["uns"]:
+            return None
+        _check_stored(file, "uns", ("sest",))
+        told: dict[str, Any] = read_elem(file["uns/sest"])
+    needed: dict[str, tuple[str, ...]] = {"columns": ("perturbation", "cell_type", "control")}
+    if "baselines" in told:
+        needed["pairs"] = ("cell_type", "perturbation")
+    absent = [f"{group}/{key}" for group, keys in needed.items() for key in keys if key not in told.get(group, {})]
+    if absent:
+        raise InputError(f"{path}: uns['sest'] has no {shown(absent)}. Run `sest predict` again.")
+    is_log1p, target_sum = told.get("scale") == "log1p", told.get("target_sum")
+    return Record(
+        columns={key: str(told["columns"][key]) for key in needed["columns"]},
+        is_log1p=is_log1p,
+        target_sum=None if is_log1p or target_sum is None else float(target_sum),
+        baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in NOT_STORED},
+        pairs=told.get("pairs", {}),
+    )
+
+
+def _check_stored(group: h5py.Group, name: str, only: tuple[str, ...] | None = None, depth: int = 0) -> None:
+    """Refuse what AnnData's reader must not follow: links, storage in other files, endless depth, absurd sizes."""
+    where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink) or depth > 6:
+        raise InputError(f"{where} is a link to another place; links are not followed.")
+    item = group[name]
+    if isinstance(item, h5py.Group):
+        for child in item if only is None else only:
+            _check_stored(item, child, None, depth + 1)
+    elif item.external or item.is_virtual or item.nbytes > MAX_STORED:
+        raise InputError(f"{where} is stored in another file or larger than {MAX_STORED >> 30} GiB, which is not read.")

@@ -1,0 +1,75 @@
+"""The scores of one prediction: a table, its means, and the folder they are written to."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sest.cache.disk import folder_aside, write_flushed
+from sest.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores of one prediction and of the baselines on the same pairs."""
+
+    table: pd.DataFrame
+    """One row a (cell_type, perturbation, predictor): n_predicted, n_real, pearson_delta, mae, pds and, where
+    cell-eval ran, des, cell_eval_mae, cell_eval_pds. `predictor`: model, context_mean or a stored baseline."""
+    summary: dict[str, dict[str, float]]
+    """metric -> predictor -> mean over all pairs. Where cell-eval ran also overall_score_over: baseline -> the model's
+    overall score with that baseline as zero (1 is perfect, worse than the baseline counts as 0)."""
+    provenance: dict[str, object]
+    notes: tuple[str, ...]
+    """What was decided for the user, one sentence each."""
+
+    def __repr__(self) -> str:
+        """The summary as a small table, for notebooks."""
+        means = pd.DataFrame.from_dict(self.summary, orient="index").to_string(float_format="{:.4f}".format, na_rep="-")
+        pairs = self.table.drop_duplicates(["cell_type", "perturbation"])
+        return f"Evaluation of {len(pairs)} pairs (cell type, perturbation), means over them:\n{means}"
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write results.csv (the table) and summary.json (metrics, provenance, notes; sorted keys) into `folder`.
+
+        The folder appears with both files or not at all. Raises InputError as `check_output`.
+        """
+        check_output(folder)
+        summary = {
+            "metrics": {metric: _finite(scores) for metric, scores in self.summary.items()},
+            "notes": self.notes,
+            "provenance": self.provenance,
+        }
+        text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        with folder_aside(Path(folder)) as aside:
+            write_flushed(aside / "results.csv", self.table.to_csv(index=False).encode())
+            write_flushed(aside / "summary.json", text.encode())
+
+
+def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """metric -> predictor -> mean over all pairs of `Evaluation.table`; NaN where one of them is NaN."""
+    of_predictor = dict(list(table.groupby("predictor", sort=False)))
+    return {
+        str(metric): {str(name): float(rows[metric].to_numpy().mean()) for name, rows in of_predictor.items()}
+        for metric in table.select_dtypes("floating")
+    }
+
+
+def check_output(folder: str | os.PathLike[str]) -> None:
+    """Raise InputError unless `folder` is an empty folder, or one that can be made."""
+    out = Path(folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder. Pass another --out or remove it.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"Cannot write {out.name} into {above}. Pass another --out.")
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: null."""
+    return {name: score if np.isfinite(score) else None for name, score in scores.items()}

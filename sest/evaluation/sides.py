@@ -1,0 +1,231 @@
+"""The two sides of an evaluation, predicted and real cells: their labels, genes and scales brought together.
+
+Shapes: N cells of a file, G genes of the prediction, pairs = (cell type, perturbation) of the prediction. Space: log1p
+of counts normalised to target_sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from sest import progress
+from sest.cells.columns import Columns, detect_columns, labels, usual_columns
+from sest.cells.h5ad import CellFile
+from sest.cells.scale import decide_scale, factors_to, log1p_rows, total_counts
+from sest.errors import InputError, shown
+from sest.evaluation.cell_eval_scores import LabelledCells
+from sest.evaluation.record import Record
+
+TARGET_SUM = 10_000.0  # counts a cell, where a foreign prediction does not say
+BLOCK = 2048  # cells read at once
+ONE_CELL_TYPE = "unknown"  # the cell type of files that have no such column
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the two files, and what its cells are."""
+
+    file: CellFile
+    group: np.ndarray  # (N,) index into the groups: controls of each cell type first, then pairs; -1 not used
+    genes: np.ndarray  # (G,) columns of the file, in the prediction's order
+    target_sum: float | None  # normalise counts to this; None: values are log1p already
+
+    def log1p_rows(self, start: int, stop: int) -> sp.csr_matrix:
+        """Cells [start, stop) as log1p, (stop-start, G) float32. Counts are normalised over all genes of the file."""
+        block = self.file.rows(start, stop)
+        if self.target_sum is not None:
+            block = log1p_rows(block, factors_to(self.target_sum, total_counts(block)))
+        return block[:, self.genes]
+
+    def pseudobulks(self, n_groups: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean log1p cell of each group (n_groups, G) float64, NaN for an empty one, and cells a group (n_groups,)."""
+        progress.begin(f"Reading {what}", self.file.n_cells, "cells")
+        sums = np.zeros((n_groups, len(self.genes)))
+        for start in range(0, self.file.n_cells, BLOCK):
+            stop = min(start + BLOCK, self.file.n_cells)
+            used = np.flatnonzero(self.group[start:stop] >= 0)
+            if len(used):
+                group = self.group[start:stop][used]
+                member = sp.csr_matrix((np.ones(len(used)), (group, used)), shape=(n_groups, stop - start))
+                block = (member @ self.log1p_rows(start, stop).astype(np.float64)).tocoo()
+                sums[block.row, block.col] += block.data  # a product has each place once
+            progress.advance(stop - start)
+        n_cells = np.bincount(self.group[self.group >= 0], minlength=n_groups)
+        with np.errstate(invalid="ignore"):
+            return sums / n_cells[:, None], n_cells
+
+    def cells_of(self, names: dict[int, str]) -> LabelledCells:
+        """All cells of the groups `names` (n, G), and the name of each one's group."""
+        blocks, groups = [], []
+        wanted = np.isin(self.group, list(names))
+        for start in range(0, self.file.n_cells, BLOCK):
+            stop = min(start + BLOCK, self.file.n_cells)
+            used = np.flatnonzero(wanted[start:stop])
+            if len(used):
+                blocks.append(self.log1p_rows(start, stop)[used])
+                groups.append(self.group[start:stop][used])
+        return sp.vstack(blocks, format="csr"), np.array([names[group] for group in np.concatenate(groups)])
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Both sides over the same genes and groups."""
+
+    predicted: Side
+    real: Side
+    cell_types: list[str]
+    pairs: list[tuple[str, str]]  # (cell type, perturbation), sorted
+    genes: list[str]
+
+    @property
+    def own_type(self) -> np.ndarray:
+        """(n_pairs,) index into cell_types; it is also the group of the pair's controls."""
+        return np.array([self.cell_types.index(cell_type) for cell_type, _ in self.pairs])
+
+    @property
+    def n_groups(self) -> int:
+        """Controls of every cell type, and pairs."""
+        return len(self.cell_types) + len(self.pairs)
+
+
+def align(
+    p: CellFile,
+    p_columns: Columns,
+    r: CellFile,
+    r_columns: Columns,
+    target_sums: tuple[float | None, float | None],
+) -> Comparison:
+    """Find the pairs and genes of the prediction `p` and the cells of both in the real file `r`.
+
+    Raises:
+        InputError: `r` lacks genes, pairs or controls of cell types of the prediction, or `p` has no perturbed cells.
+    """
+    p_keys = _keys(p, p_columns, ONE_CELL_TYPE)
+    pairs = sorted({key for key in p_keys.unique() if key[1] != ""})
+    if not pairs:
+        raise InputError(f"{p.path} has no perturbed cells: all are {p_columns.control!r}.")
+    cell_types = sorted({cell_type for cell_type, _ in pairs})
+    if r_columns.cell_type is None and len(cell_types) > 1:
+        raise InputError(
+            f"{r.path} has no cell type column; the prediction has {shown(cell_types)}. Pass --cell-type-col."
+        )
+    genes = p.var.index.tolist()
+    groups = pd.MultiIndex.from_tuples([*((cell_type, "") for cell_type in cell_types), *pairs])
+    r_group = groups.get_indexer(_keys(r, r_columns, cell_types[0]))
+    absent = groups[np.bincount(r_group[r_group >= 0], minlength=len(groups)) == 0]
+    uncontrolled = [cell_type for cell_type, perturbation in absent if perturbation == ""]
+    if uncontrolled:
+        raise InputError(f"{r.path} has no control cells of cell types in the prediction: {shown(uncontrolled)}.")
+    if len(absent):
+        names = shown(f"{cell_type}/{perturbation}" for cell_type, perturbation in absent)
+        raise InputError(
+            f"{r.path} has no cells of {len(absent)} predicted pairs (cell type/perturbation): {names}. "
+            "Predict only what can be compared."
+        )
+    predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), target_sums[0])
+    real = Side(r, r_group, _gene_columns(r, genes), target_sums[1])
+    return Comparison(predicted, real, cell_types, pairs, genes)
+
+
+def prediction_columns(
+    file: CellFile, record: Record | None, pert_col: str | None, cell_type_col: str | None, control: str | None
+) -> Columns:
+    """The prediction's own record; for a foreign file the given names where it has them, or detection."""
+    if record is not None:
+        own = record.columns
+        return _detect(file, own["perturbation"], own["cell_type"], own["control"])
+    pert_col, cell_type_col = (name if name in file.obs else None for name in (pert_col, cell_type_col))
+    return _detect(file, pert_col, cell_type_col, control)
+
+
+def real_columns(
+    file: CellFile, predicted: Columns, pert_col: str | None, cell_type_col: str | None, control: str | None
+) -> Columns:
+    """The given names; where none are given those of the prediction if this file has them, else detection."""
+    own = vars(predicted)
+    usual = usual_columns(file.obs, own, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
+    return _detect(file, **usual)
+
+
+def _detect(file: CellFile, pert_col: str | None, cell_type_col: str | None, control: str | None) -> Columns:
+    columns = detect_columns(
+        file.obs,
+        pert_col=pert_col,
+        cell_type_col=cell_type_col,
+        batch_col=next(iter(file.obs.columns), None),  # any: batches are not used, so candidates are not compared
+        control=control,
+    )
+    if columns.perturbation is None:
+        raise InputError(
+            f"{file.path} has no perturbation column. Available: {shown(file.obs.columns, 30)}. Pass --pert-col."
+        )
+    return columns
+
+
+def target_sums(
+    p: CellFile, r: CellFile, record: Record | None, counts: str, target_sum: float | None, notes: list[str]
+) -> tuple[float | None, float | None]:
+    """What the counts of the prediction and of the real file are to be normalised to; None where values are log1p.
+
+    What is decided for the user is added to `notes`.
+    """
+    p_scale = "log1p" if record is not None else _scale(p, "auto", "the prediction")
+    r_scale = _scale(r, counts, "the real cells")
+    own = record.target_sum if record is not None else None
+    if target_sum is None:
+        target_sum = own
+    elif own not in (None, target_sum):
+        raise InputError(
+            f"The prediction is normalised to {own:g} counts a cell, not {target_sum:g}. Leave out --target-sum."
+        )
+    if target_sum is None and r_scale == "counts" and record is not None and record.is_log1p:
+        raise InputError(
+            f"{r.path} holds counts, but the model was trained on log1p values as they were, whose normalisation is "
+            "not known. Choose log1p values with --layer, or pass --target-sum."
+        )
+    if target_sum is None and "counts" in (p_scale, r_scale):
+        target_sum = TARGET_SUM
+        notes.append(f"Counts are normalised to {TARGET_SUM:g} a cell; pass --target-sum if that is not right.")
+    if r_scale == "log1p":
+        notes.append(f"{r.path} holds log1p values: they are used as they are.")
+    return (target_sum if p_scale == "counts" else None), (target_sum if r_scale == "counts" else None)
+
+
+def _scale(file: CellFile, counts: str, what: str) -> str:
+    """ "counts" or "log1p"; `counts` is auto, raw or log1p."""
+    progress.begin(f"Checking {what}", file.n_cells, "cells")
+    return decide_scale(file.scan(progress.advance), counts, file.path, file.layers)
+
+
+def _keys(file: CellFile, columns: Columns, only: str) -> pd.MultiIndex:
+    """(cell type, perturbation) of each cell; the perturbation of controls is "", which is never a label.
+
+    `only` is the cell type of a file without such a column.
+    """
+    codes, names = labels(file.obs, str(columns.perturbation))
+    perturbation = np.array(["" if name == columns.control else name for name in names], dtype=object)[codes]
+    cell_type = np.repeat(np.array([only], dtype=object), file.n_cells)
+    if columns.cell_type is not None:
+        codes, names = labels(file.obs, columns.cell_type)
+        cell_type = np.array(names, dtype=object)[codes]
+    return pd.MultiIndex.from_arrays([cell_type, perturbation])
+
+
+def _gene_columns(file: CellFile, genes: list[str]) -> np.ndarray:
+    """Where each of the prediction's genes is in the file: by the var index, or the column with more matches."""
+    names = [file.var.index, *(pd.Index(file.var[column].astype(str)) for column in file.var)]
+    best = max(names, key=lambda index: int(np.isin(genes, index).sum()))  # the first of equals
+    missing = [gene for gene in genes if gene not in best]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of the prediction's {len(genes)} genes are not in {file.path}: {shown(missing)}. "
+            f"It has {len(best)} genes such as {shown(best[:3])}."
+        )
+    twice = best[best.duplicated()].intersection(genes)
+    if len(twice):
+        raise InputError(f"{file.path} has genes of the prediction more than once (var {best.name}): {shown(twice)}.")
+    return best.get_indexer_for(genes)

@@ -1,0 +1,214 @@
+"""Losses between a predicted and an observed set of cells.
+
+Shapes: B sets, S predicted cells, T observed cells, G genes. All are computed outside autocast: products of halves
+would round away what an energy distance is, a small difference of large numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sest.errors import InputError
+
+MIN_SQUARED_DISTANCE = 1e-8  # geomloss clamps here before the root
+SINKHORN_WEIGHT = 0.01
+LOSSES = ("energy", "mse", "energy+sinkhorn")
+# What a Gram matrix's inputs are rounded to, and the part of |a|^2 + |b|^2 below which a squared distance is taken for
+# zero: rounding of the inputs makes about eps^2 / 24 (eps^2 / 8 for bfloat16), that of float32 sums less than 2^-19 at
+# 18,080 genes. float32 has the clamp alone.
+GRAMS = {torch.float32: 0.0, torch.bfloat16: 2.0**-17, torch.float16: 2.0**-19}
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a @ b of float32 or half-precision inputs, summed and returned in float32.
+
+    A GPU multiplies halves so; a CPU would round the result to a half, and multiplies the same numbers as float32.
+    """
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+def _power_of_two(largest: Tensor, gram: torch.dtype) -> Tensor:
+    """(B,) largest magnitudes -> (B, 1, 1) factors that bring them into [2^13, 2^14]; 1 where `gram` needs none.
+
+    float16 overflows at 65,504 and loses digits below 2^-14; the other types reach as far as float32 does.
+    """
+    if gram != torch.float16:
+        return torch.ones_like(largest, dtype=torch.float32).view(-1, 1, 1)
+    exponent = torch.frexp(largest.float()).exponent
+    return torch.exp2((14 - exponent).clamp(-60, 60).float()).view(-1, 1, 1)  # 60: its square is a float32 as well
+
+
+def _place(cells: Tensor, centre: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """Write scale * (cells - centre) into `out`, rounded once to its type; exact but for that, as scale is 2^k."""
+    return torch.addcmul(-scale * centre, cells, scale, out=out)
+
+
+def _squared_norms(cells: Tensor) -> Tensor:
+    """(B, S, G) -> (B, S) float32, in one pass and without a copy of the cells."""
+    return torch.linalg.vector_norm(cells, dim=-1, dtype=torch.float32).square()
+
+
+def _distances(gram: Tensor, norms_a: Tensor, norms_b: Tensor, scale: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Distances, and their gradient's weights, from a Gram matrix (B, S, T) and squared norms (B, S), (B, T).
+
+    Returns |a_i - b_j|, clamped, and the w_ij of d|a_i - b_j| / da_i = w_ij (a_i - b_j): 1 / |a_i - b_j|, or zero where
+    the clamp or rounding holds. Both (B, S, T), in units of the cells before `scale`.
+    """
+    squares = norms_a.unsqueeze(2) + norms_b.unsqueeze(1)
+    squared = torch.sub(squares, gram, alpha=2.0)
+    if noise:
+        squared.masked_fill_(squared < noise * squares, 0.0)  # not a number stays what it is
+    squared /= scale * scale
+    distances = squared.clamp_min(MIN_SQUARED_DISTANCE).sqrt()
+    return distances, torch.where(squared > MIN_SQUARED_DISTANCE, 1.0 / distances, 0.0)
+
+
+class _EnergyDistance(torch.autograd.Function):
+    """E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| with its gradient for x written out.
+
+    Distances do not change when both sets are moved, but |a|^2 + |b|^2 - 2ab loses fewer digits near the origin: E|x-y|
+    is computed around the mean of y, E|x-x'| around the mean of x. Each set's own norms are its Gram matrix's diagonal,
+    so that a cell's distance to itself is 0, where geomloss in float32 has noise. E|y-y'| has no gradient. Beside
+    (B, S, T) matrices only the centred cells are kept, in the Gram matrices' type, and never (B, S, T, G).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, target: Tensor, gram: torch.dtype) -> Tensor:
+        (n_sets, n_x, n_genes), n_y = predicted.shape, target.shape[1]
+        noise = GRAMS[gram]
+        centre_x = predicted.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, G)
+        centre_y = target.mean(1, keepdim=True, dtype=torch.float32)
+        if gram == torch.float16:
+            largest = [torch.linalg.vector_norm(cells, torch.inf, dim=(1, 2)).float() for cells in (predicted, target)]
+            scale = _power_of_two(2 * torch.maximum(*largest), gram)  # 2: centred, a value may be twice as large
+        else:
+            scale = _power_of_two(centre_x[:, 0, 0], gram)
+        cells = torch.empty(n_sets, n_y + n_x, n_genes, dtype=gram, device=predicted.device)  # one matrix for backward
+        x, y = cells[:, n_y:], cells[:, :n_y]
+
+        _place(target, centre_y, scale, out=y)
+        yy = _product(y, y.mT)
+        norms_y = yy.diagonal(dim1=1, dim2=2)
+        d_yy, _ = _distances(yy, norms_y, norms_y, scale, noise)
+        _place(predicted, centre_y, scale, out=x)
+        d_xy, weight_xy = _distances(_product(x, y.mT), _squared_norms(x), norms_y, scale, noise)
+        _place(predicted, centre_x, scale, out=x)
+        xx = _product(x, x.mT)
+        norms_x = xx.diagonal(dim1=1, dim2=2)
+        d_xx, weight_xx = _distances(xx, norms_x, norms_x, scale, noise)
+
+        weight_xy /= n_x * n_y
+        weight_xx /= n_x * n_x
+        ctx.save_for_backward(predicted, cells, centre_x, centre_x - centre_y, scale, weight_xy, weight_xx)
+        return d_xy.mean((1, 2)) - 0.5 * d_xx.mean((1, 2)) - 0.5 * d_yy.mean((1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """sum_j w_ij (x_i - y_j) - sum_j v_ij (x_i - x_j); pairs (i, j) and (j, i) of E|x-x'| undo its 0.5.
+
+        With a_i = sum_j w_ij and b_i = sum_j v_ij, and both sets centred, it is
+        (a_i - b_i) x_i + a_i (mean x - mean y) - sum_j w_ij y_j + sum_j v_ij x_j.
+        """
+        predicted, cells, centre_x, shift, scale, w, v = ctx.saved_tensors
+        n_y, gram = w.shape[2], cells.dtype
+        factor = gradients[0].float().view(-1, 1, 1)
+        with torch.autocast(predicted.device.type, enabled=False):  # `backward` may be called inside autocast
+            a, b = w.sum(2, keepdim=True), v.sum(2, keepdim=True)
+            if gram == torch.float32:
+                pull = torch.cat([-w, v], dim=2) * factor  # (B, S, T + S)
+                pull[:, :, n_y:].diagonal(dim1=1, dim2=2).copy_(((a - b) * factor).squeeze(2))  # v_ii is 0
+                gradient = _product(pull, cells)
+            else:
+                # Centred cells sum to 0, so a constant may be taken off each row of weights. Off comes the mean: what
+                # all cells' rounding has in common (that of an unexpressed gene, say) is then weighted by about 0.
+                pull = torch.cat([w.mean(2, keepdim=True) - w, v - v.mean(2, keepdim=True)], dim=2)
+                weight_scale = _power_of_two(pull.abs().amax((1, 2)), gram)
+                pull = (pull * weight_scale).to(gram)
+                # the weights' rounding goes into a and b too: x_i - y_j of a near pair must not be torn apart
+                rounded = pull.float() / weight_scale
+                a, b = a - rounded[:, :, :n_y].sum(2, keepdim=True), b + rounded[:, :, n_y:].sum(2, keepdim=True)
+                gradient = _product(pull, cells).mul_(factor / (scale * weight_scale))
+                gradient.addcmul_(predicted - centre_x, (a - b) * factor)
+            gradient.addcmul_(a * factor, shift)
+        return gradient.to(predicted.dtype), None, None
+
+
+def energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32) -> Tensor:
+    """Energy distance of every set: E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'|, Euclidean norm, means over all pairs with i=j.
+
+    As geomloss `SamplesLoss("energy")`: squared distances are clamped at 1e-8 before the root. Zero means (up to that
+    clamp) that both sets are the same. Source: Szekely & Rizzo 2013; Feydy et al. 2019 for the convention.
+
+    In float32 it is the number of geomloss in float64, to rounding. With `gram` a half, each cell is rounded to it
+    once, around the set's mean; norms come from the rounded numbers and all sums are float32. That is for GPUs: a CPU
+    only loses time. float16 costs what bfloat16 does and has three bits more, whatever type the model computes in; each
+    set is scaled by a power of two, so it overflows at no size. Where the gradient is not the exact one:
+
+    - near-identical sets: a cell of y at a small distance d of one of x pulls it by 1 / (S T) whatever d is, and a
+      Gram matrix does not hold the direction: it is off by rounding / d. A pair whose squared distance `GRAMS` takes
+      for zero does not pull at all; of x = y the gradient is 0, as it should be;
+    - sets far from the origin for their spread: it is off by up to the float32 rounding of their mean over the spread.
+
+    Args:
+        predicted: (B, S, G) predicted cells, log1p.
+        target: (B, T, G) observed cells, log1p; gets no gradient.
+        gram: what the Gram matrices' inputs are rounded to: float32 (not at all), float16 or bfloat16.
+
+    Returns:
+        (B,) float32, one number a set.
+
+    Raises:
+        InputError: `gram` is another type.
+    """
+    if gram not in GRAMS:
+        raise InputError(f"No energy distance from {gram}. Available: {', '.join(map(str, GRAMS))}.")
+    with torch.autocast(predicted.device.type, enabled=False):
+        return _EnergyDistance.apply(predicted, target, gram)
+
+
+def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference cell by cell (row i against row i): (B, S, G), (B, S, G) -> (B,) float32."""
+    return F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2))
+
+
+def make_loss(name: str, gram: torch.dtype = torch.float32) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of that name: (B, S, G) predicted, (B, S, G) observed -> (B,).
+
+    Args:
+        name: one of `LOSSES`.
+        gram: see `energy_distance`; the other losses are float32 whatever it is.
+
+    Raises:
+        InputError: no such loss, or its library is not installed.
+    """
+    if name == "energy":
+        return partial(energy_distance, gram=gram)
+    if name == "mse":
+        return mean_squared_error
+    if name == "energy+sinkhorn":
+        return _energy_and_sinkhorn(partial(energy_distance, gram=gram))
+    raise InputError(f"No loss '{name}'. Available: {', '.join(LOSSES)}.")
+
+
+def _energy_and_sinkhorn(energy: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    try:
+        from geomloss import SamplesLoss
+    except ImportError as error:
+        raise InputError("The loss 'energy+sinkhorn' needs geomloss. Run `pip install 'sest[sinkhorn]'`.") from error
+    sinkhorn = SamplesLoss("sinkhorn", blur=0.05)  # blur: upstream's default, in units of log1p expression
+
+    def loss(predicted: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(predicted.device.type, enabled=False):
+            return energy(predicted, target) + SINKHORN_WEIGHT * sinkhorn(predicted.float(), target.float())
+
+    return loss

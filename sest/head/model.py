@@ -1,0 +1,185 @@
+"""The State Transition (ST) head: control cells and a perturbation in, perturbed cells out.
+
+Shapes: B sets, S cells a set, E embedding width, P perturbation-feature width, H hidden width, G genes.
+Parameter names are those of upstream's state_dict (arc-state 0.11.1, `state tx`), so that its checkpoints load.
+Source of the architecture: Adduri et al. 2025, "Predicting cellular responses to perturbation across diverse contexts
+with State"; the sizes of the default configuration are in docs/design.md, The head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sest.head.dropout import SetDropout
+
+RMS_NORM_EPS = 1e-6
+BACKBONE_INIT_STD = 0.02  # Llama's initializer_range
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Every size of the head. The first three come from the data, the rest from the configuration."""
+
+    dim: int  # E, width of the control-cell embeddings
+    n_features: int  # P, width of a perturbation's feature vector
+    n_genes: int  # G
+    hidden: int = 672  # H
+    n_layers: int = 4  # transformer layers
+    n_heads: int = 8  # attention heads; H must divide by it
+    ffn: int = 2688  # SwiGLU width
+    n_encoder_layers: int = 4  # Linear layers of pert_encoder and basal_encoder
+    n_decoder_layers: int = 4  # Linear layers of project_out
+    dropout: float = 0.1  # in the MLPs; the transformer has none
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.n_heads:
+            raise ValueError(f"hidden ({self.hidden}) must divide by n_heads ({self.n_heads})")
+
+
+class Mlp(nn.Sequential):
+    """`n_layers` Linear layers with GELU and dropout between them (parameters 0, 3, 6, 9 ...)."""
+
+    def __init__(self, n_in: int, hidden: int, n_out: int, n_layers: int, dropout: float) -> None:
+        widths = [n_in, *[hidden] * (n_layers - 1), n_out]
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise(widths)):
+            if i:
+                layers += [nn.GELU(), SetDropout(dropout)]
+            layers.append(nn.Linear(a, b))
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (B, ..., n_in) -> (B, ..., n_out)
+        for layer in self:
+            x = layer(x, keys) if isinstance(layer, SetDropout) else layer(x)
+        return x
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight. PyTorch's fused kernel wants both in one dtype, which they are not under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class SetAttention(nn.Module):
+    """Multi-head attention over the cells of a set: no mask, no positions, no bias."""
+
+    def __init__(self, hidden: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, hidden, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
+        q, k, v = (
+            proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, heads, S, H / heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no bias."""
+
+    def __init__(self, hidden: int, ffn: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, ffn, bias=False)
+        self.up_proj = nn.Linear(hidden, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BackboneLayer(nn.Module):
+    """A Llama layer without rotary embedding and mask: a set has no order."""
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(sizes.hidden, RMS_NORM_EPS)
+        self.self_attn = SetAttention(sizes.hidden, sizes.n_heads)
+        self.post_attention_layernorm = RMSNorm(sizes.hidden, RMS_NORM_EPS)
+        self.mlp = SwiGLU(sizes.hidden, sizes.ffn)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """The transformer over the cells of a set."""
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(BackboneLayer(sizes) for _ in range(sizes.n_layers))
+        self.norm = RMSNorm(sizes.hidden, RMS_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class StateTransition(nn.Module):
+    """h = basal_encoder(controls); y = ReLU(project_out(backbone(h + pert_encoder(p)) + h))."""
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        hidden, dropout = sizes.hidden, sizes.dropout
+        self.pert_encoder = Mlp(sizes.n_features, hidden, hidden, sizes.n_encoder_layers, dropout)
+        self.basal_encoder = Mlp(sizes.dim, hidden, hidden, sizes.n_encoder_layers, dropout)
+        self.transformer_backbone = Backbone(sizes)
+        self.project_out = Mlp(hidden, hidden, sizes.n_genes, sizes.n_decoder_layers, dropout)
+        for number, layer in enumerate(part for part in self.modules() if isinstance(part, SetDropout)):
+            layer.number = number
+
+    def forward(self, basal: Tensor, perturbation: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Predict perturbed cells.
+
+        Args:
+            basal: (B, S, E) embeddings of control cells.
+            perturbation: (B, P) one feature vector a set; it is encoded once and broadcast over the cells.
+            keys: (B,) int32 of `sest.head.dropout.dropout_keys`; needed in training mode with dropout.
+
+        Returns:
+            (B, S, G) log1p expression, not negative.
+        """
+        controls = self.basal_encoder(basal, keys)  # (B, S, H)
+        shift = self.pert_encoder(perturbation, keys).unsqueeze(-2)  # (B, 1, H)
+        return F.relu(self.project_out(self.transformer_backbone(controls + shift) + controls, keys))
+
+
+def new_model(sizes: HeadSizes, seed: int) -> StateTransition:
+    """Build a head with fresh weights that depend on the seed alone.
+
+    Linear layers of the MLPs: uniform within 1/sqrt(fan_in) (PyTorch's default); backbone: normal(0, 0.02) (Llama's).
+    """
+    with torch.device("meta"):
+        model = StateTransition(sizes)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, nn.Linear) and name.startswith("transformer_backbone."):
+                module.weight.normal_(0.0, BACKBONE_INIT_STD, generator=generator)
+            elif isinstance(module, nn.Linear):
+                bound = 1.0 / math.sqrt(module.in_features)
+                module.weight.uniform_(-bound, bound, generator=generator)
+                module.bias.uniform_(-bound, bound, generator=generator)
+    return model
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,96 @@
+"""Choose the device and the precision, and say what was chosen."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from sest.errors import InputError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}  # fp8: all but the large products
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"No device '{name}'. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"No device '{name}': this machine has {torch.cuda.device_count()} CUDA GPUs. Use --device cpu."
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"Device '{name}' is not supported. Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def choose_precision(name: str, device: torch.device, *, training: bool) -> str:
+    """Resolve "auto" to fp32, bf16 or fp16 for the device; check that it has what was asked for.
+
+    auto: bf16 on GPUs with bf16 units; on older ones fp16 for training and fp32 for embedding; fp32 on CPU.
+
+    Raises:
+        InputError: fp16 was asked of a CPU, or fp8 of anything but a GPU with fp8 units.
+    """
+    if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise InputError("Precision fp8 needs a GPU of compute capability 8.9 or more. Use --precision bf16 or fp32.")
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("Precision fp16 needs a GPU. Use --precision fp32 or bf16.")
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp16" if training else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in a precision; nothing in fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def faster_precision(precision: str, device: torch.device) -> str | None:
+    """A line for those who compute in float32 on a processor with bf16 units; None for all others.
+
+    "auto" stays float32 there, so that numbers do not depend on which processor a job landed on.
+    """
+    if device.type != "cpu" or precision != "fp32" or not _cpu_has_bf16_units():
+        return None
+    return "This processor has bf16 units: --precision bf16 may be much faster here, and rounds more."
+
+
+def slow_pages(device: torch.device, setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str | None:
+    """A line for those who train on a CPU where large pages are there for programs that ask; None for all others.
+
+    A step takes and frees large tensors, whose pages the system clears 4 KB at a time unless glibc asks for large
+    ones. glibc reads the variable at the start only.
+    """
+    if device.type != "cpu" or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return None
+    try:
+        on_request = "[madvise]" in setting.read_text()
+    except OSError:
+        return None
+    if not on_request or platform.libc_ver()[0] != "glibc":
+        return None
+    return "On this machine small heads train faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment."
+
+
+def _cpu_has_bf16_units() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

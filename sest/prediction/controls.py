@@ -1,0 +1,205 @@
+"""Control cells that predictions start from: those of the run's cache, or new ones embedded as the run's were.
+
+Shapes: n control cells of one cell type, E embedding width, G genes of the run. Space: log1p, as the run's targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from sest import progress
+from sest.cells.columns import usual_columns
+from sest.cells.h5ad import CellFile
+from sest.cells.inputs import Cells, open_cells, resolve_inputs
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, total_counts
+from sest.cells.split_file import SUFFIXES
+from sest.config import EmbedConfig, PredictConfig
+from sest.data.dataset import Dataset
+from sest.encoder.base import CellEncoder
+from sest.encoder.choose import make_encoder
+from sest.encoder.hub import with_local_encoder
+from sest.encoder.pca import PCA, PcaEncoder, Projection
+from sest.errors import InputError, nearest, shown
+from sest.runs.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Control cells of one cell type."""
+
+    cell_type: str
+    embeddings: np.ndarray  # (n, E) as stored
+    expression: scipy.sparse.csr_matrix  # (n, G) log1p within [0, 14]
+    names: np.ndarray  # (n,) str, of the cells in their file
+    batches: np.ndarray  # (n,) str
+    files: np.ndarray  # (n,) int, which file each is of: a set never mixes files
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def pool_of(pools: Mapping[str, Pool], cell_type: str | None) -> Pool:
+    """The controls of a cell type; without one, of the only cell type there is.
+
+    Raises:
+        InputError: no controls of that cell type, or of several and none is named.
+    """
+    if cell_type is None and len(pools) > 1:
+        raise InputError(f"There are controls of several cell types: {shown(pools)}. Pass --cell-type.")
+    name = cell_type if cell_type is not None else next(iter(pools))
+    if name not in pools:
+        raise InputError(f"No control cells of cell type '{name}'. There are: {shown(pools)}.{nearest(name, pools)}")
+    return pools[name]
+
+
+def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
+    """Control cells of the cache, by row number (n,), ascending."""
+    files = np.searchsorted(data.labels.first, rows, side="right") - 1
+    obs = pd.concat(
+        [
+            group.obs.iloc[rows[files == i] - data.labels.first[i]]
+            for i, group in enumerate(data.cache.groups.values())
+            if (files == i).any()
+        ]
+    )
+    return Pool(
+        cell_type,
+        data.embeddings[data.embedding_row[rows]],
+        _cut(data.targets.log1p(rows)),
+        obs.index.to_numpy(str),
+        obs["batch"].astype(str).to_numpy(str),
+        files,
+    )
+
+
+def cached_pools(data: Dataset) -> dict[str, Pool]:
+    """All control cells of the cache by cell type."""
+    labels = data.labels
+    pools = {}
+    for name in sorted({cell_type for _, cell_type in labels.contexts}):
+        codes = [i for i, (_, cell_type) in enumerate(labels.contexts) if cell_type == name]
+        rows = np.flatnonzero(labels.is_control & np.isin(labels.context, codes))
+        if len(rows):
+            pools[name] = cached_pool(data, rows, name)
+    return pools
+
+
+def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> dict[str, Pool]:
+    """Embed the control cells of `config.controls` with the run's encoder and projection, by cell type.
+
+    Raises:
+        InputError: no such file or no controls in it, another encoder than the run's, genes of the run that the file
+            lacks, or values of another kind (counts, log1p) than the run was trained on.
+    """
+    state, made, path = checkpoint.state, checkpoint.state["encoder"], Path(str(config.controls))
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"--controls takes one {' or '.join(SUFFIXES)} file, not {path}.")
+    if made["sha256"] is None:
+        raise InputError(
+            f"{checkpoint.folder} does not say which encoder it was trained with. "
+            "Embed the cells with `sest embed` and pass the cache with --cache."
+        )
+    if made["name"] != PCA and config.encoder is None:
+        raise InputError(f"The run was made with the encoder {made['name']}. Pass --encoder with its folder.")
+    with CellFile(path) as file:
+        columns = usual_columns(
+            file.obs,
+            state["columns"],
+            pert_col=config.pert_col,
+            cell_type_col=config.cell_type_col,
+            control=config.control,
+        )
+    embed_config = EmbedConfig(
+        encoder=PCA if made["name"] == PCA else str(config.encoder),
+        layer=config.layer,
+        device=config.device,
+        max_tokens=made.get("max_tokens"),
+        seed=made["seed"],
+        **columns,
+    )
+    embed_config = with_local_encoder(embed_config)
+    with ExitStack() as stack:
+        cells = open_cells(resolve_inputs([path])[0], embed_config, stack)[0]
+        if not cells.is_control.any():
+            raise InputError(f"{path} has no control cells. Pass --pert-col and --control.")
+        if state["scale"] not in ("mixed", cells.scale):
+            raise InputError(
+                f"{path} holds {cells.scale}; the run was trained on {state['scale']}. Choose with --layer."
+            )
+        tensors = checkpoint.projection()
+        projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
+        encoder = _encoder(cells, embed_config, made, projection)
+        names = encoder.gene_names(cells)
+        _need_genes(path, names, data.targets.genes, "the run")
+        return _embed(cells, encoder, projection, names, data)
+
+
+def _encoder(cells: Cells, config: EmbedConfig, made: Mapping[str, Any], projection: Projection | None) -> CellEncoder:
+    """The encoder that the run was made with, `made` (state.json's "encoder"), ready for these cells."""
+    if made["name"] == PCA:
+        assert projection is not None
+        _need_genes(cells.file.path, list(map(str, cells.file.var.index)), made["genes"], "the run's PCA")
+        return PcaEncoder.from_projection(list(made["genes"]), projection)
+    encoder = make_encoder(config, [cells])
+    if encoder.sha256 != made["sha256"]:
+        raise InputError(f"{config.encoder} is not the encoder the run was made with ({made['name']}).")
+    return encoder
+
+
+def _need_genes(path: Path, names: Sequence[str], genes: Sequence[str], whose: str) -> None:
+    there = set(names)
+    missing = [name for name in genes if name not in there]
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} of the {len(genes)} genes of {whose}: {shown(missing)}.")
+
+
+def _embed(
+    cells: Cells, encoder: CellEncoder, projection: Projection | None, names: Sequence[str], data: Dataset
+) -> dict[str, Pool]:
+    """Embeddings and log1p values of a file's controls; `names` are its genes as the encoder names them."""
+    rows, size = np.flatnonzero(cells.is_control), encoder.batch_size(0)
+    place = {name: i for i, name in enumerate(names)}
+    columns = np.array([place[name] for name in data.targets.genes])
+    embeddings, expression = [], []
+    progress.begin("Embedding controls", len(rows), "cells")
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        block = cells.read(part)
+        encoded = encoder.encode(cells, block, part)
+        if projection is not None:
+            encoded = projection.apply(encoded[:, : encoder.native_dim])
+        embeddings.append(encoded[:, : data.cache.dim].astype(data.embeddings.dtype))
+        factor = np.zeros(len(part), np.float32)
+        if cells.scale == "counts":  # totals over all genes of the file, as in a cache
+            factor = factors_to(data.targets.target_sum, total_counts(block)).astype(np.float32)
+        expression.append(log1p_rows(block[:, columns], factor))
+        progress.advance(len(part))
+    embedded, values = np.concatenate(embeddings), _cut(scipy.sparse.vstack(expression, format="csr"))
+    obs = cells.obs.iloc[rows]
+    batches, cell_types = (obs[name].astype(str).to_numpy(str) for name in ("batch", "cell_type"))
+    pools = {}
+    for name in np.unique(cell_types).tolist():
+        mine = np.flatnonzero(cell_types == name)
+        pools[name] = Pool(
+            cell_type=name,
+            embeddings=embedded[mine],
+            expression=values[mine],
+            names=obs.index[mine].to_numpy(str),
+            batches=batches[mine],
+            files=np.zeros(len(mine), np.int64),
+        )
+    return pools
+
+
+def _cut(values: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+    """Values within [0, 14]; log1p values of counts are far below that anyway."""
+    values.data = values.data.clip(0.0, LARGEST_PREDICTED_LOG1P)
+    return values

@@ -1,0 +1,230 @@
+"""Predict perturbed cells with a trained head and write them as an .h5ad, real control cells beside them.
+
+Shapes: S cells a set, E embedding width, P feature width, G genes. Space: log1p, as the run's targets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import torch
+
+from sest import progress
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P
+from sest.cells.write_h5ad import H5adWriter, check_writable
+from sest.config import PredictConfig, TrainConfig
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.features import ONE_HOT, load_features
+from sest.data.targets import remove_scratch
+from sest.errors import InputError, nearest, shown
+from sest.head.model import StateTransition
+from sest.machine.devices import autocast, choose_device, choose_precision
+from sest.prediction.controls import Pool, new_pools
+from sest.prediction.draws import control_rows, draw_sets
+from sest.prediction.record import baselines, provenance
+from sest.prediction.requests import Request, Wanted, join_tables, make_requests, obs_of, read_wanted
+from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
+from sest.runs.provenance import check_data, check_width, find_data, saw_the_same_split
+from sest.runs.run_folder import SCRATCH, one_hot_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_BLOCK = 4096  # real control cells written at once
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was written."""
+
+    n_predicted: int
+    n_controls: int
+    n_genes: int
+    n_perturbations: int
+    checkpoint: Path
+    step: int
+
+
+def predict(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], config: PredictConfig, wanted: Wanted | None = None
+) -> Prediction:
+    """Predict cells and write them, with real control cells beside them.
+
+    Args:
+        run: a run folder, or one of its checkpoint folders.
+        out: the .h5ad to write: X CSR float32 log1p within [0, 14]; obs perturbation, cell type, batch; var the genes;
+            uns["sest"] the provenance and the baselines' pseudobulks.
+        config: what to predict and from which controls.
+        wanted: the perturbations, instead of config.list or config.only: names (config.n_cells of each), or
+            name -> cells.
+
+    Raises:
+        InputError, CacheError: no such run, a damaged checkpoint, unknown perturbations or cell types, features that
+            are missing or of another width. Nothing is written then.
+    """
+    out = Path(out)
+    check_writable(out)
+    for given in (config.template, config.controls):
+        if given is not None and out.exists() and Path(given).exists() and out.samefile(given):
+            raise InputError(f"{out} is read for this prediction. Write to another file.")
+    listed = read_wanted(wanted, config.template, config.list, config.only, config.n_cells)
+    checkpoint = sound_checkpoint(find_checkpoint(Path(run), config.checkpoint))
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device, training=False)
+    train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
+    data = _read(cache, train_config, checkpoint, out)
+    genes, places = _genes(config.genes, data.targets.genes)
+    pools = new_pools(config, checkpoint, data) if config.controls else None
+    requests, columns = make_requests(config, listed, data, pools)
+    asked = [request for request in requests if not request.is_control]
+    names = sorted({request.perturbation for request in asked})
+    vectors = _vectors(names, source, train_config.missing_perturbations, checkpoint, data)
+    uns = {"sest": provenance(checkpoint, data, columns)}
+    if saw_the_same_split(checkpoint, data):  # baselines must not see other cells
+        uns["sest"] |= baselines(requests, config.seed, data, vectors, places)
+    else:
+        logger.info("What the run was trained on is not known here, so no baselines are stored.")
+    model = checkpoint.model().to(device)
+    progress.begin("Predicting", sum(request.n_cells for request in requests), "cells")
+    tables = []
+    with H5adWriter(out, len(genes), "float32") as writer:
+        for request in requests:
+            if request.is_control:
+                chosen = control_rows(request, config.seed)
+                blocks = _real_cells(request.pool, chosen)
+            else:
+                sets = draw_sets(request, train_config.set_size, config.seed)
+                chosen = sets.ravel()[: request.n_cells]
+                vector = vectors[request.perturbation]
+                blocks = _predicted_cells(request, sets, model, vector, train_config.batch_size, precision)
+            for block in blocks:
+                writer.add(block if places is None else block[:, places])
+                progress.advance(block.shape[0])
+            tables.append(obs_of(request, chosen, columns))
+        writer.finish(join_tables(tables), pd.DataFrame(index=pd.Index(genes, dtype=str)), uns)
+    return Prediction(
+        n_predicted=sum(request.n_cells for request in asked),
+        n_controls=sum(request.n_cells for request in requests if request.is_control),
+        n_genes=len(genes),
+        n_perturbations=len(vectors),
+        checkpoint=checkpoint.folder,
+        step=checkpoint.state["step"],
+    )
+
+
+def predict_cells(
+    run: str | os.PathLike[str],
+    wanted: Wanted | None = None,
+    config: PredictConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+) -> AnnData:
+    """`predict` into memory; `out`: a file to keep as well."""
+    from anndata import read_h5ad  # slow to import
+
+    config = config or PredictConfig()
+    if out is not None:
+        predict(run, out, config, wanted)
+        return read_h5ad(out)
+    with tempfile.TemporaryDirectory(prefix="sest-") as folder:
+        return predict_cells(run, wanted, config, out=Path(folder) / "predicted.h5ad")
+
+
+def _read(cache: Path, config: TrainConfig, checkpoint: Checkpoint, out: Path) -> Dataset:
+    """The cells of the cache, which must be the checkpoint's."""
+    scratch = Path(config.scratch or out.with_name(f".{out.name}.{SCRATCH}"))  # only if memory is too small
+    data = read_dataset(cache, config, feature_names=one_hot_names(checkpoint), scratch=scratch)
+    if not config.scratch:
+        remove_scratch(scratch)  # mapped files stay readable
+    check_data(checkpoint, data)
+    if not checkpoint.state["genes"]:
+        logger.info(f"{checkpoint.folder} does not name its genes: they are taken to be those of {cache}, in order.")
+    return data
+
+
+def _vectors(
+    names: Sequence[str], source: str, missing: str, checkpoint: Checkpoint, data: Dataset
+) -> dict[str, np.ndarray]:
+    """Features (P,) of the perturbations to predict; a file may have more than the run was trained on.
+
+    `missing` as in TrainConfig.missing_perturbations.
+    """
+    known = data.features.as_mapping() if source == ONE_HOT else load_features(Path(source))
+    absent = [name for name in names if name not in known]
+    if absent and source == ONE_HOT:
+        raise InputError(
+            f"The run has one-hot features and never saw {shown(absent)}.{nearest(absent[0], known)} "
+            "Train with --perturbations FILE to predict unseen perturbations."
+        )
+    if absent and missing != "zero":
+        raise InputError(
+            f"{source} has no features for {len(absent)} of {len(names)} perturbations: {shown(absent)}."
+            f"{nearest(absent[0], known)} Pass --perturbations with a file that has them too."
+        )
+    zero = np.zeros(checkpoint.sizes.n_features, np.float32)
+    vectors = {name: known.get(name, zero) for name in names}
+    check_width(source, len(next(iter(known.values()))), checkpoint)
+    return vectors
+
+
+def _real_cells(pool: Pool, chosen: np.ndarray) -> Iterator[scipy.sparse.csr_matrix]:
+    """The control cells `chosen` (n,), in blocks of (rows, G)."""
+    for start in range(0, len(chosen), ROWS_PER_BLOCK):
+        yield pool.expression[chosen[start : start + ROWS_PER_BLOCK]]
+
+
+def _predicted_cells(
+    request: Request, sets: np.ndarray, model: StateTransition, vector: np.ndarray, batch_size: int, precision: str
+) -> Iterator[scipy.sparse.csr_matrix]:
+    """Predicted cells of a request, `batch_size` sets a block: (rows, G) within [0, 14]; the last set is cut."""
+    left = request.n_cells
+    for start in range(0, len(sets), batch_size):
+        basal = request.pool.embeddings[sets[start : start + batch_size]]  # (B, S, E)
+        cells = _forward(model, basal, vector, precision)[:left]
+        if not np.isfinite(cells).all():
+            raise InputError(f"The prediction of {request.perturbation} is not finite. Try --precision fp32.")
+        left -= len(cells)
+        yield scipy.sparse.csr_matrix(cells)
+
+
+def _forward(model: StateTransition, basal: np.ndarray, vector: np.ndarray, precision: str) -> np.ndarray:
+    """(B, S, E) and (P,) -> (B * S, G) float32, cut at 14."""
+    device = next(model.parameters()).device
+    with torch.inference_mode(), autocast(device, precision):
+        perturbation = torch.from_numpy(vector).to(device).expand(len(basal), -1)
+        predicted = model(torch.from_numpy(basal.astype(np.float32)).to(device), perturbation)
+        cells: np.ndarray = predicted.float().clamp_max(LARGEST_PREDICTED_LOG1P).flatten(0, 1).cpu().numpy()
+    return cells
+
+
+def _genes(path: str | None, genes: Sequence[str]) -> tuple[list[str], np.ndarray | None]:
+    """The output's genes, and where they stand among the run's (None: all, in its order)."""
+    if path is None:
+        return list(genes), None
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read {path}: {error}.") from error
+    names = [name for line in lines if (name := line.split(",")[0].strip().strip('"'))]
+    place = {name: i for i, name in enumerate(genes)}
+    if names and names[0] not in place and names[0].lower() in ("gene", "genes", "gene_name", "gene_names"):
+        names = names[1:]  # a header
+    missing = [name for name in names if name not in place]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} genes are not the run's: {shown(missing)}.{nearest(missing[0], place)}"
+        )
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{path} must list genes of the run, one a line, each once.")
+    return names, np.array([place[name] for name in names])

@@ -1,0 +1,85 @@
+"""What a prediction's file says of itself in uns["sest"], for people and for `sest evaluate`. G genes of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sest import __version__
+from sest.cells.columns import Columns
+from sest.data.dataset import Dataset
+from sest.data.features import ONE_HOT
+from sest.evaluation.baselines import predict_baselines
+from sest.evaluation.means import training_means
+from sest.prediction.controls import Pool
+from sest.prediction.draws import control_rows
+from sest.prediction.requests import Request
+from sest.runs.checkpoint import Checkpoint
+
+
+def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns) -> dict[str, Any]:
+    """Columns, scale, and where the cells come from."""
+    state, is_log1p = checkpoint.state, data.targets.scale == "log1p"
+    return {
+        "columns": {key: getattr(columns, key) for key in ("perturbation", "cell_type", "control")},
+        "scale": "log1p" if is_log1p else "counts",
+        **({} if is_log1p else {"target_sum": data.targets.target_sum}),
+        "provenance": {
+            "sest_version": __version__,
+            "checkpoint": checkpoint.folder.name,
+            "run": checkpoint.folder.parent.name,
+            "step": state["step"],
+            "model_sha256": state["files"]["model.safetensors"],
+            "cache_sha256": data.cache.sha256,
+            "encoder": state["encoder"]["name"],
+            "licence": state["encoder"]["licence"] or "",
+        },
+    }
+
+
+def baselines(
+    requests: Sequence[Request], seed: int, data: Dataset, vectors: Mapping[str, np.ndarray], places: np.ndarray | None
+) -> dict[str, Any]:
+    """Pseudobulks of the baselines, (pairs, genes of the file), around the mean of the controls in this file.
+
+    `sest evaluate` subtracts that mean again: a baseline's effect is then what it learned, whichever controls a
+    template asks for.
+
+    Args:
+        seed: of the choice of control cells.
+        vectors: features (P,) of the perturbations that are predicted.
+        places: where the file's genes stand among the run's; None: all, in its order.
+    """
+    pairs = list(dict.fromkeys((r.pool.cell_type, r.perturbation) for r in requests if not r.is_control))
+    control = _control_means(requests, seed)
+    features = None if data.features.source == ONE_HOT else {**data.features.as_mapping(), **vectors}
+    means = np.stack([control[cell_type] for cell_type, _ in pairs])
+    predicted = predict_baselines(training_means(data), [name for _, name in pairs], means, features)
+    return {
+        "baselines": {
+            name: (values if places is None else values[:, places]).astype(np.float32)
+            for name, values in predicted.items()
+        },
+        "pairs": {
+            key: np.array([pair[i] for pair in pairs], dtype=object)
+            for i, key in enumerate(("cell_type", "perturbation"))
+        },
+    }
+
+
+def _control_means(requests: Sequence[Request], seed: int) -> dict[str, np.ndarray]:
+    """Mean (G,) float64 of each cell type's controls that are written; of its whole pool where none are."""
+    parts: dict[str, list[tuple[Pool, np.ndarray]]] = {}
+    for request in requests:
+        if request.is_control:
+            parts.setdefault(request.pool.cell_type, []).append((request.pool, control_rows(request, seed)))
+    for request in requests:
+        pool = request.pool
+        parts.setdefault(pool.cell_type, [(pool, np.arange(len(pool)))])
+    means = {}
+    for cell_type, chosen in parts.items():
+        sums = np.stack([np.asarray(pool.expression[rows].sum(0, dtype=np.float64)).ravel() for pool, rows in chosen])
+        means[cell_type] = sums.sum(0) / sum(len(rows) for _, rows in chosen)
+    return means

@@ -1,0 +1,231 @@
+"""What to predict: the run's test split, the cells of a template, a table of counts, or a list of perturbations."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sest.cells.columns import Columns, detect_columns, labels, usual_columns
+from sest.cells.h5ad import CellFile
+from sest.cells.split_file import TEST
+from sest.config import PredictConfig
+from sest.data.dataset import Dataset
+from sest.errors import InputError, shown
+from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
+
+Wanted = Sequence[str] | Mapping[str, int]
+"""Perturbations to predict: names, or name -> cells."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Cells of one perturbation to predict, or real control cells to write, from one pool."""
+
+    pool: Pool
+    perturbation: str  # the control's label for real controls
+    is_control: bool
+    n_cells: int
+    obs: pd.DataFrame | None = None  # (n_cells,) rows of the template, where there is one
+
+
+def read_wanted(
+    wanted: Wanted | None, template: str | None, table: str | None, only: str | None, n_cells: int
+) -> dict[str, int] | None:
+    """The perturbations to predict and how many cells of each; None where a template or the test split says it.
+
+    Args:
+        wanted: names, or name -> cells.
+        template, table, only: --template, --list and --only, see PredictConfig; at most one of the four is given.
+        n_cells: of every name, where no number stands beside it.
+
+    Raises:
+        InputError: more than one way to say what to predict, an unreadable table, or a name or number that is none.
+    """
+    if wanted is not None and any(x is not None for x in (template, table, only)):
+        raise InputError("Name the perturbations, or pass one of --template, --list and --only, not both.")
+    if sum(x is not None for x in (template, table, only)) > 1:
+        raise InputError("Pass one of --template, --list and --only.")
+    if wanted is not None:
+        return _checked(wanted, n_cells)
+    if table is not None:
+        return _read_table(Path(table))
+    if only is not None:
+        names = [name.strip() for name in only.split(",") if name.strip()]
+        if not names or len(set(names)) < len(names):
+            raise InputError("--only takes perturbations separated by commas, each once.")
+        return dict.fromkeys(names, n_cells)
+    return None
+
+
+def _checked(wanted: Wanted, n_cells: int) -> dict[str, int]:
+    """Names and numbers of cells that a caller gave; one name may stand for a list of one."""
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    given: Mapping[str, Any] = wanted if isinstance(wanted, Mapping) else dict.fromkeys(names, n_cells)
+    if not names or len(given) < len(names):
+        raise InputError(f"Name at least one perturbation, and each once; given: {shown(names)}.")
+    for name, number in given.items():
+        if not isinstance(number, Integral) or number < 1:
+            raise InputError(f"'{name}: {number}' is not a perturbation and a number of cells above 0.")
+    return {str(name): int(number) for name, number in given.items()}
+
+
+def _read_table(path: Path) -> dict[str, int]:
+    """Read target_gene -> n_cells; other columns are ignored."""
+    wanted: dict[str, int] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet's export begins with a mark
+            reader = csv.DictReader(file)
+            there = reader.fieldnames or []
+            if not {"target_gene", "n_cells"} <= set(there):
+                raise InputError(f"{path} needs the columns target_gene,n_cells; its first line has: {shown(there)}.")
+            for row in reader:
+                name, count = (row["target_gene"] or "").strip(), (row["n_cells"] or "").strip()
+                if not name or name in wanted or not count.isdecimal() or int(count) < 1:
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: '{name},{count}' is not a new perturbation and a number of "
+                        "cells above 0."
+                    )
+                wanted[name] = int(count)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Cannot read {path}: {error}.") from error
+    if not wanted:
+        raise InputError(f"{path} lists no perturbations.")
+    return wanted
+
+
+def make_requests(
+    config: PredictConfig, wanted: Mapping[str, int] | None, data: Dataset, new: Mapping[str, Pool] | None
+) -> tuple[list[Request], Columns]:
+    """Everything to write, in order, and the obs columns it is labelled in.
+
+    Args:
+        config: the template and its columns, and the cell type.
+        wanted: see `read_wanted`.
+        new: control cells to start from instead of the cache's.
+
+    Raises:
+        InputError: nothing to predict, the control among the perturbations, or cell types without controls.
+    """
+    made = next(iter(data.cache.groups.values())).attributes["columns"]
+    control = str(made["control"])
+    if config.template is not None:
+        obs, columns = _template(Path(config.template), made, config.pert_col, config.cell_type_col, config.control)
+        return _of_template(obs, columns, new or cached_pools(data), config.cell_type), columns
+    perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
+    columns = Columns(perturbation, cell_type, batch, control, ())
+    if wanted is not None:
+        if control in wanted:
+            raise InputError(f"'{control}' is the control: real control cells are added without being asked for.")
+        pool = pool_of(new or cached_pools(data), config.cell_type)
+        asked = [Request(pool, name, False, n) for name, n in wanted.items()]
+        return [*asked, Request(pool, control, True, len(pool))], columns
+    if new is not None:
+        raise InputError("--controls gives new controls; say what to predict with --only, --list or --template.")
+    return _test_split(data, control, config.cell_type), columns
+
+
+def _test_split(data: Dataset, control: str, only: str | None) -> list[Request]:
+    """As many cells of every test (context, perturbation) as there are real ones, and all test controls.
+
+    `only` is the cell type that is wanted, if not all are.
+    """
+    labels, mask = data.labels, data.in_split(TEST)
+    perturbed = mask & ~labels.is_control
+    if not perturbed.any():
+        raise InputError("The run has no test split. Say what to predict with --only, --list or --template.")
+    contexts = {context: labels.contexts[context][1] for context in np.unique(labels.context[perturbed]).tolist()}
+    if only not in (None, *contexts.values()):
+        raise InputError(f"No test cells of cell type '{only}'. There are: {shown(sorted(set(contexts.values())))}.")
+    requests = []
+    for context, cell_type in contexts.items():
+        if only not in (None, cell_type):
+            continue
+        here = labels.context == context
+        pool = cached_pool(data, np.flatnonzero(mask & here & labels.is_control), cell_type)
+        codes, counts = np.unique(labels.perturbation[perturbed & here], return_counts=True)
+        requests += [
+            Request(pool, labels.perturbations[code], False, int(n)) for code, n in zip(codes, counts, strict=True)
+        ]
+        requests.append(Request(pool, control, True, len(pool)))
+    return requests
+
+
+def _template(
+    path: Path, made: Mapping[str, str | None], pert_col: str | None, cell_type_col: str | None, control: str | None
+) -> tuple[pd.DataFrame, Columns]:
+    """The obs of a template, and what its columns are called; that of the cell types may yet have to be made.
+
+    Args:
+        made: the columns of the run's cells.
+        pert_col, cell_type_col, control: as given; None where they are to be detected.
+    """
+    with CellFile(path) as file:
+        obs = file.obs.copy()
+    batch = next(iter(obs.columns), None)  # any: the template's batches are not used, so candidates are not compared
+    usual = usual_columns(obs, made, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
+    found = detect_columns(obs, batch_col=batch, **usual)
+    if found.perturbation is None:
+        raise InputError(f"{path} has no perturbation column. Columns: {shown(obs.columns, 30)}. Pass --pert-col.")
+    if set(_text(obs, found.perturbation)) == {found.control}:
+        raise InputError(f"{path} has no perturbed cells: all are '{found.control}'.")
+    cell_type = found.cell_type or made["cell_type"] or "cell_type"
+    return obs, Columns(found.perturbation, cell_type, made["batch"] or "batch", found.control, ())
+
+
+def _of_template(
+    obs: pd.DataFrame, columns: Columns, pools: Mapping[str, Pool], cell_type: str | None
+) -> list[Request]:
+    """One request for every (cell type, perturbation) of the template's obs; its controls become real ones.
+
+    `cell_type` is that of all cells where the template has no such column.
+    """
+    if columns.cell_type not in obs:
+        obs[columns.cell_type] = pool_of(pools, cell_type).cell_type
+    names, kinds = (_text(obs, str(column)) for column in (columns.perturbation, columns.cell_type))
+    return [
+        Request(pool_of(pools, str(kind)), str(name), name == columns.control, len(rows), rows)
+        for (kind, name), rows in obs.groupby([kinds, names], sort=True)
+    ]
+
+
+def _text(obs: pd.DataFrame, column: str) -> np.ndarray:
+    """(n,) str: the labels of a column, as every part of sest reads them."""
+    codes, names = labels(obs, column)
+    return np.array(names, dtype=object)[codes]
+
+
+def obs_of(request: Request, chosen: np.ndarray, columns: Columns) -> pd.DataFrame:
+    """Labels of written rows: the template's, or perturbation, cell type and batch of the controls `chosen` (n,)."""
+    if request.obs is not None:
+        return request.obs
+    pool = request.pool
+    names = pool.names[chosen]
+    if not request.is_control:
+        names = np.array([f"{pool.cell_type}_{request.perturbation}_{i}" for i in range(request.n_cells)])
+    table = {
+        str(columns.perturbation): request.perturbation,
+        str(columns.cell_type): pool.cell_type,
+        str(columns.batch): pool.batches[chosen],
+    }
+    return pd.DataFrame(table, index=pd.Index(names, dtype=str))
+
+
+def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One obs table: text as categories, used categories only, every name once."""
+    from anndata.utils import make_index_unique  # slow to import
+
+    table = pd.concat(tables)
+    table.index = make_index_unique(table.index.astype(str))
+    for name, column in table.items():
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            table[name] = column.cat.remove_unused_categories()
+        elif pd.api.types.is_string_dtype(column.dtype) or column.dtype == object:
+            table[name] = pd.Categorical(column.where(column.isna(), column.astype(str)))
+    return table

@@ -1,0 +1,156 @@
+"""What a run's cache and its checkpoint add: the held-out pairs, predicted, and a map of the embeddings.
+
+Shapes: K (context, perturbation) pairs, G genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sest import progress
+from sest.cache import Cache, open_cache
+from sest.cache.schema import CacheError
+from sest.cells.split_file import SPLIT_NAMES, TEST, VAL
+from sest.cells.splits import SplitRow
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.features import ONE_HOT
+from sest.data.resident import resident_cells
+from sest.data.targets import remove_scratch
+from sest.errors import Error, InputError
+from sest.evaluation.metrics import pearson_delta
+from sest.evaluation.pairs import HeldOut, held_out, pair_metrics, predicted_means
+from sest.machine.devices import autocast, choose_precision
+from sest.report.embedding_map import EmbeddingMap, map_cells
+from sest.report.run_facts import RunFacts
+from sest.runs.provenance import check_data
+from sest.runs.run_folder import one_hot_names
+
+
+@dataclass(frozen=True, eq=False)
+class PairResults:
+    """The pairs of one split, predicted by the checkpoint."""
+
+    split: str  # "val" or "test"
+    cell_types: list[str]  # (K,)
+    perturbations: list[str]  # (K,)
+    n_cells: np.ndarray  # (K,)
+    effect: np.ndarray  # (K,) L2 norm over genes of the observed change
+    scores: dict[str, np.ndarray]  # pearson_delta, mae, pds, perturbation_mean (its pearson_delta): each (K,)
+    observed: np.ndarray  # (K, G) change of the mean log1p expression against the controls
+    predicted: np.ndarray  # (K, G)
+    n_sets: int  # predicted
+    of_sets: int  # there are
+
+
+@dataclass(frozen=True, eq=False)
+class CacheFacts:
+    """What a run's cache adds; each part is None where it could not be made, and `notes` say why."""
+
+    attributes: dict[str, Any]  # of the cache; empty where it cannot be opened
+    table: list[SplitRow] | None
+    genes: tuple[str, ...]
+    pairs: list[PairResults] | None
+    map: EmbeddingMap | None
+    notes: dict[str, str]  # "table", "pairs", "map" -> one sentence
+
+
+def read_cache(run: RunFacts, *, n_sets: int, device: torch.device, scratch: Path) -> CacheFacts:
+    """Read a run's cache, predict its held-out pairs and map its cells; what is not possible is noted.
+
+    Args:
+        n_sets: sets of each split to predict at most, but one of every pair; 0: all.
+        device: to predict on.
+        scratch: folder for the targets where memory does not hold them; removed again.
+    """
+    notes: dict[str, str] = {}
+    try:
+        cache = _open(run.folder, run.cache)
+    except InputError as error:
+        return CacheFacts({}, None, (), None, None, dict.fromkeys(("table", "pairs", "map"), str(error)))
+    data, pairs, cells = None, None, None
+    try:
+        data = _read_data(run, cache.path, scratch)
+        pairs = _predict(run, data, n_sets, device)
+    except Error as error:
+        notes["table" if data is None else "pairs"] = notes["pairs"] = str(error)
+    try:
+        cells = map_cells(cache)
+    except Error as error:
+        notes["map"] = str(error)
+    table, genes = (data.table, data.targets.genes) if data is not None else (None, ())
+    return CacheFacts(cache.attributes, table, genes, pairs, cells, notes)
+
+
+def _open(run: Path, cache: str) -> Cache:
+    if not cache:
+        raise InputError(f"{run} does not say where its cache is. Pass --cache.")
+    try:
+        return open_cache(cache)
+    except CacheError as error:
+        raise InputError(f"The run's cache cannot be opened: {error}") from error
+
+
+def _read_data(run: RunFacts, cache: str, scratch: Path) -> Dataset:
+    config = run.config
+    if config.perturbations != ONE_HOT and not Path(config.perturbations).is_file():
+        raise InputError(
+            f"No file {config.perturbations} with the run's perturbation features. Pass --perturbations with it."
+        )
+    where = Path(config.scratch) if config.scratch else scratch
+    data = read_dataset(Path(cache), config, feature_names=one_hot_names(run.checkpoint), scratch=where)
+    if not config.scratch:
+        remove_scratch(where)  # mapped files stay readable
+    return data
+
+
+def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) -> list[PairResults]:
+    """The pairs of the val and of the test split, as far as there are such splits."""
+    if run.checkpoint is None:
+        raise InputError(run.problem)
+    check_data(run.checkpoint, data)
+    cast = partial(autocast, device, choose_precision("auto", device, training=False))
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
+    features = torch.from_numpy(data.features.matrix).to(device)
+    model, results = run.checkpoint.model().to(device), []
+    perturbed = data.mask[~data.labels.is_control]
+    for bit in (VAL, TEST):
+        if (perturbed & bit).any():
+            held = held_out(data, run.config, bit, n_sets)
+            progress.begin(f"Predicting the {SPLIT_NAMES[bit]} split", len(held.pair), "sets")
+            means = predicted_means(
+                model,
+                cells,
+                held,
+                features,
+                run.config.batch_size,
+                cast,
+                each=lambda sets, _: progress.advance(len(sets["perturbation"])),
+            )
+            results.append(_results(SPLIT_NAMES[bit], data, held, means))
+    return results
+
+
+def _results(split: str, data: Dataset, held: HeldOut, means: np.ndarray) -> PairResults:
+    """The scores of a split's pairs; means: (K, G) predicted log1p."""
+    labels, pairs = data.labels, held.pairs
+    contexts = [labels.contexts[c] for c in pairs.context]
+    change = pairs.observed - pairs.control
+    baseline = pearson_delta(held.perturbation_mean, pairs.observed, pairs.control)
+    return PairResults(
+        split=split,
+        cell_types=["/".join(c) if len(labels.groups) > 1 else c[1] for c in contexts],
+        perturbations=[labels.perturbations[p] for p in pairs.perturbation],
+        n_cells=pairs.n_cells,
+        effect=np.linalg.norm(change, axis=1),
+        scores={**pair_metrics(data, pairs, means), "perturbation_mean": baseline},
+        observed=change,
+        predicted=means - pairs.control,
+        n_sets=len(held.pair),
+        of_sets=held.n_sets,
+    )

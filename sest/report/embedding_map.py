@@ -1,0 +1,120 @@
+"""A map of the embedded cells of a cache: a sample of them in two dimensions, with their labels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from sest import progress
+from sest.cache import Cache, Group
+from sest.cache.schema import ROWS_PER_CHUNK
+from sest.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MOST_CELLS = 4_000
+CONTROL = "control"  # what control cells are called here, whatever each file calls them
+LABELS = ("cell type", "perturbation", "batch")
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMap:
+    """A sample of n embedded cells."""
+
+    labels: dict[str, list[str]]  # of LABELS; each (n,)
+    is_control: np.ndarray  # (n,) bool
+    places: dict[str, np.ndarray]  # "PCA" and, where umap-learn is installed, "UMAP": (n, 2)
+    explained: tuple[float, float]  # share of the sample's variance along the two principal components
+    n_cells: int  # embedded in the cache
+
+
+def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
+    """Draw a sample of the embedded cells and lay them out.
+
+    Raises:
+        InputError: no cell of the cache has a finite embedding.
+        CacheError: a damaged cache.
+    """
+    groups, only_controls = list(cache.groups.values()), cache.attributes["cells"] == "controls"
+    obs = pd.concat([_labels(group, several=len(groups) > 1) for group in groups], ignore_index=True)
+    candidates = np.flatnonzero(obs["is_control"]) if only_controls else np.arange(len(obs))
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(candidates, min(len(candidates), MOST_CELLS), replace=False))
+    progress.begin("Reading embeddings", len(rows), "cells")
+    vectors, first = [np.zeros((0, cache.dim), np.float32)], 0
+    for group in groups:
+        vectors += _read(group, rows[(rows >= first) & (rows < first + group.n_cells)] - first)
+        first += group.n_cells
+    found = np.concatenate(vectors)
+    finite = np.isfinite(found).all(1)
+    rows, found = rows[finite], found[finite]
+    if not len(rows):
+        raise InputError(f"No cell of {cache.path} has a finite embedding.")
+    mine = obs.iloc[rows]
+    pca, explained = principal_components(found)
+    places = {"PCA": pca}
+    if importlib.util.find_spec("umap") is not None:
+        logger.info("UMAP of the embeddings: half a minute.")
+        places["UMAP"] = _umap(found, seed)
+    labels = {name: mine[name].tolist() for name in LABELS}
+    return EmbeddingMap(labels, mine["is_control"].to_numpy(), places, explained, len(candidates))
+
+
+def _labels(group: Group, *, several: bool) -> pd.DataFrame:
+    """What every cell of a file is, in words; batches of several files never have the same name."""
+    obs, control = group.obs, str(group.attributes["columns"]["control"])
+    missing = pd.Series("-", index=obs.index)
+    perturbation, cell_type, batch = (
+        obs[name].astype(object).where(obs[name].notna(), "-").astype(str) if name in obs else missing
+        for name in ("perturbation", "cell_type", "batch")
+    )
+    is_control = perturbation == control
+    return pd.DataFrame(
+        {
+            "cell type": cell_type,
+            "perturbation": perturbation.mask(is_control, CONTROL),
+            "batch": group.path + "/" + batch if several else batch,
+            "is_control": is_control,
+        }
+    )
+
+
+def _read(group: Group, rows: np.ndarray) -> list[np.ndarray]:
+    """Embeddings of some rows (n,), sorted; only chunks with one of them are read."""
+    parts = []
+    for chunk in np.unique(rows // ROWS_PER_CHUNK):
+        start = int(chunk) * ROWS_PER_CHUNK
+        mine = rows[rows // ROWS_PER_CHUNK == chunk] - start
+        block = group.embeddings(start, min(start + ROWS_PER_CHUNK, group.n_cells))
+        parts.append(block[mine].astype(np.float32))
+        progress.advance(len(mine))
+    return parts
+
+
+def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """The first two principal components of rows (n, E), and their shares of the variance.
+
+    The sign of a component is such that its largest loading is positive.
+    """
+    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    _, sizes, basis = np.linalg.svd(centred, full_matrices=False)
+    basis = np.vstack([basis[:2], np.zeros((2 - len(basis[:2]), basis.shape[1]))])
+    largest = basis[np.arange(2), np.abs(basis).argmax(1)]
+    variance = np.pad(sizes**2, (0, 2))
+    total = float(variance.sum()) or 1.0
+    return centred @ (basis * np.where(largest < 0, -1.0, 1.0)[:, None]).T, (
+        float(variance[0]) / total,
+        float(variance[1]) / total,
+    )
+
+
+def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """UMAP with its defaults and the cosine metric, the same for the same seed."""
+    umap = importlib.import_module("umap")  # the extra "umap"; half of its import is compiling
+    places: np.ndarray = umap.UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors)
+    return places

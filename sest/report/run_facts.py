@@ -1,0 +1,136 @@
+"""What a run folder says of itself: its configuration, its curves, its diagnosis and its checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sest.config import TrainConfig
+from sest.errors import InputError
+from sest.runs.checkpoint import Checkpoint, checkpoints, find_checkpoint, sound_checkpoint
+from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, METRICS, Curves, curves_of, read_lines
+from sest.runs.diagnose import Finding, diagnose
+from sest.runs.run_folder import METRICS as METRICS_FILE
+from sest.runs.run_folder import read_run_config
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A metric at the best validation, beside what needs no network."""
+
+    metric: str
+    head: float
+    baselines: dict[str, float]  # by name
+
+    def beats(self, baseline: str) -> bool:
+        """Whether the head is better than a baseline; not where one of them is no number."""
+        other = self.baselines[baseline]
+        return self.head > other if self.metric in HIGHER_IS_BETTER else self.head < other
+
+
+@dataclass(frozen=True, eq=False)
+class RunFacts:
+    """What a run folder says of itself, without its cache."""
+
+    folder: Path
+    name: str
+    written: datetime  # when its last line was
+    config: TrainConfig
+    provenance: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    curves: Curves
+    findings: list[Finding]
+    checkpoint: Checkpoint | None  # best/, or else the furthest one
+    problem: str  # why there is no checkpoint
+
+    @property
+    def step(self) -> int:
+        """The last step that a line tells of."""
+        return max((int(line["step"]) for line in self.lines), default=0)
+
+    @property
+    def cache(self) -> str:
+        """Path or URL of its cache, "" where that is not known."""
+        return str(self.provenance.get("cache", ""))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The checkpoint's state.json, empty without one."""
+        return self.checkpoint.state if self.checkpoint else {}
+
+    def best(self) -> int | None:
+        """Which validation has the lowest val_loss; None before there is one."""
+        losses = self.curves.validation.get("val_loss", np.zeros(0))
+        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+
+    def scores(self) -> list[Score]:
+        """Every metric at the best validation; empty before there is one."""
+        best = self.best()
+        if best is None:
+            return []
+
+        def at(name: str) -> float:
+            values = self.curves.validation.get(name)
+            return math.nan if values is None else float(values[best])
+
+        return [Score(m, at(m), {b: at(f"{m}_{b}") for b in BASELINES}) for m in METRICS]
+
+    @property
+    def best_step(self) -> int | None:
+        best = self.best()
+        return None if best is None else int(self.curves.validation["step"][best])
+
+    def last(self, name: str) -> Any:
+        """The last value of a key over all lines, None where no line has it."""
+        return next((line[name] for line in reversed(self.lines) if line.get(name) is not None), None)
+
+
+def read_runs(folders: Iterable[Path], *, cache: str | None = None, perturbations: str | None = None) -> list[RunFacts]:
+    """Read run folders, each once, and name them so that no two have the same name.
+
+    Args:
+        cache, perturbations: where the cache and the features file are now, if not where the runs say.
+
+    Raises:
+        InputError: a folder is no run, its metrics.jsonl cannot be read, it is given twice, or there is none.
+    """
+    given = [folder.resolve() for folder in folders]
+    if not given:
+        raise InputError("No run is given. Name one run folder at least.")
+    if twice := [folder for folder in given if given.count(folder) > 1]:
+        raise InputError(f"{twice[0]} is given twice. Name every run once.")
+    names = [folder.name for folder in given]
+    names = [f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in given]
+    return [_read_run(f, name, cache, perturbations) for f, name in zip(given, names, strict=True)]
+
+
+def _read_run(folder: Path, name: str, cache: str | None, perturbations: str | None) -> RunFacts:
+    values, provenance = read_run_config(folder)
+    if cache is not None:
+        provenance["cache"] = cache
+    if perturbations is not None:
+        values["perturbations"] = perturbations
+    config = TrainConfig.from_values(values, str(folder / "config.toml"))
+    lines = read_lines(folder / METRICS_FILE)
+    curves = curves_of(lines)
+    findings = diagnose(
+        curves,
+        run=str(folder),
+        cache=str(provenance.get("cache", "CACHE")),
+        max_steps=config.max_steps,
+        patience=config.patience if config.early_stopping else None,
+    )
+    checkpoint, problem = None, f"{folder} has no checkpoint yet."
+    if checkpoints(folder):
+        try:
+            checkpoint = sound_checkpoint(find_checkpoint(folder))
+        except InputError as error:
+            problem = str(error)
+    written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
+    return RunFacts(folder, name, written, config, provenance, lines, curves, findings, checkpoint, problem)

@@ -1,0 +1,118 @@
+"""`sest report`: one HTML file about one run, or about several beside each other, that opens without a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sest import __version__
+from sest.cache.disk import write_durably
+from sest.config import ReportConfig
+from sest.errors import InputError
+from sest.machine.devices import choose_device
+from sest.report.cache_facts import CacheFacts, read_cache
+from sest.report.comparison import comparison
+from sest.report.page import Html, Page, element, join, section
+from sest.report.run_facts import RunFacts, read_runs
+from sest.report.sections import header, run_sections
+from sest.runs.diagnose import Finding
+from sest.runs.run_folder import SCRATCH
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    path: Path
+    n_bytes: int
+    findings: dict[str, list[Finding]]  # by run
+    notes: list[str]  # what was left out, and why
+
+
+def write_report(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    with_model: bool = ReportConfig.model,
+    n_sets: int = ReportConfig.sets,
+    device: str = ReportConfig.device,
+    cache: str | os.PathLike[str] | None = None,
+    perturbations: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Write the report.
+
+    Args:
+        runs: a run folder, or several to compare.
+        out: the .html file; None: report.html in the run folder, of several runs in the working folder.
+        with_model: also predict the held-out cells and map the embeddings, which needs the cache.
+        n_sets: sets of each split to predict at most, but one of every pair; 0: all.
+        device: to predict on: auto, cpu, cuda or cuda:N.
+        cache, perturbations: where the cache and the features file are now, if not where the runs say.
+
+    Raises:
+        InputError: no such run or device, or a place that cannot be written to. A cache that cannot be used is no
+            error: the page says so where it would have been needed.
+    """
+    folders = [runs] if isinstance(runs, (str, os.PathLike)) else runs
+    facts = read_runs(
+        [Path(folder) for folder in folders],
+        cache=None if cache is None else os.fspath(cache),
+        perturbations=None if perturbations is None else os.fspath(perturbations),
+    )
+    place = Path(out) if out is not None else (facts[0].folder if len(facts) == 1 else Path()) / REPORT
+    _check_writable(place)
+    page, caches, chosen = Page(), list[CacheFacts | None](), choose_device(device)
+    for run in facts:
+        scratch = place.with_name(f".{place.name}.{SCRATCH}")  # used only where memory is too small
+        caches.append(read_cache(run, n_sets=n_sets, device=chosen, scratch=scratch) if with_model else None)
+    data = _page(page, facts, caches).encode()
+    write_durably(place, data)
+    notes = [f"{r.name}: {n}" for r, c in zip(facts, caches, strict=True) if c for n in dict.fromkeys(c.notes.values())]
+    return Report(place, len(data), {run.name: run.findings for run in facts}, notes)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a place that no report can be written to, or where it would replace something else."""
+    if out.suffix != ".html":
+        raise InputError(f"{out} does not end in .html. Pass --out with a file name that does.")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder. Pass --out with the name of a file.")
+    if not out.parent.is_dir():
+        raise InputError(f"No folder {out.parent} to write {out.name} in. Create it first, or pass another --out.")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"Cannot write to {out.parent}. Pass another --out.")
+
+
+def _page(page: Page, runs: Sequence[RunFacts], caches: Sequence[CacheFacts | None]) -> str:
+    now = datetime.now(UTC)
+    several, parts, contents = len(runs) > 1, list[Html](), list[tuple[str, str]]()
+    if several:
+        title = f"{len(runs)} runs compared"
+        parts += [
+            element("h1", title),
+            element("p", f"{', '.join(run.name for run in runs)}. Written {now:%d %B %Y}.", class_="quiet"),
+            section("comparison", "Comparison", comparison(page, runs)),
+        ]
+        contents.append(("comparison", "Comparison"))
+    else:
+        title = runs[0].name
+    for number, (run, cache) in enumerate(zip(runs, caches, strict=True), 1):
+        prefix = f"run-{number}-" if several else ""
+        sections = run_sections(page, run, cache, prefix)
+        made = join(section(identity, name, body, level=3 if several else 2) for identity, name, body in sections)
+        date = element("p", f"Last step logged {run.written:%d %B %Y, %H:%M} UTC.", class_="quiet")
+        if several:
+            identity = f"run-{number}"
+            contents.append((identity, run.name))
+            parts.append(element("div", section(identity, run.name, date, header(run, cache)), made, class_="run"))
+        else:
+            contents = [(identity, name) for identity, name, _ in sections]
+            parts += [element("h1", title), date, header(run, cache), made]
+    footer = f"Written by sest {__version__} on {now:%d %B %Y, %H:%M} UTC. This file loads nothing from the network."
+    parts.append(element("footer", footer))
+    return page.whole(f"{title} - sest report", contents, join(parts))

@@ -1,0 +1,334 @@
+"""Checkpoints: folders written aside, fsynced and renamed, so that a checkpoint is whole or not there.
+
+    checkpoint-step-500/model.safetensors       the head alone
+                        projection.safetensors  the PCA of the embeddings, for new cells (where there is one)
+                        optimizer.safetensors   AdamW's moments (not in best/)
+                        state.json              step, configuration, genes, hashes; sha256 of every file, also its own
+
+Nothing in them depends on the clock, the machine's paths or the order of dictionaries: the same run gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from sest.cache.disk import NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
+from sest.config import upgraded
+from sest.errors import InputError, shown
+from sest.head.model import HeadSizes, StateTransition
+
+FORMAT_VERSION = 1
+MODEL, PROJECTION, OPTIMIZER, STATE = (
+    "model.safetensors",
+    "projection.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+)
+LAST, BEST = "last", "best"
+_STEP_FOLDER = re.compile(r"checkpoint-step-(\d+)")
+
+
+def step_folder(step: int) -> str:
+    """Name of the kept checkpoint of a step."""
+    return f"checkpoint-step-{step}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint whose files have the sha256 its state.json says."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def sizes(self) -> HeadSizes:
+        return HeadSizes(**self.state["sizes"])
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Parameters of the head by name."""
+        return _read(self.folder / MODEL)
+
+    def require_optimizer(self) -> None:
+        """Refuse a checkpoint without optimizer state (best/, imported ones).
+
+        Raises:
+            InputError: it has none.
+        """
+        if OPTIMIZER not in self.state["files"]:
+            raise InputError(
+                f"{self.folder} has no optimizer state, so training cannot resume from it. "
+                "Use the run's last/ or a checkpoint-step-N/."
+            )
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Optimizer state by "<kind>/<parameter>"; see `require_optimizer`."""
+        return _read(self.folder / OPTIMIZER)
+
+    def projection(self) -> dict[str, Tensor] | None:
+        """Mean, basis and explained variance of the embeddings' PCA, or None."""
+        return _read(self.folder / PROJECTION) if PROJECTION in self.state["files"] else None
+
+    def model(self) -> StateTransition:
+        """The head in eval mode, on the CPU, float32."""
+        with torch.device("meta"):
+            model = StateTransition(self.sizes)
+        try:
+            model.load_state_dict(self.model_tensors(), assign=True)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.folder}: {MODEL} does not fit state.json ({' '.join(str(error).split())})."
+            ) from error
+        return model.requires_grad_(True).eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def save_checkpoint(
+    folder: Path,
+    state: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+    *,
+    optimizer: Mapping[str, Tensor] | None = None,
+    projection: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint folder: aside, fsynced, renamed. An older folder of that name is replaced.
+
+    Args:
+        folder: where it will be.
+        state: plain values; `sizes` (see HeadSizes) among them. The hashes of the files are added.
+        model, optimizer, projection: tensors by name.
+
+    Raises:
+        OSError: the disk is full or not writable; the older folder is still there.
+    """
+    with folder_aside(folder) as aside:
+        files = {
+            name: to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())})
+            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (PROJECTION, projection))
+            if tensors is not None
+        }
+        for name, data in files.items():
+            write_flushed(aside / name, data)
+        hashes = {name: sha256(data) for name, data in files.items()}
+        content = {**state, "format_version": FORMAT_VERSION, "files": hashes}
+        content["sha256"] = _state_sha256(content)
+        write_flushed(aside / STATE, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _state_sha256(content: Mapping[str, Any]) -> str:
+    """Hash of what a state.json says, but for this hash."""
+    own = {key: value for key, value in content.items() if key != "sha256"}
+    return sha256(json.dumps(own, sort_keys=True).encode())
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Make `folder` the same checkpoint as `source`, sharing the files on disk where the file system can."""
+    with folder_aside(folder) as aside:
+        for name in (*json.loads((source / STATE).read_text())["files"], STATE):
+            try:
+                os.link(source / name, aside / name)
+            except OSError:  # a file system without hard links
+                write_flushed(aside / name, (source / name).read_bytes())
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete what a kill left of checkpoints that were being written, or that had been replaced already."""
+    replaced = [folder for folder in run.glob(f".*{OLD}") if (run / _meant(folder.name) / STATE).exists()]
+    for folder in [*run.glob(f".*{NEW}"), *replaced]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
+    """Open a checkpoint folder.
+
+    Args:
+        check: compare every file with its sha256.
+
+    Raises:
+        InputError: not a checkpoint, of another format version, or damaged.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+        files, version, digest = dict(state["files"]), state["format_version"], state["sha256"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not a checkpoint: it has no {STATE}.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder} is damaged: {STATE} cannot be read ({error!r}).") from error
+    if version != FORMAT_VERSION:
+        raise InputError(f"{folder} has checkpoint format {version}; this sest reads {FORMAT_VERSION}.")
+    changed = [STATE] if check and digest != _state_sha256(state) else []
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise InputError(f"{folder} is damaged: {name} is missing.")
+        if check and sha256_file(file) != expected:
+            changed.append(name)
+    if changed:
+        raise InputError(f"{folder} is damaged: not as it was saved (sha256 differs): {shown(changed)}.")
+    return Checkpoint(folder, {**state, "config": upgraded(state.get("config", {}))})
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """All checkpoint folders of a run, the furthest step first; at one step, last/ before kept ones before best/.
+
+    `.last.old`, which a kill between two renames leaves, counts as well.
+    """
+    found = []
+    for folder in run.iterdir() if run.is_dir() else ():
+        name = _meant(folder.name)
+        if name in (LAST, BEST) or _STEP_FOLDER.fullmatch(name):
+            found.append((-_step(folder), name == BEST, name != LAST, name != folder.name, folder))
+    return [entry[-1] for entry in sorted(found)]
+
+
+def resumable(run: Path) -> list[Path]:
+    """Those of `checkpoints` that training can go on from: all but best/."""
+    return [folder for folder in checkpoints(run) if _meant(folder.name) != BEST]
+
+
+def _meant(name: str) -> str:
+    """The name a folder has, or had before a kill: last for .last.old."""
+    return name[1 : -len(OLD)] if name.startswith(".") and name.endswith(OLD) else name
+
+
+def _step(folder: Path) -> int:
+    """The step of a checkpoint, -1 where its state.json cannot be read."""
+    try:
+        return int(json.loads((folder / STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def later_checkpoints(checkpoint: Checkpoint) -> list[Path]:
+    """The run's other checkpoints that training could go on from, of later steps than this one's."""
+    return [f for f in resumable(checkpoint.folder.parent) if _step(f) > checkpoint.state["step"]]
+
+
+def latest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
+    """The furthest checkpoint training can resume from, and what was wrong with those passed over.
+
+    Raises:
+        InputError: the run has none that is sound.
+    """
+    problems: list[str] = []
+    for folder in resumable(run):
+        try:
+            checkpoint = open_checkpoint(folder)
+            checkpoint.require_optimizer()
+            return checkpoint, problems
+        except InputError as error:
+            problems.append(str(error))
+    detail = f" ({' '.join(problems)})" if problems else ""
+    raise InputError(f"{run} has no checkpoint to resume from{detail}. Start again with another --run folder.")
+
+
+def _present(run: Path, name: str) -> Path | None:
+    """The checkpoint of that name, or what a kill left of it between two renames."""
+    places = (run / name, run / f".{name}{OLD}")
+    return next((folder for folder in places if (folder / STATE).exists()), None)
+
+
+def find_checkpoint(path: Path, which: str | None = None) -> Path:
+    """The checkpoint folder that a path means: itself, or of a run its best/ (or `which`), else last/.
+
+    Raises:
+        InputError: there is none; the ones that exist are listed.
+    """
+    if (path / STATE).exists() and which is None:
+        return path
+    for name in (which,) if which else (BEST, LAST):
+        folder = _present(path, name)
+        if folder is not None:
+            return folder
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    there = checkpoints(path)
+    if which is None and there:
+        return there[0]
+    wanted = f"checkpoint '{which}'" if which else "checkpoint"
+    raise InputError(f"{path} has no {wanted}. It has: {shown(_meant(folder.name) for folder in there)}.")
+
+
+def load_model(folder: str | Path) -> StateTransition:
+    """Load the head from a checkpoint or run folder: `model(basal (B, S, E), perturbation (B, P)) -> (B, S, G)`.
+
+    The model is in eval mode, float32, on the CPU.
+
+    Raises:
+        InputError: no checkpoint there, or a damaged one (an older sound one is named).
+    """
+    return sound_checkpoint(find_checkpoint(Path(folder))).model()
+
+
+def sound_checkpoint(folder: Path, *, to_resume: bool = False) -> Checkpoint:
+    """Open a checkpoint; of a damaged one the error names the run's furthest sound one.
+
+    Args:
+        to_resume: it must have optimizer state, and so must the one that is named.
+
+    Raises:
+        InputError: the checkpoint is damaged, or has no optimizer state.
+    """
+    others = resumable if to_resume else checkpoints
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError as error:
+        sound = next((other for other in others(folder.parent) if other != folder and _is_sound(other)), None)
+        if sound is None:
+            raise
+        raise InputError(f"{error} Sound: {sound}. Pass that one instead.") from error
+    if to_resume:
+        checkpoint.require_optimizer()
+    return checkpoint
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder)
+    except InputError:
+        return False
+    return True
+
+
+def optimizer_to_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's state as "<kind>/<parameter name>" tensors; names in the order of the parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in zip(names, parameters, strict=True)
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def tensors_to_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
+    """Put `optimizer_to_tensors` back, on each parameter's device."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        state = {k.split("/", 1)[0]: v for k, v in tensors.items() if k.split("/", 1)[1] == name}
+        optimizer.state[parameter] = {kind: value.to(parameter.device).clone() for kind, value in state.items()}
+
+
+def sizes_to_values(sizes: HeadSizes) -> dict[str, Any]:
+    """Sizes as plain values for state.json."""
+    return dataclasses.asdict(sizes)

@@ -1,0 +1,96 @@
+"""Where a checkpoint's cache and features are, and whether those at hand are the ones it was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sest.cache.storage import is_url
+from sest.config import TrainConfig
+from sest.data.dataset import Dataset
+from sest.data.features import ONE_HOT
+from sest.errors import InputError
+from sest.runs.checkpoint import Checkpoint
+from sest.runs.run_folder import CONFIG, read_run_config
+
+
+def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | None) -> tuple[TrainConfig, Path, str]:
+    """What a checkpoint was trained with, by its run folder.
+
+    Args:
+        cache, perturbations: where the cache and the features file are now, if not where the run says.
+
+    Returns:
+        Its configuration, the cache (a path or URL) and the source of its features (a file, or ONE_HOT). The
+        configuration of an imported checkpoint says one-hot whatever the source: of its features only those of the
+        perturbations to predict are needed, not those of a whole cache.
+
+    Raises:
+        InputError: a checkpoint without its run folder that is not told where they are, or nothing is there.
+    """
+    run = checkpoint.folder.parent
+    values: dict[str, Any] = dict(checkpoint.state["config"])
+    provenance: dict[str, Any] = {}
+    if (run / CONFIG).is_file():
+        values, provenance = read_run_config(run)
+    elif perturbations is None and checkpoint.state["features"]["source"] != ONE_HOT:
+        # an imported or moved checkpoint knows its sizes, not where files lie
+        raise InputError(f"{checkpoint.folder} does not say where its perturbation features are. Pass --perturbations.")
+    if perturbations is not None:
+        values["perturbations"] = perturbations
+    source = values.get("perturbations", ONE_HOT)
+    if source != ONE_HOT and not Path(source).is_file():
+        raise InputError(f"No file {source} with the run's perturbation features. Pass --perturbations.")
+    cache = cache or provenance.get("cache")
+    if cache is None:
+        raise InputError(f"{checkpoint.folder} does not say where its cache is. Pass --cache.")
+    if not (is_url(cache) or Path(cache).exists()):
+        raise InputError(f"The cache {cache} does not exist. Pass --cache with the one the run was trained on.")
+    if checkpoint.state["cache_sha256"] is None:  # imported
+        values["perturbations"] = ONE_HOT
+    return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache), source
+
+
+def check_data(checkpoint: Checkpoint, data: Dataset) -> None:
+    """Refuse a cache or features that are not those of the checkpoint.
+
+    Raises:
+        InputError: another cache, width, features or genes than it was trained with.
+    """
+    state, sizes, cache, features = checkpoint.state, checkpoint.sizes, data.cache.path, data.features
+    if state["cache_sha256"] not in (None, data.cache.sha256):
+        raise InputError(f"{cache} is not the cache {checkpoint.folder} was trained on. Pass --cache with that one.")
+    if data.cache.dim != sizes.dim:
+        raise InputError(f"{cache} has embeddings of width {data.cache.dim}; the checkpoint takes {sizes.dim}.")
+    if state["features"]["sha256"] is not None:
+        check_width(features.source, features.width, checkpoint)
+    if state["features"]["sha256"] not in (None, features.sha256):
+        raise InputError(
+            f"{features.source} has other features than the checkpoint was trained with. "
+            "Pass --perturbations with the file it was trained with."
+        )
+    genes = data.targets.genes
+    if len(genes) != sizes.n_genes:
+        raise InputError(f"{cache} has {len(genes)} genes; the checkpoint predicts {sizes.n_genes}.")
+    if state["genes"] and list(genes) != state["genes"]:
+        first = next(f"{b} instead of {a}" for a, b in zip(state["genes"], genes, strict=True) if a != b)
+        raise InputError(f"{cache} has other genes, or in another order, than the checkpoint predicts: {first}.")
+
+
+def check_width(source: str, width: int, checkpoint: Checkpoint) -> None:
+    """Refuse features of another width than the checkpoint takes; `source` is their file.
+
+    Raises:
+        InputError: they are.
+    """
+    if width != checkpoint.sizes.n_features:
+        raise InputError(
+            f"{source} has features of width {width}; the checkpoint takes {checkpoint.sizes.n_features}. "
+            "Pass --perturbations with the file it was trained with."
+        )
+
+
+def saw_the_same_split(checkpoint: Checkpoint, data: Dataset) -> bool:
+    """Whether `data` says which cells the checkpoint was trained on: same cache, same splits."""
+    splits = data.split_file.sha256 if data.split_file is not None else None
+    return bool(checkpoint.state["cache_sha256"] == data.cache.sha256 and checkpoint.state["splits_sha256"] == splits)

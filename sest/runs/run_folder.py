@@ -1,0 +1,221 @@
+"""A run's folder: what a new, resumed or interrupted run finds in it, its configuration and its metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from sest import __version__
+from sest.cache.disk import write_durably
+from sest.config import RESUMABLE, TrainConfig, read_toml, upgraded
+from sest.data.dataset import Dataset
+from sest.data.features import ONE_HOT
+from sest.errors import InputError, shown
+from sest.runs.checkpoint import (
+    Checkpoint,
+    later_checkpoints,
+    latest_checkpoint,
+    remove_unfinished,
+    resumable,
+    sound_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+METRICS, CONFIG, SPLITS, SCRATCH = "metrics.jsonl", "config.toml", "splits.toml", "scratch"
+PATHS = ("perturbations", "splits")  # where files lie is no part of a run's identity; their content is
+SAME_STEPS = ("lr", "weight_decay", "clip", "precision")  # RESUMABLE, but with others the steps are other ones
+
+
+def find_start(
+    run: Path,
+    resume: str | None,
+    config: TrainConfig,
+) -> Checkpoint | None:
+    """The checkpoint to resume from; None for a new run, or one that was stopped before its first checkpoint."""
+    if resume is None:
+        if not _is_unused(run):
+            raise InputError(f"{run} exists. Continue it with --resume auto, or choose another --run folder.")
+        return None
+    if not (_is_unused(run) or (run / CONFIG).is_file()):
+        raise InputError(f"{run} exists and is no run folder: it has no {CONFIG}. Choose another --run folder.")
+    if resume == "auto" and not resumable(run):
+        begun = read_run_config(run)[1].get("resumed_from") if (run / CONFIG).is_file() else None
+        if not begun:
+            logger.info(f"{run} has no checkpoint yet: training starts at step 0.")
+            return None
+        checkpoint = sound_checkpoint(Path(begun), to_resume=True)  # stopped before its own first checkpoint
+    elif resume == "auto":
+        checkpoint, problems = latest_checkpoint(run)
+        for problem in problems:
+            logger.info(f"Passed over: {problem}")
+    else:
+        checkpoint = sound_checkpoint(Path(resume), to_resume=True)
+        _refuse_to_mix(run, checkpoint, config)
+    logger.info(f"Resuming from {checkpoint.folder} at step {checkpoint.state['step']:,}.")
+    return checkpoint
+
+
+def _is_unused(run: Path) -> bool:
+    """Whether a run folder is yet to be made, or was not even begun when it was stopped."""
+    if not run.is_dir():
+        return not run.exists()
+    return all(file.name.endswith(".partial") or file.name == SCRATCH for file in run.iterdir())
+
+
+def _refuse_to_mix(run: Path, start: Checkpoint, config: TrainConfig) -> None:
+    """Going back in a run folder repeats the same steps; other steps would lie beside the later checkpoints there."""
+    later = later_checkpoints(start) if start.folder.resolve().parent == run.resolve() else []
+    before = TrainConfig.from_values(read_run_config(run)[0], str(run / CONFIG)) if later else config
+    changed = [name for name in SAME_STEPS if getattr(before, name) != getattr(config, name)]
+    if changed:
+        options = shown("--" + name.replace("_", "-") for name in changed)
+        raise InputError(
+            f"{run} has later checkpoints ({shown(folder.name for folder in later)}), made with another {options}. "
+            f"Go on from {start.folder.name} in another --run folder."
+        )
+
+
+def one_hot_names(start: Checkpoint | None) -> tuple[str, ...] | None:
+    names = start.state["features"]["names"] if start is not None else None
+    return tuple(names) if names else None
+
+
+def config_of(run: Path, options: dict[str, Any], resume: str | None, where: str) -> TrainConfig:
+    """The configuration to train with: of a new run the options, of a resumed one its own with the options on top.
+
+    Args:
+        resume: as in `find_start`.
+        where: what names the options in an error, such as "the command line".
+
+    Raises:
+        InputError: an unknown option or value, nothing to resume, or see `resumed_config`.
+    """
+    if resume is None:
+        return TrainConfig.from_values(options, where)
+    if resume == "auto" and not run.exists():
+        raise InputError(f"{run} does not exist: nothing to resume. Leave --resume out to start it.")
+    return resumed_config(run, resume, options)
+
+
+def resumed_config(run: Path, resume: str, options: dict[str, Any]) -> TrainConfig:
+    """The configuration of a run to resume, with the options given now on top.
+
+    Raises:
+        InputError: no configuration there, or an option that a resumed run cannot change (see `RESUMABLE`).
+    """
+    if resume == "auto" and _is_unused(run):
+        return TrainConfig.from_values(options, "the command line")
+    folder = run if resume == "auto" or (run / CONFIG).exists() else Path(resume).resolve().parent
+    values, _ = read_run_config(folder)
+    before = TrainConfig.from_values(values, str(folder / CONFIG))
+    if options.get("batch_size") == 0:  # auto: it was chosen when the run began
+        options = {key: value for key, value in options.items() if key != "batch_size"}
+    config = TrainConfig.from_values({**values, **options}, "the command line")
+    for name in TrainConfig.names():
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new and name not in (*RESUMABLE, *PATHS):
+            raise InputError(
+                f"--{name.replace('_', '-')} {new} would make another run; this one has {old}. Use a new --run."
+            )
+    return config
+
+
+def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's configuration and its provenance (where its cache is).
+
+    Raises:
+        InputError: no config.toml there.
+    """
+    if not (run / CONFIG).is_file():
+        raise InputError(f"{run} is no run folder: it has no {CONFIG}.")
+    values = upgraded(read_toml(run / CONFIG))
+    provenance = values.pop("provenance", {})
+    if "splits" in values and (run / SPLITS).exists():
+        values["splits"] = str(run / SPLITS)
+    return values, provenance
+
+
+@contextmanager
+def opened_run(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> Iterator[None]:
+    """Create or continue the run folder (configuration, splits, metrics up to the step resumed from), and keep it.
+
+    Raises:
+        InputError: another process trains in it, or it cannot be written to.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        folder = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        _lock(folder, run)
+        _begin(run, config, data, start, step)
+        yield
+    finally:
+        os.close(folder)  # which also unlocks
+
+
+def _lock(folder: int, run: Path) -> None:
+    """Keep other processes out, until the folder's descriptor is closed."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"Another process trains in {run}. Wait until it has ended, or choose another --run folder."
+        ) from error
+    except OSError:
+        return  # some network file systems have no locks
+
+
+def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> None:
+    try:
+        remove_unfinished(run)
+        paths = {
+            key: str(Path(getattr(config, key)).resolve())
+            for key in PATHS
+            if getattr(config, key) not in (None, ONE_HOT)
+        }
+        provenance = {
+            "cache": data.cache.storage.url,
+            "sest_version": __version__,
+            "torch_version": torch.__version__,
+            "resumed_from": str(start.folder.resolve()) if start else "",
+        }
+        content = {**config.to_values(), **paths, "provenance": provenance}
+        write_durably(run / CONFIG, tomli_w.dumps(content).encode())
+        if config.splits:
+            write_durably(run / SPLITS, Path(config.splits).read_bytes())
+        lines = (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_durably(run / METRICS, "".join(line + "\n" for line in kept).encode())
+    except OSError as error:
+        raise _unwritable(run, error) from error
+
+
+def _unwritable(run: Path, error: OSError) -> InputError:
+    return InputError(f"Cannot write to {run}: {error.strerror}. Choose another --run folder.")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a kill
+
+
+def append_metrics(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, to be made durable with the next checkpoint; a number that is not finite becomes null."""
+    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+    with open(path, "a") as file:
+        file.write(json.dumps(plain, allow_nan=False) + "\n")

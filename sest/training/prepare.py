@@ -1,0 +1,220 @@
+"""All that happens before the first step: read the data, build or resume, refuse what cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sest.cells.split_file import TRAIN
+from sest.config import TrainConfig
+from sest.data.batches import BatchSource
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.resident import ResidentCells, resident_cells
+from sest.data.sampler import SetSampler
+from sest.errors import InputError, shown
+from sest.head.loss import make_loss
+from sest.head.model import HeadSizes, StateTransition, new_model
+from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
+from sest.machine.team import Team
+from sest.runs.checkpoint import Checkpoint, tensors_to_optimizer
+from sest.runs.run_folder import one_hot_names
+from sest.runs.sinks import check_sinks
+from sest.training.identity import identity_of, refuse_other_run
+from sest.training.limit import measure_limit
+from sest.training.step_memory import largest_batch
+from sest.training.trainer import RunState, Trainer
+from sest.training.validate import Validator
+
+logger = logging.getLogger(__name__)
+
+GPU_SHARE = 0.6  # of free GPU memory that the cells may take; the rest is for the step
+
+
+def prepare(
+    cache: Path,
+    run: Path,
+    config: TrainConfig,
+    device: torch.device,
+    team: Team,
+    start: Checkpoint | None,
+    scratch: Path,
+) -> Trainer:
+    """Read the data and make everything a training owns; nothing is written to the run folder.
+
+    Args:
+        start: the checkpoint to go on from; None: step 0.
+        scratch: folder for mapped files, where memory does not hold the cells.
+
+    Raises:
+        InputError, CacheError: bad input, or a checkpoint of another run.
+    """
+    precision = choose_precision(config.precision, device, training=True)
+    _check(config, device, precision)
+    data = _read_in_turn(cache, config, one_hot_names(start), scratch, team)
+    sizes = _sizes(data, config)
+    model = (new_model(sizes, config.seed) if start is None else start.model()).to(device).train()
+    # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
+    gram = torch.float16 if device.type == "cuda" and precision != "fp32" else torch.float32
+    criterion, cast = make_loss(config.loss, gram), partial(autocast, device, precision)
+    if config.batch_size == 0:
+        chosen = team.size * largest_batch(model, sizes, config.set_size, criterion, cast)
+        config = dataclasses.replace(config, batch_size=-team.largest(-chosen))
+        logger.info(f"{config.batch_size} sets a batch fit the free memory.")
+    if config.batch_size % team.size:
+        raise InputError(
+            f"A batch of {config.batch_size} sets cannot be divided among {team.size} processes. Use a --batch-size "
+            f"that {team.size} divides."
+        )
+    identity = identity_of(data, config, precision)
+    if start is not None:
+        refuse_other_run(start, identity, sizes)
+    optimizer, scaler = _optimizer(model, config, device, precision, start)
+    on_device = _cells_on_device(config.data_device, device, data)
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device, on_device=on_device)
+    sampler = _sampler(data, config)
+    if data.targets.on_disk:
+        rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
+        logger.info(f"Batches from {scratch}: {rate:.3g} a second.")
+    validator = Validator(data, cells, config, device, criterion, team)
+    ddp = team.ddp(model, config.gradients)
+    network = _compiled(ddp, device) if config.compile else ddp
+    team.wait()  # all have read what is in the folder
+    n_sets = config.batch_size // team.size * config.accumulate
+    return Trainer(
+        run=run,
+        config=config,
+        team=team,
+        device=device,
+        data=data,
+        model=model,
+        network=network,
+        ddp=ddp,
+        optimizer=optimizer,
+        scaler=scaler,
+        criterion=criterion,
+        autocast=cast,
+        batches=BatchSource(sampler, cells, config.batch_size, config.num_workers, team.ranks),
+        validator=validator,
+        limit=measure_limit(model, n_sets, config.set_size, DTYPES[precision]),
+        identity=identity,
+        state=RunState() if start is None else RunState(**start.state["run"]),
+    )
+
+
+def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
+    """Refuse what this machine cannot do; say what it could do better."""
+    if config.gradients == "bf16" and device.type == "cpu":
+        raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
+    check_sinks(config)
+    for hint in (faster_precision(precision, device), slow_pages(device)):
+        if hint:
+            logger.info(hint)
+
+
+def _read_in_turn(
+    cache: Path, config: TrainConfig, feature_names: tuple[str, ...] | None, scratch: Path, team: Team
+) -> Dataset:
+    """Read the data; of several processes the first goes ahead, as it may write the files that the others map."""
+
+    def read() -> Dataset:
+        return read_dataset(cache, config, feature_names=feature_names, scratch=scratch)
+
+    if team.leads:
+        data = read()
+    team.wait()
+    return data if team.leads else read()
+
+
+def _sizes(data: Dataset, config: TrainConfig) -> HeadSizes:
+    if config.hidden % config.n_heads:
+        raise InputError(f"hidden ({config.hidden}) must divide by n-heads ({config.n_heads}).")
+    return HeadSizes(
+        dim=data.cache.dim,
+        n_features=data.features.width,
+        n_genes=len(data.targets.genes),
+        hidden=config.hidden,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        ffn=config.ffn or 4 * config.hidden,
+        n_encoder_layers=config.n_encoder_layers,
+        n_decoder_layers=config.n_decoder_layers,
+        dropout=config.dropout,
+    )
+
+
+def _optimizer(
+    model: StateTransition, config: TrainConfig, device: torch.device, precision: str, start: Checkpoint | None
+) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """AdamW and, for fp16, the scaler of the loss; as they were at the checkpoint."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if start is not None:
+        names = [name for name, _ in model.named_parameters()]
+        tensors_to_optimizer(start.optimizer_tensors(), optimizer, names)
+        if scaler.is_enabled() and start.state["scaler"]:  # empty after another precision
+            scaler.load_state_dict(start.state["scaler"])
+    return optimizer, scaler
+
+
+def _sampler(data: Dataset, config: TrainConfig) -> SetSampler:
+    """The sets of the training split; says which cells they cannot serve as asked."""
+    sampler = SetSampler(
+        data.labels,
+        data.in_split(TRAIN),
+        config.set_size,
+        config.seed,
+        same_batch=config.match_controls == "batch",
+        control_targets=config.control_targets,
+    )
+    unseen = data.held_out_whole()
+    if unseen and not config.control_targets:
+        logger.info(
+            f"The head never sees {shown(unseen)} in training. With --control-targets it learns from their control "
+            "cells, which such cell types usually need (measured: benchmarks/README.md)."
+        )
+    alone = sampler.without_same_batch()
+    if alone:
+        logger.info(f"{alone:,} training cells have no control in their batch; any of their cell type serves.")
+    return sampler
+
+
+def _cells_on_device(data_device: str, device: torch.device, data: Dataset) -> bool:
+    """Whether the cells are kept in the GPU's memory: if they fit beside the step, or on request."""
+    if device.type == "cpu":
+        if data_device == "gpu":
+            raise InputError("--data-device gpu, but training runs on the CPU. Use --data-device cpu.")
+        return False
+    needed = data.embeddings.nbytes + data.targets.nbytes
+    free = torch.cuda.mem_get_info(device)[0]
+    fits = needed < GPU_SHARE * free
+    if data_device == "gpu" and not fits:
+        raise InputError(
+            f"The cells take {needed / 1e9:.1f} GB, of {free / 1e9:.1f} GB free on {device}. Use --data-device cpu."
+        )
+    there = data_device == "gpu" or (data_device == "auto" and fits and not data.targets.on_disk)
+    place = "GPU" if there else "mapped files" if data.targets.on_disk else "host"
+    logger.info(f"Cells ({needed / 1e9:.2f} GB) are kept in {place}{'' if place == 'mapped files' else ' memory'}.")
+    return there
+
+
+def _batches_per_second(sampler: SetSampler, cells: ResidentCells, size: int, n_workers: int) -> float:
+    """How fast batches come, measured on a few that no step of this run has read yet."""
+    n = max(n_workers, 1)
+    with closing(BatchSource(sampler, cells, size, n)) as batches:
+        began = time.perf_counter()
+        for number in range(2 * n):
+            batches.get(number)
+        return 2 * n / (time.perf_counter() - began)
+
+
+def _compiled(network: nn.Module, device: torch.device) -> Any:
+    """On a GPU compiled into CUDA graphs, which static shapes allow."""
+    return torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)

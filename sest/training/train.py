@@ -1,0 +1,138 @@
+"""Phase two: train the head from a cache. The encoder is never imported here.
+
+`train` reads from top to bottom: prepare, then step, log, evaluate, save. A step depends on (seed, step number) and the
+weights alone, so a resumed run is the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sest import progress
+from sest.config import TrainConfig
+from sest.data.dataset import Dataset
+from sest.data.targets import remove_scratch
+from sest.head.model import StateTransition, n_parameters
+from sest.machine.devices import choose_device
+from sest.machine.ranks import SINGLE, Ranks
+from sest.machine.signals import Interrupted, StopRequest, stop_requests
+from sest.machine.team import join_team
+from sest.progress import STEPS
+from sest.runs.checkpoint import LAST
+from sest.runs.run_folder import METRICS, SCRATCH, append_metrics, find_start, opened_run
+from sest.runs.sinks import open_sinks
+from sest.training.prepare import prepare
+from sest.training.trainer import Trainer
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    best_step: int | None
+    best_val_loss: float | None
+    reason: str  # "max_steps" or "early_stopping"
+    metrics: dict[str, float]  # of the last validation
+    n_parameters: int
+
+
+def train(
+    cache: Path,
+    run: Path,
+    config: TrainConfig,
+    *,
+    resume: str | None = None,
+    ranks: Ranks = SINGLE,
+    on_start: Callable[[Dataset, StateTransition], None] | None = None,
+    on_log: Callable[[Line], None] | None = None,
+) -> TrainResult:
+    """Train the head.
+
+    Args:
+        cache: a finished cache.
+        run: folder for config.toml, metrics.jsonl and checkpoints; must be new unless `resume` is given.
+        config: see `TrainConfig`. A resumed run keeps its own; only the fields in `RESUMABLE` may differ.
+        resume: "auto" (the run's furthest sound checkpoint; its beginning before there is one), or a checkpoint folder.
+        ranks: of the processes that torchrun started, which one this is; the first writes all files.
+        on_start: is given the data and the model once, before the first step.
+        on_log: is given every line of metrics.jsonl.
+
+    Raises:
+        InputError, CacheError: bad input; nothing was trained.
+        TrainingFailed: a NaN validation, or `max_bad_steps` non-finite steps in a row; the last checkpoint is kept.
+        Interrupted: after SIGINT or SIGTERM; the step was finished and saved to last/.
+    """
+    device = choose_device(config.device)
+    scratch = Path(config.scratch) if config.scratch else run / SCRATCH
+    with ExitStack() as stack:
+        team = stack.enter_context(join_team(ranks, device))
+        start = find_start(run, resume, config)
+        trainer = prepare(cache, run, config, device, team, start, scratch)
+        if team.leads:
+            stack.enter_context(opened_run(run, trainer.config, trainer.data, start, trainer.state.step))
+        stop = stack.enter_context(stop_requests())
+        stack.enter_context(closing(trainer.batches))
+        sinks = stack.enter_context(open_sinks(run, trainer.config, trainer.state.step)) if team.leads else None
+
+        def log(line: Line) -> None:
+            if sinks is not None:
+                append_metrics(run / METRICS, line)
+                sinks(line)
+                if on_log is not None:
+                    on_log(line)
+
+        if on_start is not None:
+            on_start(trainer.data, trainer.model)
+        reason = _loop(trainer, log, stop)
+    if team.leads and not config.scratch:
+        remove_scratch(scratch)
+    state = trainer.state
+    return TrainResult(
+        state.step, state.best_step, state.best_val_loss, reason, trainer.metrics, n_parameters(trainer.model)
+    )
+
+
+def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> str:
+    """Step, log, evaluate, save until all steps are done; returns why it ended."""
+    config, state, window = trainer.config, trainer.state, trainer.window
+    progress.begin("Training", config.max_steps, STEPS, state.step)
+    reason = "max_steps"
+    while not trainer.finished:
+        # step
+        trainer.step()
+        progress.advance()
+
+        # log
+        if state.step % config.log_every == 0 or trainer.finished:
+            log(trainer.log_line())
+            trainer.check_steps()
+
+        # evaluate
+        evaluated = state.step % config.val_every == 0 or trainer.finished
+        if evaluated:
+            is_best = trainer.evaluate()
+            log({"step": state.step, **trainer.metrics})
+            if is_best:
+                trainer.save_best()
+
+        # save
+        if state.step % config.checkpoint_every == 0:
+            trainer.save_step()
+        window.pause()
+        if signum := trainer.team.largest(stop.signum):
+            trainer.save_last()
+            raise Interrupted(
+                signum, f"Stopped after step {state.step}, saved in {trainer.run / LAST}. Go on with --resume auto."
+            )
+        if evaluated and config.early_stopping and state.validations_without_improvement >= config.patience:
+            reason = "early_stopping"
+            break
+    trainer.save_last()
+    return reason

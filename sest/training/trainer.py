@@ -1,0 +1,257 @@
+"""What a training owns, and the four things the loop does with it: a step, a log line, a validation, a checkpoint.
+
+Shapes: B sets, S cells a set, G genes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sest import __version__
+from sest.cache.disk import flush
+from sest.config import TrainConfig
+from sest.data.batches import BatchSource
+from sest.data.dataset import Dataset
+from sest.errors import InputError, TrainingFailed, one_line
+from sest.head.dropout import dropout_keys
+from sest.head.model import StateTransition, n_parameters
+from sest.machine.team import Team
+from sest.runs.checkpoint import (
+    BEST,
+    LAST,
+    copy_checkpoint,
+    optimizer_to_tensors,
+    save_checkpoint,
+    sizes_to_values,
+    step_folder,
+)
+from sest.runs.run_folder import METRICS
+from sest.training.limit import Limit
+from sest.training.validate import Validator
+from sest.training.window import Window
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """What changes from step to step, beside weights and moments."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    val_loss: float | None = None
+    validations_without_improvement: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(eq=False)
+class Trainer:
+    """One process's model, optimizer, batches and state; made by `sest.training.prepare.prepare`."""
+
+    run: Path
+    config: TrainConfig
+    team: Team
+    device: torch.device
+    data: Dataset
+    model: StateTransition
+    network: nn.Module  # the model, in DistributedDataParallel and compiled where that was asked for
+    ddp: nn.Module  # the model, in DistributedDataParallel where there are several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    criterion: Callable[[Tensor, Tensor], Tensor]  # (B, S, G), (B, T, G) -> (B,)
+    autocast: Callable[[], AbstractContextManager[Any]]
+    batches: BatchSource
+    validator: Validator
+    limit: Limit
+    identity: dict[str, Any]
+    state: RunState
+    window: Window = field(init=False)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
+
+    def __post_init__(self) -> None:
+        self.window = Window(self.device)
+        self._features = torch.from_numpy(self.data.features.matrix).to(self.device)  # (perturbations, P)
+        self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
+        self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
+        self._kept_at = -1  # step of the newest checkpoint-step-N
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step >= self.config.max_steps
+
+    # --- step
+
+    def step(self) -> None:
+        """The next optimizer step: gradients of `accumulate` batches, clipped, applied unless something is not finite.
+
+        Nothing here waits for a GPU.
+
+        Raises:
+            InputError: not even one set fits the GPU's memory, or --compile does not work here.
+        """
+        loss = self._accumulate(self.state.step)
+        self.team.sum(loss)
+        self.scaler.unscale_(self.optimizer)
+        norm = _clip(self.model, self.config.clip)
+        bad = ~torch.isfinite(norm + loss)
+        if not self.scaler.is_enabled():  # the scaler sets it itself
+            # fused AdamW leaves weights and moments alone where this is 1
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.window.add(loss, norm, bad)
+
+    def _accumulate(self, step: int) -> Tensor:
+        """Gradients of all batches of a step; returns this process's share of the loss."""
+        n = self.config.accumulate
+        while True:
+            loss = torch.zeros((), device=self.device)
+            try:
+                for number in range(step * n, (step + 1) * n):
+                    loss += self._forward_backward(number, last=number == (step + 1) * n - 1) / n
+                return loss
+            except torch.OutOfMemoryError as error:
+                self._halve(error)  # the same batch and, to rounding, the same gradient
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise InputError(f"--compile does not work here: {one_line(error)}. Leave it out.") from error
+
+    def _forward_backward(self, number: int, *, last: bool) -> Tensor:
+        """Add the gradient of one batch, `_micro_size` sets at a time; returns this process's share of its loss."""
+        batch = self.batches.get(number)
+        keys = dropout_keys(self.config.seed, batch["number"])
+        total = torch.zeros((), device=self.device)
+        for i in range(0, self._n_sets, self._micro_size):
+            part = slice(i, i + self._micro_size)
+            with self.team.no_sync(self.ddp, last=last and i + self._micro_size >= self._n_sets):
+                features = self._features[batch["perturbation"][part]]
+                with self.autocast():
+                    predicted = self.network(batch["basal"][part], features, keys[part])
+                loss = self.criterion(predicted, batch["target"][part]).sum() / self.config.batch_size
+                # gradients are averaged over the team
+                self.scaler.scale(loss * (self.team.size / self.config.accumulate)).backward()
+            total += loss.detach()
+        return total
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        """Halve the sets of a forward pass after CUDA ran out of memory."""
+        if self.team.size > 1:  # the others wait for this one's gradients
+            raise InputError(
+                f"Out of GPU memory on process {self.team.ranks.rank}. Use more processes, or a smaller --batch-size "
+                "with a larger --accumulate (the same steps to rounding)."
+            ) from error
+        if self._micro_size == 1:
+            raise InputError(
+                "Out of GPU memory with one set at a time. Use a smaller --set-size or --hidden."
+            ) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        logger.info(
+            f"Out of GPU memory: {self._micro_size // 2} sets a forward pass instead of {self._micro_size}; the batch "
+            "stays the same."
+        )
+        self._micro_size //= 2
+
+    # --- log and evaluate
+
+    def log_line(self) -> dict[str, Any]:
+        """The line of metrics.jsonl about the steps since the last one; waits for the device."""
+        state = self.state
+        line = self.window.line(state.step, self.config.lr, state.skipped_steps, self.batches.waited, self.limit)
+        state.skipped_steps = line["skipped_steps"]
+        return line
+
+    def check_steps(self) -> None:
+        """Give up where too many steps in a row had a loss or gradient that is not finite; after `log_line`.
+
+        Raises:
+            TrainingFailed: `max_bad_steps` of them; the last checkpoint is kept.
+        """
+        if self.window.worst_streak >= self.config.max_bad_steps:
+            raise TrainingFailed(
+                f"{self.window.worst_streak} steps in a row before step {self.state.step + 1} had a non-finite loss or "
+                f"gradient. {self._advice()}"
+            )
+
+    def evaluate(self) -> bool:
+        """Validate; returns whether val_loss is the best so far.
+
+        Raises:
+            TrainingFailed: it is not finite.
+        """
+        state = self.state
+        self.metrics = self.validator.run(self.model, self.autocast)
+        loss = state.val_loss = self.metrics["val_loss"]
+        if not math.isfinite(loss):
+            raise TrainingFailed(f"The validation loss is {loss} at step {state.step}. {self._advice()}")
+        if state.best_val_loss is None or loss < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.validations_without_improvement = loss, state.step, 0
+            return True
+        state.validations_without_improvement += 1
+        return False
+
+    def _advice(self) -> str:
+        return (
+            f"The last checkpoint is kept in {self.run}. Go on with --resume auto and a lower --lr, or "
+            "--precision fp32."
+        )
+
+    # --- save
+
+    def save_best(self) -> None:
+        """best/: the head alone, for predictions."""
+        self._save(BEST, with_optimizer=False)
+
+    def save_step(self) -> None:
+        """checkpoint-step-N/, which stays."""
+        self._save(step_folder(self.state.step))
+        self._kept_at = self.state.step
+
+    def save_last(self) -> None:
+        """last/: the present step; it shares the files of the checkpoint kept at this step, where there is one."""
+        if self._kept_at != self.state.step:
+            self._save(LAST)
+        elif self.team.leads:
+            copy_checkpoint(self.run / step_folder(self._kept_at), self.run / LAST)
+
+    def _save(self, name: str, *, with_optimizer: bool = True) -> None:
+        if not self.team.leads:
+            return
+        flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
+        names = [parameter for parameter, _ in self.model.named_parameters()]
+        projection = self.data.cache.projection
+        save_checkpoint(
+            self.run / name,
+            {
+                "sest_version": __version__,
+                "step": self.state.step,
+                "run": {**vars(self.state), "skipped_steps": self.state.skipped_steps + self.window.n_bad()},
+                "scaler": self.scaler.state_dict(),
+                "sizes": sizes_to_values(self.model.sizes),
+                "trainable_parameters": n_parameters(self.model),
+                "genes": list(self.data.targets.genes),
+                **self.identity,
+            },
+            self.model.state_dict(),
+            optimizer=optimizer_to_tensors(self.optimizer, names) if with_optimizer else None,
+            projection={k: torch.from_numpy(v) for k, v in projection.items()} if projection else None,
+        )
+
+
+def _clip(model: nn.Module, largest: float) -> Tensor:
+    """Clip the global gradient norm (0: only measure it); returns the norm before clipping."""
+    if largest > 0:
+        return nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

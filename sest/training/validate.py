@@ -1,0 +1,79 @@
+"""Validation during training: the loss on held-out cells and pseudobulk metrics, each beside its baselines.
+
+Shapes: K (context, perturbation) pairs, G genes. Baselines: `perturbation_mean` (controls plus the mean training
+effect of the perturbation) and `controls` (nothing happens); see sest.evaluation.baselines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sest.cells.split_file import VAL
+from sest.config import TrainConfig
+from sest.data.dataset import Dataset
+from sest.data.resident import ResidentCells
+from sest.data.sampler import SetRows
+from sest.evaluation.pairs import held_out, pair_metrics, predicted_means, some_sets
+from sest.machine.team import ALONE, Team
+
+
+class Validator:
+    """Holds the validation sets and everything about them that does not change during training."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        cells: ResidentCells,
+        config: TrainConfig,
+        device: torch.device,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        team: Team = ALONE,
+    ) -> None:
+        self._team = team
+        self._data, self._cells, self._device, self._criterion = data, cells, device, criterion
+        self._size = config.batch_size // team.size
+        self._held = held_out(data, config, VAL, config.val_sets)
+        self.sets = self._held.sets
+        self._features = torch.from_numpy(data.features.matrix).to(device)
+        self.baselines = self._baselines()
+
+    def _baselines(self) -> dict[str, float]:
+        """Metrics of the baselines; their cells are the sets' own controls, moved by the mean effect."""
+        held, losses = self._held, {"controls": 0.0, "perturbation_mean": 0.0}
+        shift = torch.from_numpy(held.perturbation_mean - held.pairs.control).float().to(self._device)
+        n_sets = len(held.pair)
+        for start in range(0, n_sets, self._size):
+            part = slice(start, start + self._size)
+            sets = some_sets(self.sets, part)
+            target = self._cells.expression(sets["targets"])
+            controls = self._cells.expression(sets["controls"])
+            moved = (controls + shift[torch.as_tensor(held.pair[part])].unsqueeze(1)).clamp_min(0)
+            losses["controls"] += float(self._criterion(controls, target).sum())
+            losses["perturbation_mean"] += float(self._criterion(moved, target).sum())
+        result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
+        for name, means in (("controls", held.pairs.control), ("perturbation_mean", held.perturbation_mean)):
+            result |= {f"{metric}_{name}": value for metric, value in self._metrics(means).items()}
+        return result
+
+    def _metrics(self, predicted: np.ndarray) -> dict[str, float]:
+        """Means over the pairs of pearson_delta, mae and pds. predicted: (K, G)."""
+        scores = pair_metrics(self._data, self._held.pairs, predicted)
+        return {name: float(values.mean()) for name, values in scores.items()}
+
+    def run(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
+        """Validate: val_loss (mean over sets), pearson_delta, mae and pds (means over pairs), beside the baselines'."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+
+        def add_loss(sets: SetRows, predicted: Tensor) -> None:
+            total.add_(self._criterion(predicted, self._cells.expression(sets["targets"])).double().sum())
+
+        means = predicted_means(
+            model, self._cells, self._held, self._features, self._size, autocast, team=self._team, each=add_loss
+        )
+        self._team.sum(total)
+        return {"val_loss": float(total) / len(self._held.pair), **self._metrics(means), **self.baselines}

@@ -1,0 +1,82 @@
+"""What the steps since the last log line came to."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sest.machine.memory import used_bytes
+from sest.training.limit import Limit
+
+# what differs between two runs that take the same steps
+MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes")
+
+
+class Window:
+    """Sums since the last log line, kept on the device until it is written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loss, self._norm, self._bad, self._streak, self._worst = torch.zeros(5, device=device).unbind()
+        self._steps, self._paused, self._waited = 0, 0.0, 0.0
+        self._began = self._mark = time.monotonic()
+        self.worst_streak = 0
+
+    def add(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+        self._loss += torch.where(bad, 0.0, loss)
+        self._norm += torch.where(bad, 0.0, norm)
+        self._bad += bad
+        self._streak.copy_((self._streak + 1) * bad)
+        self._worst.copy_(torch.maximum(self._worst, self._streak))
+        self._steps += 1
+        self._mark = time.monotonic()
+
+    def pause(self) -> None:
+        """What happened since the last step (validation, saving) is no training time."""
+        self._paused += time.monotonic() - self._mark
+        self._mark = time.monotonic()
+
+    def n_bad(self) -> int:
+        """Skipped steps since the last line; waits for the device."""
+        return int(self._bad)
+
+    def line(self, step: int, lr: float, skipped: int, waited: float, limit: Limit) -> dict[str, Any]:
+        """The log line of the steps since the last one; waits for the device.
+
+        Shares of the time: `data_wait`, the loop waited for batches; `device_wait`, it waited here for steps it had
+        given to a GPU (next to nothing where the GPU waits for the loop instead).
+
+        Args:
+            skipped: steps skipped before them.
+            waited: seconds spent waiting for batches since the run began.
+            limit: of a step on this device.
+        """
+        asked = time.monotonic()
+        loss, norm, bad, worst = torch.stack([self._loss, self._norm, self._bad, self._worst]).tolist()
+        self.worst_streak = int(worst)
+        now = time.monotonic()
+        seconds = max(now - self._began - self._paused, 1e-9)
+        good = max(self._steps - int(bad), 1)
+        line: dict[str, Any] = {
+            "step": step,
+            "loss": loss / good if bad < self._steps else math.nan,
+            "grad_norm": norm / good if bad < self._steps else math.nan,
+            "lr": lr,
+            "it_per_s": self._steps / seconds,
+            "data_wait": min((waited - self._waited) / seconds, 1.0),
+            "skipped_steps": skipped + int(bad),
+            "limit_it_per_s": limit.it_per_s,
+            "limited_by": limit.limited_by,
+            "memory_bytes": used_bytes(self._device),
+        }
+        if self._device.type == "cuda":
+            line["device_wait"] = min((now - asked) / seconds, 1.0)
+        for tensor in (self._loss, self._norm, self._bad, self._worst):
+            tensor.zero_()
+        self._steps, self._paused, self._waited = 0, 0.0, waited
+        self._began = self._mark = time.monotonic()
+        return line

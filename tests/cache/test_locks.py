@@ -1,0 +1,80 @@
+"""cache/locks.py: who may write at the same time, and who may not."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sest.cache import CacheError, locks, schema
+from sest.cache.storage import LocalStorage, storage_at
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "cache.zarr")
+
+
+def refusal(storage: LocalStorage, rank: int, world_size: int) -> str:
+    """What a process is told that may not write; one line."""
+    with pytest.raises(CacheError) as refused, locks.writing(storage, rank, world_size):
+        pass
+    assert "\n" not in str(refused.value)
+    return str(refused.value).removeprefix(f"{storage} is being written ")
+
+
+def test_a_single_process_keeps_out_all_others_and_says_which_it_is(storage: LocalStorage) -> None:
+    me = os.getpid()
+    with locks.writing(storage, 0, 1):
+        assert (storage.root / schema.LOCK).read_text() == str(me)
+        for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+            assert refusal(storage, rank, world_size) == f"by process {me}. Wait for it or stop it."
+
+
+def test_ranks_of_one_size_write_together_and_know_of_each_other(storage: LocalStorage) -> None:
+    me = os.getpid()
+    with locks.writing(storage, 0, 3):
+        assert locks.other_ranks(storage, 0) == [] and locks.other_ranks(storage, 1) == [0]
+        with locks.writing(storage, 2, 3):
+            assert locks.other_ranks(storage, 0) == [2] and sorted(locks.other_ranks(storage, 1)) == [0, 2]
+            assert refusal(storage, 2, 3) == f"by a process with --rank 2 already ({me} of 3)."
+            assert refusal(storage, 0, 1).startswith("by process")
+        assert refusal(storage, 1, 2) == (
+            f"with --world-size 3 (rank 0, process {me}), not 2. Wait for that, or give the same --world-size."
+        )
+        assert locks.other_ranks(storage, 1) == [0]  # nothing is held by those who were refused
+
+
+def test_locks_are_let_go_at_the_end_and_after_an_error(storage: LocalStorage) -> None:
+    for rank, world_size in ((0, 1), (1, 2)):
+        with pytest.raises(ZeroDivisionError), locks.writing(storage, rank, world_size):
+            raise ZeroDivisionError
+    with locks.writing(storage, 0, 1):
+        assert locks.other_ranks(storage, 0) == []
+
+
+def test_an_object_store_has_no_locks() -> None:
+    storage = storage_at("memory://bucket/cache.zarr")
+    with locks.writing(storage, 0, 1), locks.writing(storage, 0, 1), locks.finishing(storage):
+        assert locks.other_ranks(storage, 1) == [] and storage.here() == []
+
+
+def test_one_process_at_a_time_completes_a_cache(storage: LocalStorage) -> None:
+    inside, most = [], []
+
+    def complete(number: int) -> None:
+        with locks.finishing(storage):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.02)  # long enough for the others to come in, were they not kept out
+            inside.remove(number)
+
+    threads = [threading.Thread(target=complete, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert most == [1, 1, 1, 1] and storage.here() == []

@@ -1,0 +1,225 @@
+"""Files become groups of the cache, each understood once, and what cannot be is refused in one line."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import sest.cells.inputs
+from helpers.h5ad_files import FORMS, counts, write_cells
+from helpers.notes import Notes
+from sest.cells.inputs import Cells, Source, open_cells, resolve_inputs
+from sest.config import EmbedConfig
+from sest.errors import InputError
+from sest.progress import reporting
+
+
+def opened(stack: ExitStack, path: Path, **options: Any) -> Cells:
+    """One file, read; `stack` closes it."""
+    source = Source(path.stem, path.stem, path)
+    return open_cells([source], EmbedConfig(encoder="pca", **options), stack)[0]
+
+
+def identity(path: Path, **options: str) -> dict[str, object]:
+    with ExitStack() as stack:
+        return opened(stack, path, **options).identity()
+
+
+def toml(folder: Path, datasets: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "splits.toml"
+    names = [line.split(" =")[0] for line in datasets.splitlines()]
+    path.write_text(f"[datasets]\n{datasets}\n[training]\n" + "".join(f'{name} = "train"\n' for name in names))
+    return path
+
+
+# --- which files
+
+
+def test_files_become_groups_named_after_them(tmp_path: Path) -> None:
+    paths = [tmp_path / "replogle rpe1.h5ad", tmp_path / "k562+drug=1.h5"]
+    for path in paths:
+        path.touch()
+    sources, splits = resolve_inputs(paths)
+    assert splits is None
+    assert [(s.group, s.dataset, s.path) for s in sources] == [(p.stem, p.stem, p) for p in paths]
+
+
+def test_datasets_of_a_toml_with_nested_braces_become_groups_of_their_files(tmp_path: Path) -> None:
+    for name in ("a/rpe1.h5ad", "a/k562_1.h5ad", "a/k562_2.h5ad", "one.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    path = toml(tmp_path, 'many = "a/{rpe1,k562_{1,2}}.h5ad"\nsingle = "one.h5"')
+    sources, splits = resolve_inputs([path])
+    assert [s.group for s in sources] == ["many/k562_1", "many/k562_2", "many/rpe1", "single"]
+    assert [s.dataset for s in sources] == ["many", "many", "many", "single"]
+    assert splits is not None and splits.training == {"many", "single"}
+
+
+def test_unusable_lists_of_inputs_are_refused(tmp_path: Path) -> None:
+    for name in ("x.h5ad", "a/x.h5ad", "b/x.h5ad", "notes.txt", "(1).h5ad", "__x.h5ad", "zarr.json.h5ad"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    x = tmp_path / "x.h5ad"
+    same_stems = toml(tmp_path / "t", f'd = "{tmp_path}/{{a,b}}/x.h5ad"')
+    (tmp_path / "t" / "a").mkdir()
+    for inputs, message in (
+        ([], "No input"),
+        ([tmp_path / "y.h5ad"], "y.h5ad does not exist"),
+        ([x / "below.h5ad"], "below.h5ad does not exist"),
+        ([tmp_path / "notes.txt"], "notes.txt is not an .h5ad or .h5 file"),
+        ([x, tmp_path / "a" / "x.h5ad"], "Several input files are named x. Rename them"),
+        ([x, x], "Several input files are named x"),
+        ([same_stems, x], r"Give one .toml or several .h5ad files, not both \(.*splits.toml, .*x.h5ad\)"),
+        ([same_stems], "outside the permitted folders"),
+        ([tmp_path / "(1).h5ad"], r"'\(1\)' \(.*\) cannot name a group"),
+        ([tmp_path / "__x.h5ad"], "'__x' .* cannot name a group"),
+        ([tmp_path / "zarr.json.h5ad"], "'zarr.json' .* cannot name a group"),
+        ([tmp_path / "no.toml"], "no.toml"),
+    ):
+        with pytest.raises(InputError, match=message) as refused:
+            resolve_inputs(inputs)
+        assert "\n" not in str(refused.value)
+
+
+def test_two_files_of_one_name_in_a_dataset_are_refused(tmp_path: Path) -> None:
+    for name in ("a/x.h5ad", "b/x.h5ad"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"Several input files are named d/x. Rename them, or make each a dataset"):
+        resolve_inputs([toml(tmp_path, 'd = "{a,b}/x.h5ad"')])
+
+
+# --- what is in them
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_sorted_rows_are_read_in_short_stretches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(sest.cells.inputs, "ROWS_PER_READ", 5)
+    values = counts()
+    with ExitStack() as stack:
+        cells = opened(stack, write_cells(tmp_path / "a.h5ad", values, form))
+        longest = 0
+        read = cells.file.rows
+
+        def rows(start: int, stop: int) -> object:
+            nonlocal longest
+            longest = max(longest, stop - start)
+            return read(start, stop)
+
+        monkeypatch.setattr(cells.file, "rows", rows)
+        rng = np.random.default_rng(0)
+        for n in (1, 2, 7, 23, 40):
+            numbers = np.sort(rng.choice(40, n, replace=False))
+            np.testing.assert_array_equal(cells.read(numbers).toarray(), values[numbers])
+        np.testing.assert_array_equal(cells.read(np.array([0, 39])).toarray(), values[[0, 39]])
+        assert longest == 5
+
+
+def test_identity_is_of_the_content_and_not_of_the_storage_or_the_folder(tmp_path: Path) -> None:
+    first = identity(write_cells(tmp_path / "1" / "a.h5ad", counts()))
+    for i, form in enumerate(FORMS):
+        assert identity(write_cells(tmp_path / f"form{i}" / "a.h5ad", counts(), form)) == first
+
+
+def test_identity_knows_values_labels_names_and_how_they_were_read(tmp_path: Path) -> None:
+    values = counts()
+    path = write_cells(tmp_path / "0" / "a.h5ad", values)
+    with ExitStack() as stack:
+        obs, var = opened(stack, path).file.obs, opened(stack, path).file.var
+    other_values = values.copy()
+    other_values[5, 5] += 1
+    relabelled, renamed, other_genes = obs.copy(), obs.copy(), var.copy()
+    relabelled["batch"] = relabelled["batch"].to_numpy()[::-1]
+    renamed.index = ["other", *obs.index[1:]]
+    other_genes.index = ["other", *var.index[1:]]
+    made = [
+        identity(path),
+        identity(path, counts="log1p"),
+        identity(path, control="STAT1"),
+        identity(write_cells(tmp_path / "1" / "b.h5ad", values)),
+        identity(write_cells(tmp_path / "2" / "a.h5ad", other_values)),
+        identity(write_cells(tmp_path / "3" / "a.h5ad", values, obs=relabelled)),
+        identity(write_cells(tmp_path / "4" / "a.h5ad", values, obs=renamed)),
+        identity(write_cells(tmp_path / "5" / "a.h5ad", values, var=other_genes)),
+    ]
+    for i, one in enumerate(made):
+        assert all(one != other for other in made[i + 1 :]), i
+
+
+def test_labels_of_any_type_become_categories_of_text(tmp_path: Path) -> None:
+    n = 6
+    obs = pd.DataFrame(
+        {
+            "perturbation": ["ctrl", "A", "B"] * 2,  # plain text
+            "cell_type": pd.Categorical(["x", "y"] * 3, categories=["z", "y", "x"]),  # an unused category
+            "gem_group": [2, 1, 2, 1, 2, 1],  # numbers
+        },
+        index=pd.Index([f"c{i}" for i in range(n)], name="batch"),  # also the name of a column of the cache
+    )
+    with ExitStack() as stack:
+        cells = opened(stack, write_cells(tmp_path / "a.h5ad", counts(n), obs=obs))
+        assert list(cells.obs.columns) == ["perturbation", "cell_type", "batch"]
+        assert cells.obs.index.name is None and list(cells.obs.index) == [f"c{i}" for i in range(n)]
+        assert cells.obs["perturbation"].tolist() == ["ctrl", "A", "B"] * 2
+        assert list(cells.obs["cell_type"].cat.categories) == ["x", "y"]
+        assert cells.obs["batch"].tolist() == ["2", "1"] * 3
+        np.testing.assert_array_equal(cells.is_control, [True, False, False] * 2)
+        labels = cells.as_group()
+        assert (labels.path, labels.dataset, labels.control) == ("a", "a", "ctrl")
+        assert [labels.perturbations[i] for i in labels.perturbation] == ["ctrl", "A", "B"] * 2
+
+
+def test_a_file_without_labels_has_no_controls_and_says_so(tmp_path: Path) -> None:
+    notes = Notes()
+    with ExitStack() as stack:
+        obs = pd.DataFrame({"n_counts": np.arange(40.0)}, index=[f"c{i}" for i in range(40)])
+        with reporting(notes):
+            cells = opened(stack, write_cells(tmp_path / "a.h5ad", counts(), obs=obs))
+        assert not cells.is_control.any()
+        assert set(cells.obs["cell_type"]) == set(cells.obs["batch"]) == {"unknown"}
+    assert "a.h5ad: no perturbation column: its embeddings are stored, but nothing can be trained on it." in notes.notes
+
+
+def test_odd_values_are_said(tmp_path: Path) -> None:
+    values = counts() / 2
+    values[3, 3] = -0.5
+    notes = Notes()
+    with ExitStack() as stack:
+        path = write_cells(tmp_path / "a.h5ad", values, layers={"counts": counts()})
+        with pytest.raises(InputError, match=r"1 values below zero, as scaled data have.*--layer \(X, counts\)"):
+            opened(stack, path)
+        with reporting(notes):
+            cells = opened(stack, path, counts="log1p")
+        assert cells.scale == "log1p"
+        assert opened(stack, cells.source.path, layer="counts").scale == "counts"
+    assert "a.h5ad: 40 cells x 30 genes, log1p." in notes.notes
+    assert "a.h5ad: 1 cells have no counts at all; they are embedded with uniform gene shares." in notes.notes
+    assert "a.h5ad: 1 negative values are read as 0 by the encoder, and stay targets." in notes.notes
+
+
+def test_every_file_is_refused_before_any_is_scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    obs = pd.DataFrame({"target_gene": ["STAT1", "JAK2"] * 20}, index=[f"c{i}" for i in range(40)])
+    paths = [write_cells(tmp_path / "a.h5ad", counts()), write_cells(tmp_path / "b.h5ad", counts(), obs=obs)]
+    notes = Notes()
+    with ExitStack() as stack, pytest.raises(InputError, match="No control cells"), reporting(notes):
+        open_cells([Source(p.stem, p.stem, p) for p in paths], EmbedConfig(encoder="pca"), stack)
+    assert notes.steps == []
+
+
+def test_a_toml_leads_out_of_its_folder_only_where_a_root_permits_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    path = write_cells(tmp_path / "elsewhere" / "a.h5ad", counts())
+    listing = tmp_path / "here" / "starter.toml"
+    listing.parent.mkdir()
+    listing.write_text(f'[datasets]\nd = "{path}"\n[training]\nd = "train"\n')
+    with pytest.raises(InputError, match="--data-root"):
+        resolve_inputs([listing])
+    assert resolve_inputs([listing], [path.parent])[0] == [Source("d", "d", path)]

@@ -1,0 +1,171 @@
+"""The writer of .h5ad files: AnnData reads them, memory is that of a block, and a file is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from sest.cells.write_h5ad import SPARE, H5adWriter, check_writable
+from sest.errors import InputError
+
+VAR = pd.DataFrame({"symbol": list("abcde")}, index=[f"g{i}" for i in range(5)])
+
+
+def cells(n: int, n_genes: int = 5, seed: int = 0) -> sp.csr_matrix:
+    return sp.random(n, n_genes, 0.4, "csr", np.float32, np.random.default_rng(seed))
+
+
+def obs(n: int) -> pd.DataFrame:
+    labels = pd.Categorical([("A", "B")[i % 2] for i in range(n)])
+    return pd.DataFrame({"target_gene": labels, "score": np.arange(n) / 7}, index=[f"c{i}" for i in range(n)])
+
+
+def write(path: Path, blocks: list[sp.csr_matrix], dtype: str = "float32") -> None:
+    with H5adWriter(path, 5, dtype) as writer:
+        for block in blocks:
+            writer.add(block)
+        writer.finish(obs(sum(b.shape[0] for b in blocks)), VAR, {"sest": {"a": 1, "table": np.eye(2)}})
+
+
+def test_anndata_reads_what_was_written(tmp_path: Path) -> None:
+    blocks = [cells(7), cells(0), cells(3, seed=1)]
+    write(tmp_path / "x.h5ad", blocks)
+    read = ad.read_h5ad(tmp_path / "x.h5ad")
+    assert isinstance(read.X, sp.csr_matrix) and read.X.dtype == np.float32 and read.X.has_canonical_format
+    np.testing.assert_array_equal(read.X.toarray(), sp.vstack(blocks).toarray())
+    pd.testing.assert_frame_equal(read.obs, obs(10))
+    pd.testing.assert_frame_equal(read.var, VAR)
+    assert read.uns["sest"]["a"] == 1
+    np.testing.assert_array_equal(read.uns["sest"]["table"], np.eye(2))
+    on_disk = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    np.testing.assert_array_equal(on_disk.X[8:10].toarray(), blocks[2][1:].toarray())
+    on_disk.file.close()
+
+
+def test_how_rows_are_put_into_blocks_does_not_change_a_byte(tmp_path: Path) -> None:
+    rows = cells(20)
+    write(tmp_path / "a.h5ad", [rows])
+    write(tmp_path / "b.h5ad", [rows[i : i + 3] for i in range(0, 20, 3)])
+    assert (tmp_path / "a.h5ad").read_bytes() == (tmp_path / "b.h5ad").read_bytes()
+
+
+def test_a_file_without_cells_can_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "x.h5ad", [])
+    assert ad.read_h5ad(tmp_path / "x.h5ad").shape == (0, 5)
+
+
+def test_memory_is_that_of_a_block_whatever_the_file(tmp_path: Path) -> None:
+    """A block of 2,000 x 500 at 40% is 3.2 MB; the file's 15 of them are 48 MB."""
+    block = cells(2000, 500)
+
+    def peak(n_blocks: int) -> int:
+        tracemalloc.start()
+        with H5adWriter(tmp_path / "x.h5ad", 500, "float32") as writer:
+            for _ in range(n_blocks):
+                writer.add(block)
+            n = n_blocks * 2000
+            writer.finish(
+                pd.DataFrame(index=pd.RangeIndex(n).astype(str)), pd.DataFrame(index=map(str, range(500))), {}
+            )
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    few, many = peak(2), peak(15)
+    assert (tmp_path / "x.h5ad").stat().st_size > 47e6
+    # beside the block: row ends and names of all cells, some 200 bytes a cell while they are written
+    assert many - few < 13 * 2000 * 250 < 0.2 * (tmp_path / "x.h5ad").stat().st_size
+
+
+class Broken(Exception):
+    pass
+
+
+def test_an_error_while_writing_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "x.h5ad").write_text("old")
+
+    def stop_after_a_block() -> None:
+        with H5adWriter(tmp_path / "x.h5ad", 5, "float32") as writer:
+            writer.add(cells(4))
+            raise Broken
+
+    with pytest.raises(Broken):
+        stop_after_a_block()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.h5ad", "old")]
+
+
+def test_a_block_that_ends_without_its_tables_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="finish"), H5adWriter(tmp_path / "x.h5ad", 5, "float32") as writer:
+        writer.add(cells(4))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """Sets how many bytes a file of this process may have: the kernel then fails writes as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("bytes_left", [100, SPARE + 300_000, SPARE + 2_500_000])
+def test_a_full_disk_is_an_os_error_and_leaves_the_older_file(
+    tmp_path: Path, room: Callable[[int], None], bytes_left: int
+) -> None:
+    """Full at once, among the rows, or at the end. Without care HDF5 raises RuntimeError and crashes at exit."""
+    (tmp_path / "x.h5ad").write_text("old")
+    blocks = [cells(3_000, seed=i) for i in range(20)]
+    room(bytes_left)
+    with pytest.raises(OSError, match="File too large") as full:
+        write(tmp_path / "x.h5ad", blocks)
+    assert full.value.errno == errno.EFBIG and full.value.filename == str(tmp_path / "x.h5ad")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.h5ad", "old")]
+
+
+def test_a_disk_that_fills_up_while_it_is_synced_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "x.h5ad", [cells(4)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_and_tables_must_fit_each_other(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError), H5adWriter(tmp_path / "x.h5ad", 5, "float32") as writer:
+        writer.add(cells(4, 6))
+    with pytest.raises(AssertionError), H5adWriter(tmp_path / "x.h5ad", 5, "float32") as writer:
+        writer.finish(obs(3), VAR, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_to_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Create it first"):
+        check_writable(tmp_path / "no" / "x.h5ad")
+    with pytest.raises(InputError, match="Create it first"):
+        check_writable(tmp_path / "file" / "x.h5ad")
+    with pytest.raises(InputError, match="is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(InputError, match="Create it first"):
+        H5adWriter(tmp_path / "no" / "x.h5ad", 5, "float32")
+    check_writable(tmp_path / "x.h5ad")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))  # root may all
+    with pytest.raises(InputError, match="Cannot write to"):
+        check_writable(tmp_path / "x.h5ad")

@@ -1,0 +1,105 @@
+"""The `sest` command: help, versions, exit codes, and one line for what a user can do wrong with any command."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Demo
+
+from helpers.commands import COMMANDS, Done
+from sest.cli.progress import ConsoleProgress
+
+
+def test_every_command_has_help_in_the_readme_and_in_its_tests(sest: Callable[..., Done]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    tests = {p.name: p.read_text() for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_main.py"}
+    overview = sest("--help").out
+    assert set(COMMANDS) == set("embed convert train predict evaluate report info demo simulate import".split())
+    for name, command in COMMANDS.items():
+        assert command.help and len(command.help) > 30
+        assert re.search(rf"^\W*{name}\s+\w", overview, re.MULTILINE), name
+        assert f"sest {name}" in readme, f"README.md does not show `sest {name}`"
+        assert any(name in file or f'"{name}"' in text for file, text in tests.items()), f"no test of `sest {name}`"
+
+
+def test_help_is_short_of_nothing_and_the_same_in_both_forms() -> None:
+    """`python -m sest` is `sest`; neither imports anything slow to say so."""
+    code = (
+        "import sys, runpy; sys.argv = ['sest', '--help']\n"
+        "try: runpy.run_module('sest', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(sorted({'torch', 'anndata', 'zarr', 'h5py', 'scipy', 'pandas'} & set(sys.modules)))"
+    )
+    script = Path(sys.executable).with_name("sest")
+    environment = {**os.environ, "COLUMNS": "100"}
+    forms: list[list[str]] = [[sys.executable, "-c", code], [sys.executable, "-m", "sest", "--help"]]
+    if script.exists():
+        forms.append([str(script), "--help"])
+    outs = [subprocess.run(f, capture_output=True, text=True, env=environment, check=True).stdout for f in forms]
+    head, _, imported = outs[0].rstrip().rpartition("\n")
+    assert imported == "[]"
+    usage = re.compile(r"Usage: .*")
+    assert len({usage.sub("", text).strip() for text in (head, *outs[1:])}) == 1
+
+
+def test_the_version_is_printed_and_no_arguments_show_the_help(sest: Callable[..., Done]) -> None:
+    import sest as package
+
+    assert sest("--version").out.strip() == f"sest {package.__version__}"
+    assert "Usage" in sest().out + sest().err
+
+
+def test_a_file_that_is_no_h5ad_is_refused(refused: Callable[..., str], demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "x.h5ad").write_text("target_gene,n_cells\n")
+    line = refused("embed", tmp_path / "x.h5ad", "--encoder", "pca", "--cache", tmp_path / "c.zarr")
+    assert "x.h5ad" in line and "HDF5" in line
+    line = refused("predict", demo.run, "--out", tmp_path / "o.h5ad", "--template", tmp_path / "x.h5ad")
+    assert "x.h5ad" in line
+    assert "x.h5ad" in refused("evaluate", tmp_path / "x.h5ad", demo.cells, "--out", tmp_path / "out")
+    assert "x.h5ad" in refused("info", tmp_path / "x.h5ad")
+
+
+def test_a_place_below_a_regular_file_cannot_be_written_to(
+    refused: Callable[..., str], demo: Demo, shared_reference: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    below = file / "out"
+    predicted = demo.folder / "predicted.h5ad"
+    for words in (
+        ("embed", demo.folder / "starter.toml", "--encoder", "pca", "--cache", below),
+        ("train", demo.cache, "--run", below, "--perturbations", demo.features),
+        ("predict", demo.run, "--out", below),
+        ("evaluate", predicted, demo.cells, "--out", below),
+        ("demo", "--quick", "--out", below),
+        ("simulate", below),
+        ("simulate", tmp_path / "x.h5ad", "--splits", below),
+        ("simulate", tmp_path / "x.h5ad", "--features", file / "x.npz"),
+        ("import", shared_reference / "st" / "st.ckpt", below),
+    ):
+        assert str(file) in refused(*words), words
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_with_its_code_and_removes_what_was_begun(
+    sest: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def kill(self: ConsoleProgress, n: int = 1) -> None:
+        assert [path.name for path in tmp_path.iterdir()] != []  # the unfinished file
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(ConsoleProgress, "advance", kill)
+    try:
+        assert sest("simulate", tmp_path / "x.h5ad", "--n-perturbations", "2", "--n-cells", "3").code == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())

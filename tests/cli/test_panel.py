@@ -1,0 +1,120 @@
+"""The live panel: what it shows, and that it fits a small terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sest.cli.panel import TrainingPanel, sparkline
+
+
+def log_line(step: int, **changes: Any) -> dict[str, Any]:
+    line = {
+        "step": step, "loss": 2.0 / (1 + step / 100), "grad_norm": 0.52, "lr": 1e-4, "it_per_s": 212.3,
+        "data_wait": 0.001, "skipped_steps": 3, "limit_it_per_s": 600.0, "limited_by": "compute",
+        "memory_bytes": 3.21e9,
+    }  # fmt: skip
+    return line | changes
+
+
+def validation(step: int, **changes: Any) -> dict[str, Any]:
+    line = {
+        "step": step, "val_loss": 1.4, "val_loss_perturbation_mean": 1.54, "val_loss_controls": 1.94,
+        "pearson_delta": 0.82, "pearson_delta_perturbation_mean": 0.79, "mae": 0.07, "mae_perturbation_mean": 0.06,
+        "pds": 0.97, "pds_perturbation_mean": 0.9,
+    }  # fmt: skip
+    return line | changes
+
+
+def drawn(panel: TrainingPanel, width: int = 80) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(panel.render())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def full_panel(width: int = 80) -> TrainingPanel:
+    """A panel after 12,350 of 40,000 steps, with validations that were best at step 9,000."""
+    panel = TrainingPanel(40_000, width=width)
+    for step in range(50, 12_351, 50):
+        panel.add(log_line(step))
+        if step % 500 == 0:
+            panel.add(validation(step, val_loss=1.41 + abs(step - 9000) / 1e5))
+    return panel
+
+
+def test_the_panel_shows_everything_a_run_is_watched_for() -> None:
+    text = "\n".join(drawn(full_panel()))
+    for part in (
+        "step 12,350/40,000", "31%, 2 min left", "212 it/s, 35% of the limit (compute), 0.1% waiting for data",
+        "loss      0.01606", "val_loss  1.44", "best 1.4100, step 9,000",
+        "beaten  perturbation mean 1.5400, controls 1.9400",
+        "pearson_delta 0.820 > 0.790", "mae 0.070 > 0.060", "pds 0.970 > 0.900",
+        "lr 0.0001, gradient norm 0.52, 3 skipped, memory 3.2 GB",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_panel_fits_80_by_12_and_narrower_terminals(width: int) -> None:
+    lines = drawn(full_panel(width), width)
+    assert len(lines) <= 12
+    assert max(map(len, lines)) == min(width, 80)
+
+
+def test_the_panel_names_what_is_wrong_first() -> None:
+    panel = full_panel()
+    for step in range(12_400, 15_001, 50):
+        panel.add(log_line(step, data_wait=0.5))
+    assert [finding.name for finding in panel.warnings()] == ["too slow: waits for data"]
+    assert "seems     too slow: waits for data: " in "\n".join(drawn(panel))
+
+
+def test_reading_ever_longer_curves_takes_a_fiftieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("sest.cli.panel.time.monotonic", lambda: clock[0])
+    reads = []
+
+    def slow(curves: Any, **_: Any) -> list[Any]:
+        reads.append(clock[0])
+        clock[0] += 1.0
+        return []
+
+    monkeypatch.setattr("sest.cli.panel.diagnose", slow)
+    panel = TrainingPanel(1000)
+    for _ in range(1000):  # drawn four times a second
+        panel.add(log_line(1))
+        panel.render()
+        clock[0] += 0.25
+    assert len(reads) == pytest.approx(clock[0] / 51, abs=1)
+    assert len(panel.warnings()) == 0 and len(reads) == pytest.approx(clock[0] / 51, abs=2)  # asked for: read now
+
+
+def test_a_panel_without_lines_yet_can_be_drawn() -> None:
+    lines = drawn(TrainingPanel(100))
+    assert "step 0/100" in lines[1] and len(lines) <= 12
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such() -> None:
+    panel = TrainingPanel(100)
+    panel.add(log_line(10, loss=math.nan, grad_norm=math.nan))
+    assert "nan" in "\n".join(drawn(panel))
+
+
+def test_baselines_that_are_not_beaten_are_named_so() -> None:
+    panel = TrainingPanel(100)
+    panel.add(log_line(10))
+    panel.add(validation(10, val_loss=1.6))
+    assert "not beaten  perturbation mean 1.5400" in "\n".join(drawn(panel))
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest_bar() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([7, 0], bars="_#") == "#_"
+    assert sparkline([1.0, math.nan, 1.0]) == "▁▁"
+    assert sparkline([]) == ""
+    assert sparkline([0.0] * 50 + [1.0] * 50, width=4) == "▁▁██"

@@ -1,0 +1,59 @@
+"""Rows of a CSR as dense log1p values and as a CSR of their own, against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sest.data.gather import SMALL_COUNTS, dense_log1p, take_rows
+
+# Four cells of four genes: 0 3 0 1 | nothing | 100 0 0 0 | 0 0 2 5
+INDPTR = np.array([0, 2, 2, 3, 5])
+INDICES = np.array([1, 3, 0, 2, 3], np.uint16)
+COUNTS = np.array([3, 1, 100, 2, 5])
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+def test_counts_times_their_cells_factor_become_log1p_and_the_rest_zero(dtype: type) -> None:
+    factor = np.array([2.0, 7.0, 0.5, 0.0], np.float32)  # 0: the values are log1p already
+    out = np.full((5, 4), np.nan, np.float32)  # whatever a buffer held before
+    rows = np.array([3, 0, 1, 2, 0])  # any order, a row twice
+    dense_log1p(rows, INDPTR, INDICES, COUNTS.astype(dtype), factor, out)
+    first = [0, np.log(7), 0, np.log(3)]
+    expected = [[0, 0, 2, 5], first, [0, 0, 0, 0], [np.log(51), 0, 0, 0], first]
+    np.testing.assert_allclose(out, expected, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.37])
+def test_counts_in_and_beyond_the_table_of_small_ones_are_treated_alike(factor: float) -> None:
+    counts = np.array([SMALL_COUNTS - 1, SMALL_COUNTS, SMALL_COUNTS + 1, 30_000, -1], np.int16)
+    out = np.empty((1, 5), np.float32)
+    indices = np.arange(5, dtype=np.uint16)
+    dense_log1p(np.array([0]), np.array([0, 5]), indices, counts, np.array([factor], np.float32), out)
+    np.testing.assert_allclose(out[0], np.log1p(counts * factor) if factor else counts, rtol=1e-6)
+
+
+def test_gene_numbers_use_all_of_their_two_bytes() -> None:
+    out = np.empty((1, 2**16), np.float32)
+    last = np.array([2**16 - 1], np.uint16)
+    dense_log1p(np.array([0]), np.array([0, 1]), last, np.array([1], np.int16), np.ones(1, np.float32), out)
+    assert out[0].nonzero()[0].tolist() == [2**16 - 1] and out[0, -1] == np.float32(np.log(2))
+
+
+def test_rows_that_are_taken_form_a_csr_of_their_own() -> None:
+    indptr, indices, data = take_rows(np.array([3, 1, 0, 3]), INDPTR, INDICES, COUNTS.astype(np.int16))
+    assert indptr.tolist() == [0, 2, 2, 4, 6] and indptr.dtype == np.int64
+    assert indices.tolist() == [2, 3, 1, 3, 2, 3] and indices.dtype == np.int32
+    assert data.tolist() == [2, 5, 3, 1, 2, 5] and data.dtype == np.int16
+    for part in take_rows(np.zeros(0, np.int64), INDPTR, INDICES, COUNTS)[1:]:
+        assert len(part) == 0
+
+
+@pytest.mark.parametrize("row", [4, -1, 99])
+def test_rows_that_are_not_there_are_refused(row: int) -> None:
+    """The compiled loops would read anywhere."""
+    rows = np.array([0, row])
+    with pytest.raises(IndexError, match="of 4 cells"):
+        take_rows(rows, INDPTR, INDICES, COUNTS)
+    with pytest.raises(IndexError, match="of 4 cells"):
+        dense_log1p(rows, INDPTR, INDICES, COUNTS, np.ones(4, np.float32), np.empty((2, 4), np.float32))

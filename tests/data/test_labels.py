@@ -1,0 +1,112 @@
+"""What training reads from a cache: labels and the controls' embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.caches import GENES, CellGroup, small_screen, write_cache
+from sest.cache import Cache, open_cache
+from sest.data.labels import CONTROL, read_embeddings, read_labels
+from sest.errors import InputError
+
+Opened = tuple[Cache, list[CellGroup]]
+
+
+def opened(folder: Path, *groups: CellGroup) -> Cache:
+    return open_cache(write_cache(folder / "s.zarr", groups))
+
+
+@pytest.fixture(scope="module")
+def three_files(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Files with other genes, orders of genes, control labels and scales."""
+    groups = [
+        small_screen("a", genes=GENES, cell_types=("x", "y")),
+        small_screen("b/one", genes=GENES[4:][::-1], control="nt", sizes={"Q": 3, "Z": 2}, seed=1),
+        small_screen("b/two", genes=(*GENES[2:8], "only", *GENES[8:]), scale="log1p", cell_types=("y",), seed=2),
+    ]
+    return opened(tmp_path_factory.mktemp("three"), *groups), groups
+
+
+def test_labels_name_what_every_cell_is_over_all_files(three_files: Opened) -> None:
+    cache, groups = three_files
+    labels, tables = read_labels(cache)
+    assert labels.groups == ("a", "b/one", "b/two") and len(labels) == cache.n_cells
+    assert labels.perturbations == ("ctrl", "P", "Q", "R", "S", "T", "Z")
+    assert [t.control for t in tables] == ["ctrl", "nt", "ctrl"]
+    assert labels.contexts == (("a", "x"), ("a", "y"), ("b/one", "x"), ("b/one", "y"), ("b/two", "y"))
+    for group, first in zip(groups, labels.first, strict=False):
+        mine = slice(first, first + len(group.obs))
+        names = [labels.perturbations[i] for i in labels.perturbation[mine]]
+        assert names == ["ctrl" if name == group.control else name for name in group.obs["perturbation"]]
+        assert (labels.is_control[mine] == (group.obs["perturbation"] == group.control).to_numpy()).all()
+        contexts = [labels.contexts[i] for i in labels.context[mine]]
+        assert contexts == [(group.path, name) for name in group.obs["cell_type"]]
+
+
+def test_batches_of_two_files_are_never_the_same_batch(three_files: Opened) -> None:
+    cache, groups = three_files
+    labels, _ = read_labels(cache)
+    per_file = [set(labels.batch[a:b].tolist()) for a, b in zip(labels.first, labels.first[1:], strict=False)]
+    assert not (per_file[0] & per_file[1] or per_file[0] & per_file[2] or per_file[1] & per_file[2])
+    for group, a, b in zip(groups, labels.first, labels.first[1:], strict=False):
+        codes, names = labels.batch[a:b], group.obs["batch"].to_numpy()
+        assert len(set(codes.tolist())) == len(set(names)) == len(set(zip(codes.tolist(), names, strict=True)))
+
+
+def test_a_file_without_perturbations_or_controls_cannot_be_trained_on(tmp_path: Path) -> None:
+    bare = small_screen("a")
+    bare = replace(bare, obs=bare.obs.drop(columns="perturbation"))
+    with pytest.raises(InputError, match=r"group a has no perturbation labels or no controls.*--pert-col"):
+        read_labels(opened(tmp_path, bare))
+    (tmp_path / "2").mkdir()
+    with pytest.raises(InputError, match=r"group b has no perturbation labels or no controls"):
+        read_labels(opened(tmp_path / "2", small_screen("a"), small_screen("b", n_controls=0)))
+
+
+def test_a_label_that_is_control_in_one_file_and_perturbation_in_another_is_refused(tmp_path: Path) -> None:
+    groups = small_screen("a"), small_screen("b", control="nt", sizes={"P": 3, "ctrl": 2})
+    with pytest.raises(InputError, match=r"'ctrl' is the control of one file and a perturbation of another"):
+        read_labels(opened(tmp_path, *groups))
+
+
+def test_reading_in_blocks_changes_nothing(three_files: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, _ = three_files
+    labels, _ = read_labels(cache)
+    embeddings, row = read_embeddings(cache, labels)
+    monkeypatch.setattr("sest.data.labels.ROWS_PER_READ", 7)
+    of_parts, row_of_parts = read_embeddings(cache, labels)
+    np.testing.assert_array_equal(of_parts, embeddings)
+    np.testing.assert_array_equal(row_of_parts, row)
+
+
+def test_embeddings_are_those_of_the_controls_alone(three_files: Opened) -> None:
+    cache, groups = three_files
+    labels, _ = read_labels(cache)
+    embeddings, row = read_embeddings(cache, labels)
+    stored = np.concatenate([g.embeddings for g in groups]).astype(np.float16)
+    assert embeddings.dtype == np.float16 and len(embeddings) == labels.is_control.sum()
+    assert (row[~labels.is_control] == -1).all()
+    controls = np.flatnonzero(labels.is_control)
+    np.testing.assert_array_equal(embeddings[row[controls]], stored[controls])
+
+
+def test_a_control_that_was_not_embedded_is_an_error_and_other_cells_need_no_embedding(tmp_path: Path) -> None:
+    group = small_screen("a")
+    is_control = (group.obs["perturbation"] == "ctrl").to_numpy()
+    partial = np.where(is_control[:, None], group.embeddings, np.nan)
+    cache = opened(tmp_path, replace(group, embeddings=partial))
+    labels, _ = read_labels(cache)
+    assert np.isfinite(read_embeddings(cache, labels)[0]).all()
+    partial[np.flatnonzero(is_control)[2]] = np.nan
+    (tmp_path / "2").mkdir()
+    cache = opened(tmp_path / "2", replace(group, embeddings=partial))
+    with pytest.raises(InputError, match=r"some control cells have no finite embedding.*--cells all"):
+        read_embeddings(cache, labels)
+
+
+def test_code_0_is_the_control() -> None:
+    assert CONTROL == 0

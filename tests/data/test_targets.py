@@ -1,0 +1,202 @@
+"""The training targets: over the common genes, as whole numbers, in memory or in mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+import sest.data.targets
+from helpers.caches import GENES, CellGroup, small_screen, write_cache
+from helpers.notes import Notes
+from sest.cache import Cache, open_cache
+from sest.data.targets import SCRATCH_MARK, read_targets, remove_scratch
+from sest.errors import InputError
+from sest.machine.memory import available_bytes
+from sest.progress import reporting
+
+Opened = tuple[Cache, list[CellGroup]]
+
+
+def opened(folder: Path, *groups: CellGroup) -> Cache:
+    return open_cache(write_cache(folder / "s.zarr", groups))
+
+
+@pytest.fixture(scope="module")
+def three_files(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Files with other genes, orders of genes, control labels and scales."""
+    groups = [
+        small_screen("a", genes=GENES, cell_types=("x", "y")),
+        small_screen("b/one", genes=GENES[4:][::-1], control="nt", sizes={"Q": 3, "Z": 2}, seed=1),
+        small_screen("b/two", genes=(*GENES[2:8], "only", *GENES[8:]), scale="log1p", cell_types=("y",), seed=2),
+    ]
+    return opened(tmp_path_factory.mktemp("three"), *groups), groups
+
+
+def test_targets_are_the_genes_all_files_have_in_the_first_files_order(three_files: Opened) -> None:
+    cache, groups = three_files
+    notes = Notes()
+    with reporting(notes):
+        targets = read_targets(cache, 1e4)
+    assert targets.genes == GENES[4:] and targets.scale == "mixed" and targets.target_sum == 10_000.0
+    assert "Training on the 16 genes that all groups have (of up to 20)." in notes.notes
+    expected = []
+    for group in groups:
+        place = [group.genes.index(name) for name in targets.genes]
+        values = group.matrix.toarray().astype(np.float64)
+        if group.scale == "counts":  # normalised by all counts of the cell, also those of genes that are left out
+            values = np.log1p(1e4 * values / np.maximum(values.sum(1, keepdims=True), 1))
+        expected.append(values[:, place])
+    rows = np.random.default_rng(0).permutation(len(targets.factor))
+    # float32 values of up to 9
+    np.testing.assert_allclose(targets.log1p(rows).toarray(), np.concatenate(expected)[rows], rtol=1e-5, atol=1e-6)
+    assert (targets.factor[-len(groups[2].obs) :] == 0).all()
+
+
+def test_one_file_keeps_all_its_genes_and_its_integers(tmp_path: Path) -> None:
+    group = small_screen("a")
+    notes = Notes()
+    with reporting(notes):
+        targets = read_targets(opened(tmp_path, group), 1e4)
+    assert targets.genes == group.genes and targets.scale == "counts" and not notes.notes
+    assert targets.data.dtype == np.int16 and targets.indices.dtype == np.uint16 and targets.indptr.dtype == np.int64
+    assert (targets.values(np.arange(group.matrix.shape[0])) != group.matrix).nnz == 0
+
+
+def test_the_target_sum_is_a_number_or_the_median_of_the_count_files_cells(tmp_path: Path) -> None:
+    empty = small_screen("a")
+    values = empty.matrix.toarray()
+    values[3:40] = 0  # empty cells count in no median and get no factor
+    groups = [replace(empty, matrix=scipy.sparse.csr_matrix(values)), small_screen("b", scale="log1p", seed=1)]
+    cache = opened(tmp_path, *groups)
+    totals = values.sum(1)
+    median = read_targets(cache, "median")
+    assert median.target_sum == np.median(totals[totals > 0])
+    assert np.median(totals) < median.target_sum and (median.factor[3:40] == 0).all()
+    np.testing.assert_allclose(median.factor[: len(totals)] * totals, np.where(totals > 0, median.target_sum, 0))
+    np.testing.assert_allclose(read_targets(cache, 1e3).factor[0], 1000 / totals[0])
+
+
+@pytest.mark.parametrize("asked", ["many", 0.0, -1.0, float("inf"), float("nan")])
+def test_an_unusable_target_sum_is_refused(three_files: Opened, asked: float | str) -> None:
+    with pytest.raises(InputError, match=f"target-sum is {asked}; it takes a number above 0, or 'median'"):
+        read_targets(three_files[0], asked)
+
+
+def test_the_median_of_a_log1p_file_is_the_default(tmp_path: Path) -> None:
+    targets = read_targets(opened(tmp_path, small_screen("a", scale="log1p")), "median")
+    assert targets.scale == "log1p" and targets.target_sum == 10_000.0
+
+
+def test_files_without_a_gene_in_common_are_refused(tmp_path: Path) -> None:
+    other = small_screen("b", genes=[f"h{i}" for i in range(20)])
+    with pytest.raises(InputError, match=r"no gene in common \(a, b\)"):
+        read_targets(opened(tmp_path, small_screen("a"), other), 1e4)
+
+
+def everything(cache: Cache, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """All values, dense, and the factors."""
+    targets = read_targets(cache, 1e4, **options)
+    return targets.values(np.arange(len(targets.factor))).toarray(), targets.factor
+
+
+@pytest.mark.parametrize("n_genes", [2**16, 2**16 + 1])
+def test_gene_numbers_take_two_bytes_as_long_as_they_fit(tmp_path: Path, n_genes: int) -> None:
+    group = small_screen("a", genes=[f"g{i}" for i in range(n_genes)], cell_types=("x",), sizes={"P": 9}, n_controls=3)
+    targets = read_targets(opened(tmp_path, group), 1e4)
+    assert targets.indices.dtype == (np.uint16 if n_genes == 2**16 else np.int32)
+    assert (targets.values(np.arange(12)) != group.matrix).nnz == 0 and group.matrix.indices.max() == n_genes - 1
+
+
+def test_reading_in_blocks_changes_nothing(three_files: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, _ = three_files
+    whole = everything(cache)
+    monkeypatch.setattr("sest.data.targets.VALUES_PER_READ", 7)
+    for one, other in zip(everything(cache), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_values_on_disk_are_those_in_memory_and_are_written_once(three_files: Opened, tmp_path: Path) -> None:
+    cache, _ = three_files
+    scratch, notes = tmp_path / "scratch", Notes()
+    with reporting(notes):
+        on_disk = read_targets(cache, 1e4, where="disk", scratch=scratch)
+    assert on_disk.on_disk and not read_targets(cache, 1e4).on_disk
+    assert any(f"they are read from {scratch}" in text for text in notes.notes)
+    for one, other in zip(everything(cache, where="disk", scratch=scratch), everything(cache), strict=True):
+        np.testing.assert_array_equal(one, other)
+    written = {file: file.stat().st_mtime_ns for file in scratch.iterdir()}
+    again = Notes()
+    with reporting(again):
+        read_targets(cache, "median", where="disk", scratch=scratch)  # totals are kept, not factors
+    assert {file: file.stat().st_mtime_ns for file in scratch.iterdir()} == written
+    assert any("used again" in text for text in again.notes)
+    another = opened(tmp_path, small_screen("a", seed=9))
+    values, _ = everything(another, where="disk", scratch=scratch)  # of another cache: written anew
+    np.testing.assert_array_equal(values, everything(another)[0])
+    (scratch / "mine.txt").write_text("kept")
+    remove_scratch(scratch)
+    assert [file.name for file in scratch.iterdir()] == ["mine.txt"]
+
+
+def test_a_kill_while_values_are_written_leaves_nothing_that_is_trusted(
+    three_files: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, _ = three_files
+    scratch, original = tmp_path / "scratch", sest.data.targets._blocks
+
+    def cut(*arguments: Any) -> Iterator[Any]:
+        yield next(original(*arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as kill:
+        kill.setattr(sest.data.targets, "_blocks", cut)
+        with pytest.raises(KeyboardInterrupt):
+            read_targets(cache, 1e4, where="disk", scratch=scratch)
+    assert (scratch / "data.bin").exists() and not (scratch / SCRATCH_MARK).exists()
+    for one, other in zip(everything(cache, where="disk", scratch=scratch), everything(cache), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_where_values_go_depends_on_what_is_free(
+    three_files: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, _ = three_files
+    scratch = tmp_path / "scratch"
+    assert not read_targets(cache, 1e4, scratch=scratch).on_disk
+    monkeypatch.setattr(sest.data.targets, "available_bytes", lambda: 100)
+    assert read_targets(cache, 1e4, scratch=scratch).on_disk
+    in_memory: tuple[dict[str, Any], ...] = ({}, {"where": "memory", "scratch": scratch})
+    for options in in_memory:
+        with pytest.raises(InputError, match=r"take 0\.0 GB, of 0\.0 GB of free memory\. Use a machine"):
+            read_targets(cache, 1e4, **options)
+    no_room = type("Usage", (), {"free": 5})
+    monkeypatch.setattr("sest.data.targets.shutil.disk_usage", lambda folder: no_room)
+    with pytest.raises(InputError, match=r"0\.0 GB of free disk at .*--scratch"):
+        read_targets(cache, 1e4, where="disk", scratch=tmp_path / "a/b/c")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_one_line(three_files: Opened, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"Cannot write to .*Name another folder with --scratch"):
+        read_targets(three_files[0], 1e4, where="disk", scratch=tmp_path / "file")
+
+
+def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
+    machine = available_bytes(tmp_path)  # no cgroup there
+    assert 10**6 < machine < 10**14
+    for name, text in (
+        ("memory.max", "1000000"),
+        ("memory.current", "900000"),
+        ("memory.stat", "anon 5\ninactive_file 200000\n"),  # files read before: the kernel gives those back
+    ):
+        (tmp_path / name).write_text(text)
+    assert available_bytes(tmp_path) == 300_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) > 10**6

@@ -1,0 +1,157 @@
+"""Held-out pairs: their sets, what a head predicts for them, and how close that comes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.caches import SIZES, small_screen, write_cache
+from helpers.configs import small_config
+from sest.cells.split_file import VAL
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.resident import ResidentCells, resident_cells
+from sest.data.sampler import SetRows
+from sest.evaluation.means import Pairs, split_pairs, training_means
+from sest.evaluation.pairs import held_out, pair_metrics, predicted_means, some_sets
+
+SPLITS = """
+[datasets]
+screen = "screen.h5ad"
+[training]
+screen = "train"
+[fewshot."screen.x"]
+val = ["P", "T"]
+[fewshot."screen.y"]
+val = ["P", "R"]
+"""
+PAIRS = [("x", "P"), ("x", "T"), ("y", "P"), ("y", "R")]  # 8, 9, 8 and 1 cells: 2, 3, 2 and 1 sets of 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "splits.toml").write_text(SPLITS)
+    cache = write_cache(folder / "s.zarr", [small_screen()])
+    return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
+
+
+@pytest.fixture(scope="module")
+def cells(data: Dataset) -> ResidentCells:
+    return resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+
+
+def named(data: Dataset, pairs: Pairs) -> list[tuple[str, str]]:
+    labels = data.labels
+    codes = zip(pairs.context, pairs.perturbation, strict=True)
+    return [(labels.contexts[c][1], labels.perturbations[p]) for c, p in codes]
+
+
+def test_every_set_belongs_to_the_pair_of_its_cells_and_a_limit_leaves_out_none(data: Dataset) -> None:
+    for at_most, n_sets in ((0, 8), (1, 4), (6, 6), (99, 8)):
+        held = held_out(data, small_config(), VAL, at_most)
+        assert named(data, held.pairs) == PAIRS
+        assert len(held.pair) == len(held.sets["targets"]) == n_sets and held.n_sets == 8
+        assert set(held.pair.tolist()) == {0, 1, 2, 3}
+        for k, rows, code in zip(held.pair, held.sets["targets"], held.sets["perturbation"], strict=True):
+            assert set(data.labels.context[rows]) == {held.pairs.context[k]}
+            assert set(data.labels.perturbation[rows]) == {code} == {held.pairs.perturbation[k]}
+
+
+def test_the_mean_effect_in_training_moves_the_controls_of_a_pair(data: Dataset) -> None:
+    """P is in no training context: it gets what all training perturbations do on average; T and R their own."""
+    held, train = held_out(data, small_config(), VAL, 0), training_means(data)
+    effects = train.effects()
+    for k, (_, name) in enumerate(PAIRS):
+        own = effects[train.perturbations.index(name)] if name in train.perturbations else effects.mean(axis=0)
+        assert (name in train.perturbations) == (name != "P")
+        np.testing.assert_allclose(held.perturbation_mean[k], np.maximum(held.pairs.control[k] + own, 0))
+
+
+def test_other_controls_are_drawn_with_another_seed_and_of_the_batch_where_asked(data: Dataset) -> None:
+    first, again, other = (held_out(data, small_config(seed=seed), VAL, 0).sets for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first["controls"], again["controls"])
+    assert not np.array_equal(np.sort(first["controls"]), np.sort(other["controls"]))
+    same_batch = held_out(data, small_config(match_controls="batch"), VAL, 0).sets
+    batches = data.labels.batch[same_batch["targets"]]
+    assert (data.labels.batch[same_batch["controls"]] == batches).all()
+    assert (data.labels.batch[first["controls"]] != data.labels.batch[first["targets"]]).any()
+
+
+class Counting(nn.Module):
+    """Predicts, for every set in the order they come, cells with the values 1, 2, .. S times the number of the set."""
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        self.n_genes, self.seen = n_genes, 0
+
+    def forward(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+        assert not self.training
+        numbers = torch.arange(self.seen, self.seen + len(basal)) + 1.0  # (B,)
+        self.seen += len(basal)
+        cells = torch.arange(basal.shape[1]) + 1.0  # (S,)
+        return (numbers[:, None] * cells)[:, :, None].expand(-1, -1, self.n_genes)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_the_predicted_mean_of_a_pair_is_over_the_cells_of_all_its_sets(
+    data: Dataset, cells: ResidentCells, size: int
+) -> None:
+    held, model = held_out(data, small_config(), VAL, 0), Counting(cells.n_genes).train()
+    features, seen = torch.from_numpy(data.features.matrix), []
+
+    def each(sets: SetRows, predicted: Tensor) -> None:
+        assert predicted.shape == (len(sets["targets"]), 4, 20)
+        seen.append(sets["targets"])
+
+    means = predicted_means(model, cells, held, features, size, nullcontext, each=each)
+    assert means.dtype == np.float64
+    # 2.5 is the mean of 1 .. 4; sets come as the first of every pair, then the second, then the third
+    assert held.pair.tolist() == [0, 1, 2, 3, 0, 1, 2, 1]
+    expected = [2.5 * np.mean(numbers) for numbers in ([1, 5], [2, 6, 8], [3, 7], [4])]
+    np.testing.assert_allclose(means, np.tile(np.array(expected)[:, None], 20))
+    np.testing.assert_array_equal(np.concatenate(seen), held.sets["targets"])
+    assert model.training  # as it was
+
+
+def test_a_head_sees_the_controls_and_the_features_of_each_set(data: Dataset, cells: ResidentCells) -> None:
+    held, features = held_out(data, small_config(), VAL, 0), torch.from_numpy(data.features.matrix)
+
+    class Sums(nn.Module):
+        def forward(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+            code = perturbation.argmax(-1) + 1.0  # one-hot
+            return (basal.sum(-1) + 1000 * code[:, None])[:, :, None].expand(-1, -1, cells.n_genes)
+
+    means = predicted_means(Sums(), cells, held, features, 3, nullcontext)
+    embeddings = data.embeddings.astype(np.float64)[data.embedding_row[held.sets["controls"]]].sum(-1).mean(-1)
+    for k, (code, mean) in enumerate(zip(held.pairs.perturbation, means[:, 0], strict=True)):
+        expected = embeddings[held.pair == k].mean() + 1000 * code
+        assert mean == pytest.approx(expected, abs=1e-3)  # float32 of values up to 5,000
+
+
+def test_some_sets_are_the_same_rows_of_every_part(data: Dataset) -> None:
+    sets = held_out(data, small_config(), VAL, 0).sets
+    part = some_sets(sets, slice(2, 5))
+    assert part["number"].tolist() == [2, 3, 4]
+    for key, values in part.items():
+        np.testing.assert_array_equal(values, sets[key][2:5])  # type: ignore[literal-required]
+
+
+def test_metrics_of_pairs_by_hand(data: Dataset) -> None:
+    """Three genes are enough: the others are zero on both sides."""
+    pairs = split_pairs(data, VAL)
+    assert pairs.n_cells.tolist() == [SIZES[name] for _, name in PAIRS]
+    control = np.zeros((4, 20))
+    observed, predicted = np.zeros((4, 20)), np.zeros((4, 20))
+    observed[:, :3] = [[1, 0, 0], [0, 1, 0], [3, 0, 0], [0, 0, 2]]
+    predicted[:, :3] = [[2, 0, 0], [1, 0, 0], [3, 0, 0], [0, 0, 2]]
+    made = Pairs(pairs.context, pairs.perturbation, pairs.n_cells, observed, control)
+    scores = pair_metrics(data, made, predicted)
+    assert scores["mae"].tolist() == [1 / 20, 2 / 20, 0, 0]
+    np.testing.assert_allclose(scores["pearson_delta"], [1, -1 / 19, 1, 1])  # unit vectors of 20 genes: r = -1/19
+    # x/P: nearest to its own. x/T: predicted like x/P, whose observed effect is nearer: rank 1 of 2.
+    # A pair of another cell type never counts: x/P's prediction lies as near to y/P's effect as to its own.
+    assert scores["pds"].tolist() == [1.0, 0.5, 1.0, 1.0]

@@ -1,0 +1,167 @@
+"""Two files brought together: labels, genes and scales of every kind, and what cannot be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+import sest.evaluation.sides
+from helpers.two_files import Written, log1p, sest_uns, write_two_files
+from sest.config import EvaluateConfig
+from sest.errors import InputError
+from sest.evaluation.evaluate import evaluate
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., Written]:
+    """Writes the two files."""
+    return partial(write_two_files, tmp_path)
+
+
+def test_reading_in_many_blocks_changes_nothing(
+    written: Callable[..., Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = written()
+    whole = evaluate(*paths, EvaluateConfig(cell_eval=False)).table
+    monkeypatch.setattr(sest.evaluation.sides, "BLOCK", 5)
+    pd.testing.assert_frame_equal(evaluate(*paths, EvaluateConfig(cell_eval=False)).table, whole, rtol=1e-12)
+
+
+def test_log1p_real_cells_are_used_as_they_are_and_that_is_said(written: Callable[..., Written]) -> None:
+    def to_log1p(real: ad.AnnData) -> ad.AnnData:
+        real.X = sp.csr_matrix(log1p(real.X.toarray(), 1000.0).astype(np.float32))
+        return real
+
+    from_counts = evaluate(*written(), EvaluateConfig(cell_eval=False))
+    from_log1p = evaluate(*written(change_real=to_log1p), EvaluateConfig(cell_eval=False))
+    pd.testing.assert_frame_equal(from_log1p.table, from_counts.table, rtol=1e-5, atol=1e-6)
+    assert any("log1p values: they are used as they are" in note for note in from_log1p.notes)
+    assert from_log1p.provenance["real_counts_normalised_to"] is None
+
+
+def test_a_layer_of_the_real_file_is_read_when_asked(written: Callable[..., Written]) -> None:
+    def to_layer(real: ad.AnnData) -> ad.AnnData:
+        real.layers["umi"] = real.X.copy()
+        real.X = sp.csr_matrix(np.full(real.shape, 0.5, dtype=np.float32))
+        return real
+
+    from_x = evaluate(*written(), EvaluateConfig(cell_eval=False)).table
+    from_layer = evaluate(*written(change_real=to_layer), EvaluateConfig(layer="umi", cell_eval=False)).table
+    pd.testing.assert_frame_equal(from_layer, from_x)
+
+
+def test_a_foreign_prediction_is_read_by_detection_and_the_default_normalisation_is_said(
+    written: Callable[..., Written],
+) -> None:
+    def forget(predicted: ad.AnnData) -> ad.AnnData:
+        del predicted.uns["sest"]
+        return predicted
+
+    paths = written(change_predicted=forget)
+    told = evaluate(*written(), EvaluateConfig(cell_eval=False)).table
+    paths = written(change_predicted=forget)
+    pd.testing.assert_frame_equal(evaluate(*paths, EvaluateConfig(target_sum=1000.0, cell_eval=False)).table, told)
+    assert any("normalised to 10000" in note for note in evaluate(*paths, EvaluateConfig(cell_eval=False)).notes)
+
+
+def test_another_target_sum_than_the_prediction_s_is_refused(written: Callable[..., Written]) -> None:
+    with pytest.raises(InputError, match="normalised to 1000 counts a cell, not 10000"):
+        evaluate(*written(), EvaluateConfig(target_sum=10_000.0, cell_eval=False))
+
+
+def test_counts_cannot_be_compared_with_a_log1p_source_of_unknown_normalisation(
+    written: Callable[..., Written],
+) -> None:
+    paths = written(uns={**sest_uns(), "scale": "log1p"})
+    with pytest.raises(InputError, match="pass --target-sum"):
+        evaluate(*paths, EvaluateConfig(cell_eval=False))
+    assert (
+        evaluate(*paths, EvaluateConfig(target_sum=1000.0, cell_eval=False)).provenance["real_counts_normalised_to"]
+        == 1000.0
+    )
+
+
+def test_labels_of_the_real_file_may_differ_from_the_prediction_s(written: Callable[..., Written]) -> None:
+    def rename(real: ad.AnnData) -> ad.AnnData:
+        real.obs = real.obs.rename(columns={"target_gene": "guide", "cell_type": "line"})
+        real.obs["guide"] = real.obs["guide"].cat.rename_categories({"control": "NT-9"})
+        return real
+
+    told = evaluate(*written(), EvaluateConfig(cell_eval=False)).table
+    paths = written(change_real=rename)
+    renamed = evaluate(
+        *paths, EvaluateConfig(pert_col="guide", cell_type_col="line", control="NT-9", cell_eval=False)
+    ).table
+    pd.testing.assert_frame_equal(renamed, told)
+
+
+def test_genes_are_found_in_another_var_column(written: Callable[..., Written]) -> None:
+    def hide(real: ad.AnnData) -> ad.AnnData:
+        real.var["symbol"] = real.var_names
+        real.var_names = [f"ENSG{i:011d}" for i in range(real.n_vars)]
+        return real
+
+    told = evaluate(*written(), EvaluateConfig(cell_eval=False)).table
+    pd.testing.assert_frame_equal(evaluate(*written(change_real=hide), EvaluateConfig(cell_eval=False)).table, told)
+
+
+def test_missing_genes_are_named(written: Callable[..., Written]) -> None:
+    paths = written(change_real=lambda real: real[:, [name != "g3" for name in real.var_names]].copy())
+    with pytest.raises(InputError, match=r"1 of the prediction's 8 genes are not in .*: g3"):
+        evaluate(*paths, EvaluateConfig(cell_eval=False))
+
+
+def test_pairs_without_real_cells_are_named(written: Callable[..., Written]) -> None:
+    paths = written(
+        change_real=lambda real: real[~((real.obs.cell_type == "rpe1") & (real.obs.target_gene == "g2"))].copy()
+    )
+    with pytest.raises(InputError, match=r"1 predicted pairs .*: rpe1/g2"):
+        evaluate(*paths, EvaluateConfig(cell_eval=False))
+
+
+def test_cell_types_without_real_controls_are_named(written: Callable[..., Written]) -> None:
+    paths = written(
+        change_real=lambda real: real[~((real.obs.cell_type == "rpe1") & (real.obs.target_gene == "control"))].copy()
+    )
+    with pytest.raises(InputError, match="no control cells of cell types in the prediction: rpe1"):
+        evaluate(*paths, EvaluateConfig(cell_eval=False))
+
+
+def test_real_cells_that_were_not_predicted_do_not_matter(written: Callable[..., Written]) -> None:
+    def fewer(predicted: ad.AnnData) -> ad.AnnData:
+        return predicted[predicted.obs.cell_type == "k562"].copy()
+
+    some = evaluate(*written(change_predicted=fewer), EvaluateConfig(cell_eval=False)).table
+    every = evaluate(*written(), EvaluateConfig(cell_eval=False)).table
+    of_k562 = every[every["cell_type"] == "k562"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some, of_k562)
+
+
+def test_files_without_cell_types_are_one_cell_type(written: Callable[..., Written]) -> None:
+    def forget(adata: ad.AnnData) -> ad.AnnData:
+        adata = adata[adata.obs.cell_type == "k562"].copy()
+        adata.obs = adata.obs[["target_gene"]]
+        adata.uns.clear()
+        return adata
+
+    told = evaluate(*written(), EvaluateConfig(cell_eval=False)).table
+    table = evaluate(*written(None, forget, forget), EvaluateConfig(target_sum=1000.0, cell_eval=False)).table
+    assert set(table["cell_type"]) == {"unknown"}
+    of_k562 = told[told["cell_type"] == "k562"].reset_index(drop=True).assign(cell_type="unknown")
+    pd.testing.assert_frame_equal(table, of_k562)
+
+
+def test_a_prediction_of_several_cell_types_needs_those_of_the_real_cells(written: Callable[..., Written]) -> None:
+    def forget(real: ad.AnnData) -> ad.AnnData:
+        real.obs = real.obs[["target_gene"]]
+        return real
+
+    with pytest.raises(InputError, match="no cell type column; the prediction has k562, rpe1"):
+        evaluate(*written(change_real=forget), EvaluateConfig(cell_eval=False))

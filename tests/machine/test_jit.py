@@ -1,0 +1,50 @@
+"""machine/jit.py: compiled once a machine where the result can be kept, and compiled anyway where it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MODULE = """
+from sest.machine.jit import compiled
+
+
+@compiled()
+def squares(n):
+    total = 0
+    for i in range(n):
+        total += i * i
+    return total
+
+
+print(squares(5), sum(squares.stats.cache_hits.values()))
+"""
+NO_FOLDER = """
+from numba.core import caching
+for kind in (caching.UserProvidedCacheLocator, caching.InTreeCacheLocator, caching.UserWideCacheLocator):
+    kind.from_function = classmethod(lambda *arguments: None)
+"""
+
+
+def run(folder: Path, code: str) -> str:
+    """What a fresh process prints that runs `code`, with warnings as errors."""
+    file = folder / "squares.py"
+    file.write_text(code)
+    command = [sys.executable, "-W", "error", str(file)]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kept")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout
+
+
+def test_the_second_process_loads_what_the_first_one_compiled(tmp_path: Path) -> None:
+    assert run(tmp_path, MODULE) == "30 0\n"  # 0 + 1 + 4 + 9 + 16, compiled here
+    assert run(tmp_path, MODULE) == "30 1\n"
+
+
+def test_where_no_folder_takes_the_result_every_process_compiles_for_itself(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run(tmp_path, NO_FOLDER + MODULE) == "30 0\n"
+    assert not (tmp_path / "kept").exists()

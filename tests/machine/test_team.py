@@ -1,0 +1,179 @@
+"""Several processes train one head together: the same batches, and to rounding the same weights, for any number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.caches import small_screen, write_cache
+from helpers.configs import small_config
+from sest.errors import InputError
+from sest.runs.checkpoint import BEST, LAST, open_checkpoint, step_folder
+from sest.runs.run_folder import METRICS
+from sest.training.train import train
+from sest.training.window import MEASURED
+
+# One process of a team, as torchrun starts it; extra arguments are changes of the configuration.
+PROCESS = """
+import json, os, sys, warnings
+warnings.simplefilter("error")
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from helpers.configs import small_config
+from sest.errors import InputError
+from sest.machine.ranks import ranks_of
+from sest.machine.signals import Interrupted
+from sest.training.train import train
+store, run, changes, resume, stop_at = json.loads(sys.argv[2])
+def on_log(line):
+    if line["step"] == stop_at:
+        os.kill(os.getpid(), 15)
+try:
+    result = train(Path(store), Path(run), small_config(**changes), resume=resume,
+                   ranks=ranks_of(None, None, os.environ), on_log=on_log)
+    print(result.step, result.reason)
+except (InputError, Interrupted) as error:
+    print(type(error).__name__, error)
+"""
+
+
+def together(
+    n: int, store: Path, run: Path, changes: dict[str, Any] | None = None, resume: str | None = None, stop_at: int = 0
+) -> list[str]:
+    """What the last lines of n processes say that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = json.dumps([str(store), str(run), changes or {}, resume, stop_at])
+    processes = []
+    for rank in range(n):
+        torchrun = {
+            "TORCHELASTIC_RUN_ID": "t", "RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(Path(__file__).parent.parent), words],
+                env={**os.environ, **torchrun},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    results = [process.communicate(timeout=240) for process in processes]
+    assert all(process.returncode == 0 for process in processes), [err[-2000:] for _, err in results]
+    return [out.strip().splitlines()[-1] for out, _ in results]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("store") / "s.zarr", [small_screen()])
+
+
+CHANGES: dict[str, Any] = {"batch_size": 4, "accumulate": 2, "dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(store, run, small_config(**CHANGES))
+    return run
+
+
+def weights(run: Path, name: str = LAST) -> dict[str, Tensor]:
+    return open_checkpoint(run / name).model_tensors()
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def check_same(run: Path, alone: Path) -> None:
+    """Weights and metrics are those of one process, but for the order in which gradients are summed."""
+    for name in (BEST, LAST, step_folder(4)):
+        expected = weights(alone, name)
+        for key, value in weights(run, name).items():
+            # Adam turns a gradient's relative error into one of lr = 1e-3; 12 steps
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=2e-5)
+    assert len(metrics(run)) == len(metrics(alone))
+    for mine, theirs in zip(metrics(run), metrics(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+
+
+def test_several_processes_train_the_same_head_also_from_files_that_one_of_them_writes(
+    store: Path, alone: Path, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    changes = {**CHANGES, "data_device": "disk", "scratch": str(scratch)}
+    assert together(4, store, tmp_path / "run", changes) == ["12 max_steps"] * 4
+    check_same(tmp_path / "run", alone)
+    assert (scratch / "targets.json").is_file()
+
+
+def test_a_stopped_run_is_resumed_by_another_number_of_processes(store: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = together(2, store, run, CHANGES, stop_at=5)  # the first one alone gets the signal: both stop and save
+    assert all(text.startswith("Interrupted Stopped after step 5") for text in said)
+    assert open_checkpoint(run / LAST).state["step"] == 5
+    assert together(4, store, run, CHANGES, resume="auto", stop_at=9)[0].startswith("Interrupted Stopped after step 9")
+    train(store, run, small_config(**CHANGES), resume="auto")
+    check_same(run, alone)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_by_all(store: Path, tmp_path: Path) -> None:
+    said = together(2, store, tmp_path / "run", {"batch_size": 3})
+    assert all("A batch of 3 sets cannot be divided among 2 processes" in text for text in said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradients_in_bf16_are_refused_where_gpus_do_not_exchange_them(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--gradients bf16 needs GPUs"):
+        train(store, tmp_path / "run", small_config(gradients="bf16"))
+
+
+def test_torchrun_starts_the_command_line_and_one_process_speaks(store: Path, tmp_path: Path) -> None:
+    options = ["--batch-size", 4, "--set-size", 4, "--hidden", 16, "--n-heads", 2, "--n-layers", 1, "--max-steps", 3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sest"]
+    done = subprocess.run(
+        [*command, *map(str, ["train", store, "-r", tmp_path / "run", *options, "--log-every", 1])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("trainable parameters") == 1 and done.stdout.count("step 3 (all steps done)") == 1
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3]
+
+
+def test_sigterm_to_torchrun_saves_and_stops_all(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--batch-size", 4, "--set-size", 4, "--hidden", 16, "--n-heads", 2, "--n-layers", 1, "--log-every", 1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sest"]
+    process = subprocess.Popen(
+        [*command, *map(str, ["train", store, "-r", run, *options])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    patience = time.monotonic() + 120
+    while not (run / METRICS).exists() or not metrics(run):
+        assert process.poll() is None and time.monotonic() < patience
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    step = open_checkpoint(run / LAST).state["step"]
+    assert step >= 1 and metrics(run)[-1]["step"] <= step

@@ -1,0 +1,154 @@
+"""Control cells of the run's cache, and new ones that are embedded as those were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from conftest import Demo
+
+from helpers.caches import small_screen, write_cache
+from helpers.configs import small_config
+from helpers.demo_cells import CONTROL, SMALL, Predict, rows_of
+from helpers.se_model import write_se
+from sest.config import EmbedConfig, PredictConfig, TrainConfig
+from sest.data.dataset import read_dataset
+from sest.embedding.embed import embed
+from sest.errors import InputError
+from sest.prediction.controls import Pool, cached_pool, cached_pools, new_pools, pool_of
+from sest.runs.checkpoint import open_checkpoint
+from sest.runs.run_folder import read_run_config
+from sest.training.train import train
+
+
+def controls_of(run: Path, **options: Any) -> tuple[dict[str, Pool], dict[str, Pool]]:
+    """Pools of the run's cache, and of `controls` embedded anew."""
+    values, provenance = read_run_config(run)
+    data = read_dataset(Path(provenance["cache"]), TrainConfig.from_values(values, "run"))
+    checkpoint = open_checkpoint(run / "best")
+    return cached_pools(data), new_pools(PredictConfig(**options), checkpoint, data)
+
+
+def assert_same_cells(stored: dict[str, Pool], new: dict[str, Pool]) -> None:
+    """float16 has 11 bits: a rounding that falls the other way is 1e-3 of a value."""
+    assert list(stored) == list(new) == ["alpha", "beta"]
+    for name, old in stored.items():
+        assert list(new[name].names) == list(old.names) and list(new[name].batches) == list(old.batches)
+        scale = np.abs(old.embeddings).max()
+        np.testing.assert_allclose(new[name].embeddings, old.embeddings, rtol=1e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(new[name].expression.toarray(), old.expression.toarray(), atol=2e-6)
+
+
+def test_new_cells_get_the_embeddings_of_the_cache_with_pca(
+    demo: Demo, predicted: Predict, whole: ad.AnnData, real: ad.AnnData, held_out: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """The same cells with their genes in another order, in columns of other names."""
+    order = np.random.default_rng(0).permutation(real.n_vars)
+    shuffled = real[:, order].copy()
+    shuffled.obs = shuffled.obs.rename(columns={"target_gene": "guide"})
+    shuffled.write_h5ad(tmp_path / "new.h5ad")
+    options = {"controls": str(tmp_path / "new.h5ad"), "pert_col": "guide"}
+    assert_same_cells(*controls_of(demo.run, **options))
+    name = held_out["test"][0]
+    cells = predicted(**options, only=name, cell_type="beta", n_cells=30)
+    mine, theirs = (x[rows_of(x, name, "beta")].X.toarray() for x in (cells, whole))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=1e-2)  # embeddings differ by float16's rounding
+
+
+@pytest.fixture(scope="module")
+def se_run(demo: Demo, real: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small SE model, cells whose symbols are in a var column, a cache and a run of one step."""
+    folder = tmp_path_factory.mktemp("se")
+    write_se(folder / "se", [str(g) for g in real.var_names[::-1][:250]])
+    cells = real.copy()
+    cells.var = pd.DataFrame({"symbol": real.var_names}, index=[f"ENSG{i:011d}" for i in range(real.n_vars)])
+    cells.write_h5ad(folder / "screen.h5ad")
+    config = EmbedConfig(encoder=str(folder / "se"), dim="8", device="cpu", seed=5)
+    embed([folder / "screen.h5ad"], folder / "cache.zarr", config)
+    train(folder / "cache.zarr", folder / "run", TrainConfig(**SMALL))
+    return folder
+
+
+def test_new_cells_get_the_embeddings_of_the_cache_with_se(se_run: Path) -> None:
+    stored, new = controls_of(se_run / "run", controls=str(se_run / "screen.h5ad"), encoder=str(se_run / "se"))
+    assert_same_cells(stored, new)
+    assert stored["alpha"].embeddings.shape == (80, 8)
+
+
+def test_new_cells_that_do_not_fit_the_run_are_refused(
+    demo: Demo, refusal: Callable[..., str], se_run: Path, real: ad.AnnData, names: list[str], tmp_path: Path
+) -> None:
+    asked = {"only": names[0], "cell_type": "beta"}
+    with_se = {"run": se_run / "run", "controls": str(se_run / "screen.h5ad"), **asked}
+    assert "Pass --encoder with its folder" in refusal(**with_se)
+    write_se(tmp_path / "other", [str(g) for g in real.var_names], seed=1)
+    assert "is not the encoder the run was made with" in refusal(**with_se, encoder=str(tmp_path / "other"))
+    few = tmp_path / "few.h5ad"
+    real[:, 7:].write_h5ad(few)
+    assert "lacks 7 of the 300 genes of the run's PCA: GENE0001" in refusal(controls=str(few), **asked)
+    logged = real.copy()
+    logged.X = sp.csr_matrix(np.log1p(real.X.toarray()).astype(np.float32))
+    logged.write_h5ad(few)
+    assert "holds log1p; the run was trained on counts" in refusal(controls=str(few), **asked)
+    real[real.obs["target_gene"] != CONTROL].write_h5ad(few)
+    assert "No control cells" in refusal(controls=str(few), **asked)
+    assert "takes one .h5ad or .h5 file" in refusal(controls=str(demo.folder / "starter.toml"), **asked)
+    assert "say what to predict" in refusal(controls=str(demo.cells))
+
+
+def test_new_cells_are_normalised_by_all_counts_of_their_file_and_not_by_those_of_the_runs_genes(
+    demo: Demo, real: ad.AnnData, tmp_path: Path
+) -> None:
+    """30 genes that the run does not have hold as many counts as the others together, or more."""
+    rng = np.random.default_rng(0)
+    further = sp.csr_matrix(rng.poisson(30, (real.n_obs, 30)).astype(np.float32))
+    genes = [*real.var_names, *(f"FURTHER{i}" for i in range(30))]
+    cells = ad.AnnData(sp.hstack([real.X, further], format="csr"), obs=real.obs, var=pd.DataFrame(index=genes))
+    cells.write_h5ad(tmp_path / "more.h5ad")
+    _, new = controls_of(demo.run, controls=str(tmp_path / "more.h5ad"))
+    for cell_type, pool in new.items():
+        rows = rows_of(real, CONTROL, cell_type)
+        counts, others = (x[rows].toarray().astype(np.float64) for x in (real.X, further))
+        total = counts.sum(1) + others.sum(1)
+        assert (total > 1.5 * counts.sum(1)).all()
+        expected = np.log1p(counts * 1e4 / total[:, None])
+        np.testing.assert_allclose(pool.expression.toarray(), expected, atol=2e-6)  # float32 of values below 10
+
+
+def test_a_pool_of_the_cache_holds_what_the_cache_says_of_its_rows(tmp_path: Path) -> None:
+    groups = [small_screen("a"), small_screen("b", scale="log1p", seed=1)]
+    data = read_dataset(write_cache(tmp_path / "c.zarr", groups), small_config())
+    first = len(groups[0].obs)
+    rows = np.sort(np.flatnonzero(data.labels.is_control)[[3, 20, 9, 27]])
+    assert (rows < first).tolist() == [True, True, False, False]
+    pool = cached_pool(data, rows, "any")
+    assert pool.cell_type == "any" and len(pool) == 4 and pool.files.tolist() == [0, 0, 1, 1]
+    obs = pd.concat([group.obs for group in groups]).iloc[rows]
+    assert pool.names.tolist() == obs.index.tolist() and pool.batches.tolist() == obs["batch"].tolist()
+    embeddings = np.concatenate([group.embeddings for group in groups])[rows]
+    np.testing.assert_array_equal(pool.embeddings, embeddings.astype(np.float16))
+    counts = groups[0].matrix.toarray().astype(np.float64)
+    logged = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))
+    expected = np.concatenate([logged, groups[1].matrix.toarray()])[rows]
+    np.testing.assert_allclose(pool.expression.toarray(), expected, atol=1e-6)  # float32 of values below 10
+
+
+def test_pools_of_the_cache_join_the_files_of_a_cell_type(tmp_path: Path) -> None:
+    groups = [small_screen("a", cell_types=("x", "y")), small_screen("b", cell_types=("y", "z"), n_controls=3, seed=1)]
+    pools = cached_pools(read_dataset(write_cache(tmp_path / "c.zarr", groups), small_config()))
+    assert {name: np.bincount(pool.files, minlength=2).tolist() for name, pool in pools.items()} == {
+        "x": [7, 0],
+        "y": [7, 3],
+        "z": [0, 3],
+    }
+    assert pool_of(pools, "y") is pools["y"] and pool_of({"y": pools["y"]}, None) is pools["y"]
+    with pytest.raises(InputError, match=r"several cell types: x, y, z\. Pass --cell-type"):
+        pool_of(pools, None)
+    with pytest.raises(InputError, match=r"No control cells of cell type 'yy'\. There are: x, y, z\. Did you mean 'y'"):
+        pool_of(pools, "yy")

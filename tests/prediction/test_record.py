@@ -1,0 +1,83 @@
+"""The baselines that a prediction stores for its evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from conftest import Demo
+
+from helpers.demo_cells import CONTROL, Predict, rows_of
+
+
+def effects(
+    real: ad.AnnData, values: np.ndarray, held_out: dict[str, list[str]], names: list[str]
+) -> dict[str, np.ndarray]:
+    """What each perturbation does in training, on average over the cell types it is trained in."""
+    unseen = {*held_out["val"], *held_out["test"]}
+    found = {}
+    for name in names:
+        of_type = [
+            values[rows_of(real, name, cell_type)].mean(0) - values[rows_of(real, CONTROL, cell_type)].mean(0)
+            for cell_type in ("alpha", "beta")
+            if (cell_type, name) not in {("beta", x) for x in unseen}
+        ]
+        found[name] = np.mean(of_type, axis=0)
+    return found
+
+
+@pytest.mark.parametrize("of_template", [False, True])
+def test_a_stored_baseline_has_its_learned_effect_around_the_controls_of_the_file(
+    predicted: Predict,
+    template: ad.AnnData,
+    whole: ad.AnnData,
+    real: ad.AnnData,
+    values: np.ndarray,
+    held_out: dict[str, list[str]],
+    names: list[str],
+    tmp_path: Path,
+    of_template: bool,
+) -> None:
+    """`sest evaluate` subtracts the controls it finds: all 80, or the 12 a template asks for, leave the same effect."""
+    cells = predicted(template=str(tmp_path / "template.h5ad")) if of_template else whole
+    told, learned = cells.uns["sest"], effects(real, values, held_out, names)
+    pairs = list(zip(*(told["pairs"][key] for key in ("cell_type", "perturbation")), strict=True))
+    assert len(pairs) == (4 if of_template else 3)
+    for i, (cell_type, name) in enumerate(pairs):
+        label = cells.obs[told["columns"]["perturbation"]]
+        of_type = (label == told["columns"]["control"]) & (cells.obs["cell_type"] == cell_type)
+        control = np.asarray(cells[of_type].X.mean(0, dtype=np.float64)).ravel()
+        np.testing.assert_allclose(told["baselines"]["context_mean"][i], control, atol=1e-5)  # float32
+        expected = np.maximum(control + learned[name], 0)
+        np.testing.assert_allclose(told["baselines"]["perturbation_mean"][i], expected, atol=1e-5)
+
+
+def test_evaluate_scores_the_stored_baselines(
+    demo: Demo, real: ad.AnnData, values: np.ndarray, held_out: dict[str, list[str]], names: list[str]
+) -> None:
+    summary, learned = demo.result.evaluation.summary, effects(real, values, held_out, names)
+    assert list(summary["mae"]) == ["model", "context_mean", "perturbation_mean", "ridge"]
+    control = values[rows_of(real, CONTROL, "beta")].mean(0)
+    errors = [
+        np.abs(np.maximum(control + learned[name], 0) - values[rows_of(real, name, "beta")].mean(0)).mean()
+        for name in held_out["test"]
+    ]
+    assert summary["mae"]["perturbation_mean"] == pytest.approx(np.mean(errors), abs=1e-5)
+    assert summary["pearson_delta"]["context_mean"] == 0.0
+
+
+def test_another_seed_writes_other_controls_for_a_template_and_baselines_around_those(
+    predicted: Predict, template: ad.AnnData, tmp_path: Path
+) -> None:
+    written = []
+    for seed in (0, 1):
+        cells = predicted(template=str(tmp_path / "template.h5ad"), seed=seed)
+        controls = cells[cells.obs["gene"] == "ctrl"]
+        written.append(controls.X.toarray())
+        told = cells.uns["sest"]
+        for cell_type, mean in zip(told["pairs"]["cell_type"], told["baselines"]["context_mean"], strict=True):
+            of_type = controls[controls.obs["cell_type"] == cell_type].X
+            np.testing.assert_allclose(mean, np.asarray(of_type.mean(0)).ravel(), atol=1e-5)  # float32
+    assert written[0].shape == written[1].shape and (written[0] != written[1]).any()

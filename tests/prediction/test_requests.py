@@ -1,0 +1,220 @@
+"""What can be asked of a prediction: the test split, templates, tables and lists, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from conftest import Demo
+
+from helpers.caches import small_screen, write_cache
+from helpers.configs import small_config
+from helpers.demo_cells import CONTROL, Predict, rows_of
+from sest.cells.columns import Columns
+from sest.config import EvaluateConfig, PredictConfig
+from sest.data.dataset import Dataset, read_dataset
+from sest.errors import InputError
+from sest.evaluation.evaluate import evaluate
+from sest.prediction.controls import cached_pools
+from sest.prediction.predict import predict
+from sest.prediction.requests import Request, join_tables, make_requests, obs_of, read_wanted
+from sest.training.train import train
+
+
+def test_the_test_split_can_be_that_of_one_cell_type(predicted: Predict, tmp_path: Path) -> None:
+    """Both cell types of a small cache have a test perturbation."""
+    cache = write_cache(tmp_path / "cache.zarr", [small_screen("d")])
+    splits, text = tmp_path / "splits.toml", '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n'
+    splits.write_text(text + '[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n[fewshot."d.y"]\ntest = ["P", "S"]\n')
+    train(cache, tmp_path / "run", small_config(splits=str(splits), max_steps=1))
+    both, one = predicted(tmp_path / "run"), predicted(tmp_path / "run", cell_type="y")
+    assert dict(both.obs["cell_type"].value_counts()) == {"x": 8 + 7, "y": 8 + 6 + 7}
+    assert set(one.obs["cell_type"]) == {"y"}
+    np.testing.assert_array_equal(one.X.toarray(), both[both.obs["cell_type"] == "y"].X.toarray())
+
+
+def test_a_template_keeps_its_rows_and_gets_real_controls(
+    predicted: Predict, template: ad.AnnData, real: ad.AnnData, values: np.ndarray, tmp_path: Path
+) -> None:
+    cells = predicted(template=str(tmp_path / "template.h5ad"))
+    assert sorted(cells.obs_names) == sorted(template.obs_names)
+    expected = template.obs.loc[cells.obs_names]
+    for column in expected:
+        np.testing.assert_array_equal(cells.obs[column].to_numpy(), expected[column].to_numpy())
+    assert list(cells.obs["cell_type"].cat.categories) == ["beta", "alpha"]  # the used ones, in the template's order
+    keys = cells.obs[["cell_type", "gene"]].astype(str).agg("/".join, axis=1)
+    assert (keys != keys.shift()).sum() == keys.nunique() == 6  # rows are grouped
+    assert cells.uns["sest"]["columns"] == {"perturbation": "gene", "cell_type": "cell_type", "control": "ctrl"}
+    for cell_type in ("alpha", "beta"):
+        of_type = (cells.obs["gene"] == "ctrl") & (cells.obs["cell_type"] == cell_type)
+        pool = values[rows_of(real, CONTROL, cell_type)]
+        distance = np.abs(cells[of_type].X.toarray()[:, None] - pool[None]).max(2)
+        assert (distance.min(1) < 1e-5).all() and len(set(distance.argmin(1))) == 12  # different real cells
+
+
+def test_a_template_without_cell_types_takes_the_named_one(
+    demo: Demo, predicted: Predict, refusal: Callable[..., str], names: list[str], tmp_path: Path
+) -> None:
+    obs = pd.DataFrame({"gene": [names[0], "control", names[0]]}, index=list("abc"))
+    ad.AnnData(sp.csr_matrix((3, 1), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "t.h5ad")
+    path = str(tmp_path / "t.h5ad")
+    assert "several cell types: alpha, beta. Pass --cell-type" in refusal(template=path)
+    cells = predicted(template=path, cell_type="alpha")
+    assert cells.obs["cell_type"].tolist() == ["alpha"] * 3
+    assert dict(zip(cells.obs_names, cells.obs["gene"], strict=True)) == dict(zip("abc", obs["gene"], strict=True))
+    assert evaluate(tmp_path / "out.h5ad", demo.cells, EvaluateConfig(cell_eval=False)).provenance["n_pairs"] == 1
+
+
+def test_a_template_may_have_any_columns_and_repeated_names(
+    predicted: Predict, names: list[str], tmp_path: Path
+) -> None:
+    obs = pd.DataFrame({"guide": ["NT-9", names[0], "NT-9"], "plate": ["p1", None, "p2"]}, index=["x", "x", "y"])
+    with pytest.warns(UserWarning, match="not unique"):
+        ad.AnnData(sp.csr_matrix((3, 1), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "t.h5ad")
+    cells = predicted(template=str(tmp_path / "t.h5ad"), pert_col="guide", control="NT-9", cell_type="beta")
+    assert sorted(cells.obs_names) == ["x", "x-1", "y"]
+    assert sorted(cells.obs["guide"]) == sorted(obs["guide"]) and cells.obs["plate"].isna().sum() == 1
+    assert cells.uns["sest"]["columns"]["control"] == "NT-9"
+
+
+def test_a_table_of_counts_says_what_and_how_many(demo: Demo, names: list[str], tmp_path: Path) -> None:
+    """Written as a spreadsheet does it: with a mark at the beginning, CR LF, an empty line and a column more."""
+    table, lines = tmp_path / "counts.csv", [f"{names[0]},40,9000", "", f"{names[3]},7,9000", ""]
+    table.write_bytes("\r\n".join(["\ufefftarget_gene,n_cells,median_umi_per_cell", *lines]).encode())
+    result = predict(demo.run, tmp_path / "out.h5ad", PredictConfig(list=str(table), cell_type="alpha"))
+    sizes = ad.read_h5ad(tmp_path / "out.h5ad").obs["target_gene"].value_counts()
+    assert dict(sizes) == {names[0]: 40, names[3]: 7, CONTROL: 80}
+    assert (result.n_predicted, result.n_controls, result.n_perturbations, result.n_genes) == (47, 80, 2, 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("target_gene,n_cells\nA,5\n\nB,many\n", "line 4: 'B,many' is not"),
+        ("target_gene,n_cells\nA,5\nA,5\n", "line 3: 'A,5' is not a new perturbation"),
+        ("target_gene,n_cells\nA,0\n", "line 2: 'A,0' is not"),
+        ("target_gene,n_cells\nA\n", "line 2: 'A,' is not"),
+        ("gene,cells\nA,5\n", "needs the columns target_gene,n_cells; its first line has: gene, cells"),
+        ("", "its first line has: (none)"),
+        ("target_gene,n_cells\n", "lists no perturbations"),
+    ],
+)
+def test_a_bad_table_of_counts_is_refused_with_the_line(
+    refusal: Callable[..., str], tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "counts.csv").write_text(text)
+    assert message in refusal(list=str(tmp_path / "counts.csv"))
+
+
+def test_bad_requests_are_refused_in_one_line_and_nothing_is_written(
+    refusal: Callable[..., str], names: list[str], template: ad.AnnData, tmp_path: Path
+) -> None:
+    assert "several cell types: alpha, beta. Pass --cell-type." in refusal(only=names[0])
+    assert "Did you mean 'beta'?" in refusal(only=names[0], cell_type="betta")
+    assert "No test cells of cell type 'alpha'. There are: beta." in refusal(cell_type="alpha")
+    near = refusal(only=names[0] + "x", cell_type="beta")
+    assert "no features for 1 of 1 perturbations" in near and f"'{names[0]}'" in near
+    assert f"'{CONTROL}' is the control" in refusal(only=CONTROL, cell_type="beta")
+    assert "each once" in refusal(only=f"{names[0]},{names[0]}", cell_type="beta")
+    assert "each once" in refusal(only=" , ", cell_type="beta")
+    assert "Pass one of" in refusal(only=names[0], list="x.csv")
+    assert "It has: last, checkpoint-step-20, best, checkpoint-step-10" in refusal(checkpoint="step-10")
+    assert "does not exist" in refusal(run=tmp_path / "no-run")
+    path = tmp_path / "template.h5ad"
+    assert "is read for this prediction" in refusal(out=path, template=str(path))
+    assert "Create it first" in refusal(out=tmp_path / "no-folder" / "out.h5ad")
+    assert "is a folder" in refusal(out=tmp_path)
+
+
+def test_names_and_numbers_that_are_given_are_taken_as_they_are() -> None:
+    def read(wanted: Any) -> dict[str, int] | None:
+        return read_wanted(wanted, None, None, None, 128)
+
+    assert read(None) is None
+    assert read(["A,B", "C"]) == {"A,B": 128, "C": 128}  # a name may hold a comma
+    assert read({"A": 5, "B": np.int64(7)}) == {"A": 5, "B": 7}
+    assert read("A") == {"A": 128}
+    assert read(np.array(["A"])) == {"A": 128}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([], r"Name at least one perturbation, and each once; given: \(none\)\."),
+        ({}, r"Name at least one perturbation"),
+        (["A", "B", "A"], r"each once; given: A, B, A\."),
+        ({"A": 0}, r"'A: 0' is not a perturbation and a number of cells above 0"),
+        ({"A": 2.5}, r"'A: 2\.5' is not"),
+        ({"A": "3"}, r"'A: 3' is not"),
+    ],
+)
+def test_names_or_numbers_that_are_none_are_refused(wanted: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_wanted(wanted, None, None, None, 128)
+
+
+def test_there_is_one_way_at_a_time_to_say_what_to_predict() -> None:
+    with pytest.raises(InputError, match="or pass one of --template, --list and --only, not both"):
+        read_wanted(["A"], None, None, "B", 128)
+    with pytest.raises(InputError, match="Pass one of --template, --list and --only"):
+        read_wanted(None, "t.h5ad", "list.csv", None, 128)
+    assert read_wanted(None, None, None, " A , B,", 9) == {"A": 9, "B": 9}
+    assert read_wanted(None, "t.h5ad", None, None, 128) is None  # the template says it
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """P of x, and P and S of y are the test."""
+    folder = tmp_path_factory.mktemp("requests")
+    cache = write_cache(folder / "c.zarr", [small_screen("d")])
+    text = '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n'
+    (folder / "splits.toml").write_text(text + '[fewshot."d.y"]\ntest = ["P", "S"]\n')
+    return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
+
+
+def summary(requests: list[Request]) -> list[tuple[str, str, bool, int, int]]:
+    return [(r.pool.cell_type, r.perturbation, r.is_control, r.n_cells, len(r.pool)) for r in requests]
+
+
+def test_the_test_split_is_asked_for_context_by_context_with_all_its_controls(tiny_data: Dataset) -> None:
+    requests, columns = make_requests(PredictConfig(), None, tiny_data, None)
+    assert summary(requests) == [
+        ("x", "P", False, 8, 7),
+        ("x", "ctrl", True, 7, 7),
+        ("y", "P", False, 8, 7),
+        ("y", "S", False, 6, 7),
+        ("y", "ctrl", True, 7, 7),
+    ]
+    assert columns == Columns("gene", "cell_type", "batch", "ctrl", ())
+
+
+def test_a_list_is_asked_for_in_its_order_from_the_controls_of_one_cell_type(tiny_data: Dataset) -> None:
+    requests, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5, "A": 300}, tiny_data, None)
+    assert summary(requests) == [("y", "S", False, 5, 7), ("y", "A", False, 300, 7), ("y", "ctrl", True, 7, 7)]
+    new = cached_pools(tiny_data)["x"]
+    requests, _ = make_requests(PredictConfig(), {"S": 5}, tiny_data, {"x": new})  # new controls replace the cache's
+    assert all(request.pool is new for request in requests)
+
+
+def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: Dataset) -> None:
+    pool = cached_pools(tiny_data)["x"]
+    columns = Columns("gene", "kind", "plate", "ctrl", ())
+    chosen = np.array([4, 0])
+    controls = obs_of(Request(pool, "ctrl", True, 2), chosen, columns)
+    assert list(controls.columns) == ["gene", "kind", "plate"]
+    assert controls.index.tolist() == pool.names[chosen].tolist()
+    assert controls["plate"].tolist() == pool.batches[chosen].tolist() and set(controls["gene"]) == {"ctrl"}
+    cells = obs_of(Request(pool, "P", False, 2), chosen, columns)
+    assert cells.index.tolist() == ["x_P_0", "x_P_1"] and set(cells["kind"]) == {"x"}
+    assert cells["plate"].tolist() == pool.batches[chosen].tolist()
+    given = pd.DataFrame({"any": [1, 2]}, index=["a", "b"])
+    assert obs_of(Request(pool, "P", False, 2, given), chosen, columns) is given
+    table = join_tables([controls, cells, cells])
+    assert table.index.is_unique and len(table) == 6
+    assert list(table["gene"].cat.categories) == ["P", "ctrl"]

@@ -1,0 +1,59 @@
+"""The section on held-out perturbations: its numbers against the validation, the raw counts and the figures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.caches import GENES
+from helpers.pages import CELL_TYPE, SIZES, Opened, Trained, opened
+from sest.report.write import write_report
+
+
+def rows_of(page: Opened) -> dict[str, list[str]]:
+    """Perturbation -> its row in the tables of all pairs."""
+    tables = page.section("perturbations").split("all pairs, the worst first")[1:]
+    rows = re.findall(r"<tr>(.*?)</tr>", "".join(tables), re.DOTALL)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows]
+    return {row[0]: row for row in cells if row}
+
+
+def test_pairs_average_to_the_validation_of_that_checkpoint(trained: Trained, page: Opened) -> None:
+    rows = rows_of(page)
+    assert set(rows) == {"P", "T", "S", "Q", "&lt;script&gt;alert(1)&lt;/script&gt;"}
+    validated = [row for name, row in rows.items() if name != "Q"]
+    for column, name in ((3, "pearson_delta"), (4, "pearson_delta_perturbation_mean"), (5, "mae"), (6, "pds")):
+        mean = np.mean([float(row[column]) for row in validated])
+        assert mean == pytest.approx(trained.best[name], rel=2e-3, abs=1e-4), name  # the page shows four digits
+
+
+def test_the_effect_of_a_pair_is_that_of_its_raw_counts(trained: Trained, page: Opened) -> None:
+    group, rows = trained.group, rows_of(page)
+    counts = group.matrix.toarray().astype(float)
+    log1p = np.log1p(1e4 * counts / counts.sum(1, keepdims=True))
+    for name, cell_type in (("P", "x"), ("Q", "x"), ("S", CELL_TYPE)):
+        of = (group.obs["cell_type"] == cell_type).to_numpy()
+        mine, control = (of & (group.obs["perturbation"] == label).to_numpy() for label in (name, "ctrl"))
+        change = log1p[mine].mean(0) - log1p[control].mean(0)
+        assert int(rows[name][2]) == SIZES[name] == mine.sum()
+        assert float(rows[name][7]) == pytest.approx(np.linalg.norm(change), rel=1e-3)  # four digits
+        scatter = next(f for f in page.figures.values() if f.get("columns", [""])[0] == "gene" and is_of(page, f, name))
+        shown = {gene: observed for gene, observed, _ in scatter["rows"]}
+        assert [shown[gene] for gene in GENES] == pytest.approx(change, rel=1e-4, abs=1e-5)  # six digits of float32
+
+
+def is_of(page: Opened, figure: dict[str, Any], name: str) -> bool:
+    """Whether a scatter of genes is the one that the list offers for a perturbation."""
+    key = next(key for key, value in page.figures.items() if value is figure)
+    return f'value="{key}">{name} in ' in page.source or f'value="{key}" selected>{name} in ' in page.source
+
+
+def test_a_limit_on_sets_is_kept_and_said(trained: Trained, tmp_path: Path) -> None:
+    write_report([trained.run], tmp_path / "r.html", n_sets=5)
+    # val: 8, 7, 9 and 6 cells in sets of 4; 2 + 2 + 3 + 2 sets; test: 5 cells, 2 sets
+    assert "(5 of its 9 sets predicted)" in opened(tmp_path / "r.html").words
+    assert "(all its sets predicted)" in opened(tmp_path / "r.html").words

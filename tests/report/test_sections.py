@@ -1,0 +1,80 @@
+"""The sections on one run: their numbers are those of metrics.jsonl, and what is not recorded is said."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from helpers.pages import Opened, Trained, brief, opened, rewrite
+from sest.report.write import write_report
+
+
+def test_the_headline_is_the_best_validation_beside_its_baselines(trained: Trained, page: Opened) -> None:
+    best = trained.best
+    for metric in ("val_loss", "pearson_delta", "mae", "pds"):
+        figures = [best[metric + of] for of in ("", "_perturbation_mean", "_controls")]
+        cells = re.escape(metric) + "".join(rf"\s+{re.escape(f'{value:.4g}')}" for value in figures)
+        assert re.search(cells, page.words), metric
+    assert f"best val_loss, at step {best['step']}" in page.words
+    beaten = sum(best["val_loss"] < best[f"val_loss_{name}"] for name in ("perturbation_mean", "controls"))
+    assert len(re.findall(r"(?<!not )beaten", page.words)) == beaten
+    assert page.words.count("not beaten") == 2 - beaten
+
+
+def test_curves_are_the_lines_of_metrics_jsonl(trained: Trained, page: Opened) -> None:
+    logs = [line for line in trained.lines if "loss" in line]
+    for name, y in (("loss", "loss"), ("grad_norm", "norm"), ("it_per_s", "it/s")):
+        assert page.curve(y) == {line["step"]: float(f"{line[name]:.6g}") for line in logs}
+    for metric in ("val_loss", "pearson_delta", "mae", "pds"):
+        for number, of in enumerate(("", "_perturbation_mean", "_controls")):
+            expected = {line["step"]: float(f"{line[metric + of]:.6g}") for line in trained.validations}
+            if metric != "pearson_delta":  # the overview has that axis too
+                assert page.curve(metric, number) == expected
+    assert f"{logs[3]['loss']:.4g}" in page.section("curves")  # the table below the plot
+
+
+def test_options_that_differ_come_first_and_the_splits_are_counted(page: Opened) -> None:
+    configuration = page.section("configuration")
+    changed = configuration.split("All options")[0]
+    assert "--set-size" in changed and "--weight-decay" not in changed
+    assert "--weight-decay" in configuration
+    splits = configuration.split(">Splits<")[1]
+    assert re.search(r"screen</td>\s*<td[^>]*>x</td>\s*<td[^>]*>test</td>\s*<td[^>]*>1</td>\s*<td[^>]*>5<", splits)
+
+
+def test_speed_shows_the_limit_and_what_is_not_recorded(copy: Path, trained: Trained) -> None:
+    measured = ("limit_it_per_s", "limited_by", "memory_bytes")
+    old = [{k: v for k, v in line.items() if k not in measured} for line in trained.lines]
+    rewrite(copy, old)
+    assert brief(copy).section("speed").count("not recorded") == 4
+    new = [line | {"it_per_s": 50.0, "limit_it_per_s": 200.0, "limited_by": "memory", "memory_bytes": 3_000_000_000}
+           if "loss" in line else line for line in old]  # fmt: skip
+    rewrite(copy, new)
+    speed = brief(copy).section("speed")
+    assert all(words in speed for words in ("200 it/s", ">memory<", ">25%<", "3.00 GB", "50 it/s"))
+
+
+def test_null_values_and_a_cut_line_are_shown_as_what_they_are(copy: Path, trained: Trained) -> None:
+    lines = trained.lines
+    lines[1]["loss"] = None
+    next(line for line in lines if "val_loss" in line)["pds"] = None
+    rewrite(copy, lines, tail='{"step": 13, "loss": 0.')
+    page = brief(copy)
+    losses = page.curve("loss")
+    assert losses[lines[1]["step"]] is None and 13 not in losses
+    assert list(page.curve("pds").values()).count(None) == 1
+    assert re.search(rf'>{lines[1]["step"]}</td>\s*<td class="number">-</td>', page.section("curves"))
+    assert "nan" not in page.words.lower().split()
+
+
+def test_a_run_without_any_validation_yet_has_a_report(copy: Path, trained: Trained) -> None:
+    rewrite(copy, [line for line in trained.lines if "val_loss" not in line])
+    page = brief(copy)
+    assert "No validation yet" in page.words and page.curve("loss")
+    rewrite(copy, [])
+    for name in ("best", "last", *(f"checkpoint-step-{step}" for step in (4, 8, 12))):
+        shutil.rmtree(copy / name)
+    page = opened(write_report([copy], None).path)
+    assert "has no checkpoint yet" in page.section("perturbations")
+    assert "trained for 0 of 12 steps" in page.words and "No values." in page.words

@@ -1,0 +1,52 @@
+"""Reading metrics.jsonl back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sest.errors import InputError
+from sest.runs.curves import read_curves, read_lines
+
+LINES = """\
+{"step": 50, "loss": 2.0, "limited_by": "memory"}
+{"step": 100, "loss": null, "it_per_s": 3.5}
+{"step": 100, "val_loss": 1.5, "mae": 0.25}
+{"step": 150, "loss": 1.0, "it_per_s": 4}
+{"step": 200, "val_l"""
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    """Two kinds of lines, a number that was not finite, and a last line that a kill cut short."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(LINES)
+    return path
+
+
+def test_lines_are_sorted_into_log_lines_and_validations(metrics: Path) -> None:
+    curves = read_curves(metrics)
+    np.testing.assert_array_equal(curves.log["step"], [50, 100, 150])
+    np.testing.assert_array_equal(curves.log["loss"], [2.0, math.nan, 1.0])
+    np.testing.assert_array_equal(curves.log["it_per_s"], [math.nan, 3.5, 4.0])
+    np.testing.assert_array_equal(curves.log["limited_by"], [math.nan] * 3)
+    np.testing.assert_array_equal(curves.validation["step"], [100])
+    np.testing.assert_array_equal(curves.validation["val_loss"], [1.5])
+
+
+def test_a_line_cut_short_is_left_out(metrics: Path) -> None:
+    assert [line["step"] for line in read_lines(metrics)] == [50, 100, 100, 150]
+
+
+def test_a_run_without_lines_has_curves_without_points(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    assert len(curves.log["step"]) == len(curves.validation["step"]) == 0
+
+
+def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Cannot read .*nothing\.jsonl"):
+        read_lines(tmp_path / "nothing.jsonl")

@@ -1,0 +1,201 @@
+"""What a run's curves are taken to say: on curves of real runs (data/curves), and on drawn ones for the edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sest.runs.curves import Curves, curves_of, read_curves
+from sest.runs.diagnose import Finding, diagnose
+
+RECORDED = (
+    Path(__file__).parent.parent / "fixtures" / "curves"
+)  # metrics.jsonl of small runs; README.md there says which
+
+
+def names(found: list[Finding]) -> list[str]:
+    return [finding.name for finding in found]
+
+
+def found_in(name: str, **options: Any) -> list[Finding]:
+    return diagnose(read_curves(RECORDED / f"{name}.jsonl"), **options)
+
+
+def drawn(
+    loss: np.ndarray,
+    val_loss: np.ndarray | None = None,
+    *,
+    every: int = 50,
+    controls: float = 2.0,
+    mean: float = 1.8,
+    **columns: Any,
+) -> Curves:
+    """Curves with a log line every `every` steps, and validations spread evenly over them."""
+    lines: list[dict[str, Any]] = [
+        {
+            "step": (i + 1) * every, "loss": float(value), "grad_norm": 0.5, "lr": 1e-3, "it_per_s": 100.0,
+            "data_wait": 0.0, "skipped_steps": 0, "limit_it_per_s": 200.0,
+            **{name: (v[i] if isinstance(v, np.ndarray) else v) for name, v in columns.items()},
+        }
+        for i, value in enumerate(loss)
+    ]  # fmt: skip
+    if val_loss is not None:
+        steps = np.linspace(0, len(loss) * every, len(val_loss) + 1)[1:].astype(int)
+        lines += [
+            {"step": int(step), "val_loss": float(value), "val_loss_controls": controls,
+             "val_loss_perturbation_mean": mean}
+            for step, value in zip(steps, val_loss, strict=True)
+        ]  # fmt: skip
+    return curves_of(lines)
+
+
+FALLING = np.linspace(2.0, 1.0, 40)
+
+
+# ---- recorded
+
+
+def test_a_run_that_learns_beats_the_baselines_and_nothing_is_wrong() -> None:
+    found = found_in("learns")
+    assert names(found)[:1] != ["does not beat the baselines"]
+    assert "beats the baselines" in names(found) and not [f for f in found if f.level == "warning"]
+
+
+def test_a_run_that_overfits_is_called_so_with_its_figures() -> None:
+    curves = read_curves(RECORDED / "overfits.jsonl")
+    overfitting = next(f for f in diagnose(curves) if f.name == "overfitting")
+    best = int(curves.validation["val_loss"].argmin())
+    assert overfitting.level == "warning" and "--early-stopping" in overfitting.advice
+    assert f"{curves.validation['val_loss'][best]:.4g} at step {curves.validation['step'][best]:,.0f}" in (
+        overfitting.evidence
+    )
+
+
+def test_too_high_a_learning_rate_is_unstable_and_the_advice_is_a_third_of_it() -> None:
+    unstable = next(f for f in found_in("unstable") if f.name == "unstable")
+    assert unstable.level == "warning" and "for example to 0.01," in unstable.advice  # of 0.03
+
+
+def test_too_low_a_learning_rate_is_underfitting() -> None:
+    assert {"underfitting", "does not beat the baselines"} <= set(names(found_in("underfits")))
+
+
+def test_a_run_that_ends_too_soon_is_told_how_to_go_on() -> None:
+    falling = next(f for f in found_in("falls", run="my run", cache="c.zarr", max_steps=600) if "falling" in f.name)
+    assert falling.advice == "Go on: sest train c.zarr --run 'my run' --resume auto --max-steps 1200"
+    assert "still falling at the end" not in names(found_in("falls"))  # its end is not known
+
+
+def test_a_run_that_stopped_early_is_called_so() -> None:
+    found = found_in("stops_early", max_steps=4000, patience=3)
+    stopped = next(f for f in found if f.name == "stopped early")
+    assert "for 3 validations" in stopped.evidence and "of 4,000" in stopped.evidence
+    assert "stopped early" not in names(found_in("stops_early", max_steps=4000))  # it might have been interrupted
+
+
+def test_a_run_that_waits_for_its_data_is_too_slow() -> None:
+    waits = next(f for f in found_in("waits") if f.name == "too slow: waits for data")
+    assert "--num-workers" in waits.advice
+
+
+def test_a_run_that_moves_no_more_has_converged() -> None:
+    assert "converged" in names(found_in("converges", max_steps=21_000))
+
+
+# ---- drawn
+
+
+def test_nothing_is_said_of_a_run_without_lines() -> None:
+    assert diagnose(curves_of([]), max_steps=10, patience=1) == []
+
+
+def test_warnings_come_first_and_what_is_good_last() -> None:
+    found = diagnose(drawn(FALLING, FALLING[::4] * 2, data_wait=0.5))
+    levels = [finding.level for finding in found]
+    assert levels == sorted(levels, key=["warning", "note", "good"].index) and levels[0] == "warning"
+
+
+def test_one_bad_validation_is_no_overfitting() -> None:
+    val = np.array([2.0, 1.5, 1.2, 1.1, 1.3])
+    assert "overfitting" not in names(diagnose(drawn(FALLING, val)))
+    assert "overfitting" in names(diagnose(drawn(FALLING, np.append(val, [1.3, 1.3]))))
+
+
+def test_val_loss_that_rises_with_the_training_loss_is_no_overfitting() -> None:
+    loss = np.concatenate([np.linspace(2, 1, 20), np.linspace(1, 3, 20)])
+    val = np.array([2.0, 1.5, 1.1, 1.0, 1.2, 1.6, 2.2])
+    assert "overfitting" not in names(diagnose(drawn(loss, val)))
+
+
+def test_validation_far_above_training_is_a_note_with_the_ratio() -> None:
+    found = diagnose(drawn(FALLING, np.linspace(3.0, 2.25, 10)))
+    gap = next(f for f in found if f.name == "validation far above training")
+    assert gap.level == "note" and "2.0 times" in gap.evidence  # 2.25 over the mean of the last quarter, 1.12
+
+
+def test_a_smooth_curve_is_stable_and_one_that_jumps_is_not() -> None:
+    assert "unstable" not in names(diagnose(drawn(FALLING)))
+    zigzag = FALLING * np.tile([1.0, 1.0, 0.7, 0.7], 10)
+    unstable = next(f for f in diagnose(drawn(zigzag)) if f.name == "unstable")
+    assert "the training loss jumps by" in unstable.evidence
+
+
+def test_noise_of_single_steps_is_no_instability() -> None:
+    noise = 1 + 0.3 * np.random.default_rng(0).standard_normal(2000)
+    assert "unstable" not in names(diagnose(drawn(np.linspace(2, 1, 2000) * noise, every=1)))
+
+
+def test_gradients_that_spike_are_unstable() -> None:
+    norms = np.full(40, 0.5)
+    norms[35] = 50.0
+    unstable = next(f for f in diagnose(drawn(FALLING, grad_norm=norms)) if f.name == "unstable")
+    assert "gradient norms reach 50, 100 times their median" in unstable.evidence
+
+
+def test_skipped_steps_are_counted() -> None:
+    skipped = next(f for f in diagnose(drawn(FALLING, skipped_steps=100)) if f.name == "skipped steps")
+    assert skipped.evidence.startswith("100 of 2,000 steps")
+    assert "skipped steps" not in names(diagnose(drawn(FALLING, skipped_steps=2)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ({"data_wait": 0.2}, "too slow: waits for data"),
+        # a line every 50 steps: 0.4% of the time is a fifth of a step
+        ({"device_wait": 0.004, "it_per_s": 50.0}, "too slow: bound by the host"),
+        ({"device_wait": 0.9, "it_per_s": 50.0}, "too slow: bound by memory"),
+        ({"device_wait": 0.004, "it_per_s": 150.0}, "speed"),
+        ({"it_per_s": 50.0}, "speed"),  # a CPU: nothing waits for anything
+    ],
+)
+def test_a_slow_run_is_told_what_it_waits_for(columns: dict[str, Any], name: str) -> None:
+    assert [n for n in names(diagnose(drawn(FALLING, **columns))) if "slow" in n or n == "speed"] == [name]
+
+
+def test_a_run_that_has_not_been_seen_for_5000_steps_has_not_converged() -> None:
+    flat, val = np.full(100, 1.0), np.full(10, 1.5)
+    assert "converged" not in names(diagnose(drawn(flat, val, every=50)))
+    assert "converged" in names(diagnose(drawn(flat, val, every=100)))
+    falling = np.linspace(1.5, 1.4, 10)
+    assert "converged" not in names(diagnose(drawn(flat, falling, every=100)))
+
+
+def test_a_baseline_that_is_better_is_named() -> None:
+    found = diagnose(drawn(FALLING, np.full(5, 1.9)))
+    assert "predicting the perturbation mean is better" in found[0].evidence and found[0].level == "warning"
+
+
+def test_in_its_first_half_a_run_need_not_beat_the_baselines() -> None:
+    curves = drawn(FALLING, np.full(5, 1.9))  # 2,000 steps
+    levels = {n: next(f.level for f in diagnose(curves, max_steps=n) if "baselines" in f.name) for n in (3000, 4001)}
+    assert levels == {3000: "warning", 4001: "note"}
+
+
+def test_numbers_that_are_not_finite_are_passed_over() -> None:
+    loss = FALLING.copy()
+    loss[5] = np.nan
+    assert "beats the baselines" in names(diagnose(drawn(loss, np.array([np.nan, 1.5, 1.4]))))

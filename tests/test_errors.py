@@ -1,0 +1,27 @@
+"""The words error lines are made of."""
+
+from __future__ import annotations
+
+from sest.errors import Error, InputError, brief, one_line, shown
+
+
+def test_the_first_line_of_what_an_error_says_is_cut_at_a_limit() -> None:
+    assert one_line(OSError("\n  no  such   file.\nTry another.")) == "no such file"
+    assert one_line(ValueError("abc" * 5), limit=4) == "abca"
+    assert one_line(MemoryError()) == "MemoryError"
+
+
+def test_a_value_is_shown_as_json_of_at_most_60_characters() -> None:
+    assert brief({"b": None, "a": [1, "x"]}) == '{"a": [1, "x"], "b": null}'
+    assert len(brief("x" * 100)) == 60 and brief("x" * 100).endswith("x...")
+    assert brief("x" * 58) == f'"{"x" * 58}"'
+
+
+def test_a_list_of_names_says_how_many_it_leaves_out() -> None:
+    assert shown([]) == "(none)"
+    assert shown(["a", "b"]) == "a, b"
+    assert shown("abcd", limit=2) == "a, b and 2 more"
+
+
+def test_bad_input_is_an_error_of_the_package_and_a_value_error() -> None:
+    assert issubclass(InputError, Error) and issubclass(Error, ValueError)

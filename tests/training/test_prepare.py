@@ -1,0 +1,83 @@
+"""What happens before the first step: cells in memory or mapped files, and what is said of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from helpers.caches import small_screen, write_cache
+from helpers.configs import small_config
+from helpers.notes import Notes
+from helpers.runs import files, signal_after
+from sest.machine.signals import Interrupted
+from sest.progress import reporting
+from sest.training.train import train
+
+
+def test_cells_without_a_control_in_their_batch_are_counted_aloud(tmp_path: Path) -> None:
+    group = small_screen(n_controls=2, batches=("b1", "b2", "b3", "b4"))
+    cache = write_cache(tmp_path / "s.zarr", [group])
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "run", small_config(max_steps=1, match_controls="batch"))
+    assert any("training cells have no control in their batch; any of their cell type serves" in n for n in notes.notes)
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "other", small_config(max_steps=1))
+    assert not any("in their batch" in text for text in notes.notes)
+
+
+def test_a_cell_type_the_head_never_sees_is_named_unless_its_controls_are_learned(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "splits.toml").write_text(
+        '[datasets]\nscreen = "s.h5ad"\n[training]\nscreen = "train"\n[zeroshot]\n"screen.y" = "test"\n'
+    )
+    for control_targets in (False, True):
+        notes = Notes()
+        config = small_config(splits=str(tmp_path / "splits.toml"), control_targets=control_targets, max_steps=1)
+        with reporting(notes):
+            train(cache, tmp_path / f"run{control_targets}", config)
+        said = any("never sees screen / y in training. With --control-targets" in text for text in notes.notes)
+        assert said == (not control_targets)
+
+
+def test_cells_in_mapped_files_give_the_same_bytes_and_the_files_go_at_the_end(
+    cache: Path, whole: Path, tmp_path: Path
+) -> None:
+    run, notes = tmp_path / "run", Notes()
+    config = small_config(data_device="disk")
+    with pytest.raises(Interrupted), reporting(notes):
+        train(cache, run, config, on_log=signal_after(5))
+    assert any(re.fullmatch(rf"Batches from {run}/scratch: \S+ a second\.", text) for text in notes.notes)
+    assert (run / "scratch/targets.json").is_file()  # for the run that is resumed
+    notes = Notes()
+    with reporting(notes):
+        train(cache, run, config, resume="auto")
+    assert any("are used again" in text for text in notes.notes)
+    assert not (run / "scratch").exists()
+    assert files(run) == files(whole)
+
+
+def test_a_run_killed_while_its_files_are_written_can_be_started_again(
+    cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = tmp_path / "run", small_config(data_device="disk")
+    with monkeypatch.context() as kill:
+        kill.setattr("sest.data.targets.write_durably", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(cache, run, config)
+    assert [path.name for path in run.iterdir()] == ["scratch"]
+    train(cache, run, config)
+    assert files(run) == files(whole)
+
+
+def test_a_scratch_folder_that_was_named_is_kept_for_other_runs(cache: Path, tmp_path: Path) -> None:
+    config = small_config(data_device="disk", scratch=str(tmp_path / "scratch"), max_steps=1)
+    train(cache, tmp_path / "a", config)
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "b", config)
+    assert any("are used again" in text for text in notes.notes) and (tmp_path / "scratch").is_dir()
+    assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -1,0 +1,196 @@
+"""Validation: the loss over all validation sets and the pseudobulk metrics, each beside two baselines."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.caches import SIZES, small_screen, write_cache
+from helpers.configs import small_config
+from sest.cells.split_file import VAL
+from sest.config import TrainConfig
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.resident import ResidentCells, resident_cells
+from sest.evaluation.baselines import perturbation_mean
+from sest.evaluation.means import split_pairs, training_means
+from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.head.loss import energy_distance, mean_squared_error
+from sest.head.model import HeadSizes, new_model
+from sest.training.validate import Validator
+
+CPU = torch.device("cpu")
+SPLITS = """
+[datasets]
+screen = "screen.h5ad"
+[training]
+screen = "train"
+[fewshot."screen.x"]
+val = ["P", "Q", "T"]
+[fewshot."screen.y"]
+val = ["R"]
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """P, Q and T (8, 5 and 9 cells: 2, 2 and 3 sets of 4) of x and R (1 cell) of y validate."""
+    folder = tmp_path_factory.mktemp("validate")
+    (folder / "splits.toml").write_text(SPLITS)
+    store = write_cache(folder / "s.zarr", [small_screen()])
+    return read_dataset(store, small_config(splits=str(folder / "splits.toml")))
+
+
+@pytest.fixture(scope="module")
+def store(data: Dataset) -> ResidentCells:
+    return resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+
+
+def validator(data: Dataset, store: ResidentCells, criterion: Any = energy_distance, **changes: Any) -> Validator:
+    config: TrainConfig = small_config(**changes)
+    return Validator(data, store, config, CPU, criterion)
+
+
+def head(data: Dataset) -> nn.Module:
+    sizes = HeadSizes(
+        dim=data.cache.dim,
+        n_features=data.features.width,
+        n_genes=len(data.targets.genes),
+        hidden=16,
+        n_layers=1,
+        n_heads=2,
+        ffn=32,
+        n_encoder_layers=2,
+        n_decoder_layers=2,
+    )
+    return new_model(sizes, 0)
+
+
+@pytest.mark.parametrize("criterion", [energy_distance, mean_squared_error])
+def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
+    data: Dataset, store: ResidentCells, criterion: Any
+) -> None:
+    checked, model = validator(data, store, criterion), head(data)
+    got = checked.run(model, nullcontext)
+    sets, labels = checked.sets, data.labels
+    assert len(sets["targets"]) == 2 + 2 + 3 + 1
+    model.eval()
+    features = torch.from_numpy(data.features.matrix)
+    losses: list[float] = []
+    cells: dict[tuple[int, int], list[np.ndarray]] = {}
+    for targets, controls, p in zip(sets["targets"], sets["controls"], sets["perturbation"], strict=True):
+        with torch.no_grad():
+            predicted = model(store.basal(controls)[None], features[p][None])
+        losses.append(float(criterion(predicted, store.expression(targets)[None])))
+        key = (int(labels.context[targets[0]]), int(p))
+        cells.setdefault(key, []).append(predicted[0].double().numpy())
+    assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # float32, other batches
+    pairs = split_pairs(data, VAL)
+    keys = list(zip(pairs.context.tolist(), pairs.perturbation.tolist(), strict=True))
+    assert sorted(cells) == keys
+    means = np.stack([np.concatenate(cells[key]).mean(0) for key in keys])
+    assert got["mae"] == pytest.approx(mean_absolute_error(means, pairs.observed).mean(), rel=1e-5)
+    expected = pearson_delta(means, pairs.observed, pairs.control).mean()
+    assert got["pearson_delta"] == pytest.approx(expected, rel=1e-5)
+    pds = []
+    for context in (0, 1):  # a cell is told apart from those of its own context
+        mine = pairs.context == context
+        names = [labels.perturbations[p] for p in pairs.perturbation[mine]]
+        pds += discrimination_score(
+            means[mine], pairs.observed[mine], pairs.control[mine][0], names, data.targets.genes
+        ).tolist()
+    assert got["pds"] == pytest.approx(np.mean(pds), rel=1e-6)
+
+
+def test_baselines_are_the_controls_and_the_controls_moved_by_the_training_effect(
+    data: Dataset, store: ResidentCells
+) -> None:
+    checked = validator(data, store)
+    pairs, train, names = split_pairs(data, VAL), training_means(data), data.labels.perturbations
+    moved = np.stack(
+        [perturbation_mean(train, names[p], c) for p, c in zip(pairs.perturbation, pairs.control, strict=True)]
+    )
+    assert checked.baselines["mae_controls"] == pytest.approx(np.abs(pairs.control - pairs.observed).mean())
+    assert checked.baselines["mae_perturbation_mean"] == pytest.approx(np.abs(moved - pairs.observed).mean())
+    assert checked.baselines["pearson_delta_controls"] == 0.0  # no effect predicted
+    losses: dict[str, list[float]] = {"controls": [], "perturbation_mean": []}
+    sets = checked.sets
+    for targets, controls, p in zip(sets["targets"], sets["controls"], sets["perturbation"], strict=True):
+        k = [(c, q) for c, q in zip(pairs.context, pairs.perturbation, strict=True)].index(
+            (data.labels.context[targets[0]], p)
+        )
+        cells = store.expression(controls)
+        shifted = (cells + torch.from_numpy(moved[k] - pairs.control[k]).float()).clamp_min(0)
+        for name, predicted in (("controls", cells), ("perturbation_mean", shifted)):
+            losses[name].append(float(energy_distance(predicted[None], store.expression(targets)[None])))
+    for name, values in losses.items():
+        assert checked.baselines[f"val_loss_{name}"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_every_metric_stands_beside_both_baselines(data: Dataset, store: ResidentCells) -> None:
+    got = validator(data, store).run(head(data), nullcontext)
+    metrics = ("val_loss", "pearson_delta", "mae", "pds")
+    assert set(got) == {f"{m}{b}" for m in metrics for b in ("", "_controls", "_perturbation_mean")}
+    assert all(isinstance(value, float) and np.isfinite(value) for value in got.values())
+
+
+class Perfect(nn.Module):
+    """Predicts cells of one known pseudobulk for every perturbation code; features are one-hot."""
+
+    def __init__(self, by_code: dict[int, np.ndarray]) -> None:
+        super().__init__()
+        self.by_code = by_code
+
+    def forward(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+        codes = (perturbation.argmax(-1) + 1).tolist()
+        means = torch.from_numpy(np.stack([self.by_code[c] for c in codes])).float()
+        return means.unsqueeze(1).expand(-1, basal.shape[1], -1)
+
+
+def test_a_head_that_predicts_the_real_pseudobulks_scores_one(data: Dataset, store: ResidentCells) -> None:
+    pairs = split_pairs(data, VAL)  # every code is in one context only
+    model = Perfect(dict(zip(pairs.perturbation.tolist(), pairs.observed, strict=True)))
+    got = validator(data, store).run(model, nullcontext)
+    assert got["pearson_delta"] == pytest.approx(1) and got["pds"] == 1.0 and got["mae"] == pytest.approx(0, abs=1e-6)
+
+
+def test_batch_size_changes_nothing_beyond_rounding_and_the_model_trains_on(
+    data: Dataset, store: ResidentCells
+) -> None:
+    model = head(data)
+    results = [validator(data, store, batch_size=size).run(model, nullcontext) for size in (1, 3, 100)]
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+    assert model.training  # dropout is on again
+    assert results[0] == validator(data, store, batch_size=1).run(model, nullcontext)  # no randomness
+
+
+def test_val_sets_limits_the_sets_but_keeps_every_perturbation(data: Dataset, store: ResidentCells) -> None:
+    for asked, expected in ((0, 8), (1, 4), (4, 4), (6, 6), (99, 8)):
+        checked = validator(data, store, val_sets=asked)
+        assert len(checked.sets["targets"]) == expected
+        assert set(checked.sets["perturbation"].tolist()) == {data.labels.perturbations.index(p) for p in "PQTR"}
+        assert all(np.isfinite(value) for value in checked.run(head(data), nullcontext).values())
+
+
+def test_validation_looks_at_validation_cells_and_their_own_controls_only(data: Dataset, store: ResidentCells) -> None:
+    for controls in ("context", "batch"):
+        sets = validator(data, store, match_controls=controls).sets
+        assert data.in_split(VAL)[sets["targets"]].all() and data.in_split(VAL)[sets["controls"]].all()
+        assert not data.labels.is_control[sets["targets"]].any()
+        assert set(sets["targets"].ravel().tolist()) == set(
+            np.flatnonzero(data.in_split(VAL) & ~data.labels.is_control).tolist()
+        )
+    assert sum(SIZES[name] for name in "PQTR") == len(set(sets["targets"].ravel().tolist()))
+
+
+def test_predictions_that_are_not_finite_give_a_val_loss_that_is_not_finite(
+    data: Dataset, store: ResidentCells
+) -> None:
+    pairs = split_pairs(data, VAL)
+    bad = {int(p): np.full(len(data.targets.genes), np.nan) for p in pairs.perturbation}
+    assert np.isnan(validator(data, store).run(Perfect(bad), nullcontext)["val_loss"])

@@ -1,0 +1,83 @@
+"""Vectors by name in files nobody vouches for: equal, finite and named, or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sest.errors import InputError
+from sest.untrusted.tensors import check_finite, read_safetensors, read_vectors, refuse_impostor
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"A": np.zeros(3), "B": np.zeros(4)}, r"a vector of 3 numbers. Not so: B \(\(4,\)\)"),
+        ({"A": np.zeros((2, 3))}, r"A \(\(2, 3\)\)"),
+        ({"A": np.array(["x", "y"])}, r"A \(not numbers\)"),
+        ({"A": np.array([1.0, np.inf]), "B": np.zeros(2)}, "infinite numbers in A"),
+        ({"A": np.array([1e300])}, "infinite numbers in A"),  # does not fit float32
+        ({"A": np.array([{}], dtype=object)}, "cannot be read"),
+        ({}, "holds no vectors"),
+    ],
+)
+def test_values_that_are_not_equal_finite_vectors_are_named(
+    content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", **content)
+    with pytest.raises(InputError, match=message):
+        read_vectors(tmp_path / "x.npz")
+
+
+def test_pt_files_that_are_no_named_vectors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save([torch.ones(2)], path)
+    with pytest.raises(InputError, match="holds a list, not a dict"):
+        read_vectors(path)
+    torch.save({1: torch.ones(2)}, path)
+    with pytest.raises(InputError, match=r"names must be text. Not so: 1 \(int\)"):
+        read_vectors(path)
+    torch.save({"A": torch.ones(2), np.str_("A\0"): torch.ones(2)}, path)
+    with pytest.raises(InputError, match="the same name twice"):
+        read_vectors(path)
+    with pytest.raises(InputError, match="No file at"):
+        read_vectors(tmp_path / "gone.pt")
+    with pytest.raises(InputError, match=r"\.pt, \.npz or \.safetensors"):
+        read_vectors(Path(__file__))
+
+
+def test_vectors_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    torch.save({name: torch.full((2,), float(i)) for i, name in enumerate(["TP53", "ACTB", "MYC"])}, tmp_path / "x.pt")
+    names, matrix = read_vectors(tmp_path / "x.pt")
+    assert names == ("TP53", "ACTB", "MYC") and matrix.dtype == torch.float32
+    assert matrix.tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_tensors_with_nan_are_named_and_empty_or_whole_ones_pass() -> None:
+    good = {"a": torch.ones(2, 3), "b": torch.zeros(0), "c": torch.ones(2, dtype=torch.int64)}
+    check_finite("w.ckpt", good)
+    with pytest.raises(InputError, match=r"w\.ckpt: NaN or infinite numbers in d, e\."):
+        check_finite("w.ckpt", {"d": torch.tensor([1.0, torch.nan]), **good, "e": torch.tensor([-torch.inf])})
+
+
+def test_a_damaged_safetensors_file_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(InputError, match=r"x\.safetensors cannot be read"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"\n<HTML>", "web page")],
+)
+def test_what_a_failed_download_left_is_no_vectors_file(tmp_path: Path, content: bytes, message: str) -> None:
+    for name in ("x.pt", "x.npz", "x.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_vectors(tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            refuse_impostor(tmp_path / name)
