@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.options import options
+from sest.cli.options import Force, options
 from sest.config import EmbedConfig
 
 
 def import_(
     source: Annotated[Path, typer.Argument(metavar="UPSTREAM.ckpt", help="checkpoint of `state tx train`")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder to write; must not exist")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder to write, new or empty")],
+    force: Force = False,
 ) -> None:
     """Import a checkpoint of upstream's `state tx train`.
 
@@ -22,7 +23,7 @@ def import_(
     """
     from sest.compat.import_upstream import import_checkpoint
 
-    state = import_checkpoint(source, out)
+    state = import_checkpoint(source, out, force=force)
     sizes = state["sizes"]
     console.say(
         f"{out}: step {state['step']:,}, {state['trainable_parameters']:,} parameters; embeddings {sizes['dim']}, "

@@ -9,7 +9,7 @@ import typer
 
 from sest.cli import console
 from sest.cli.evaluate import show_summary
-from sest.cli.options import options
+from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.simulation.simulation import Simulation
 
@@ -22,6 +22,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="tiny sizes: only to see that everything works [default: off]")
     ] = False,
+    force: Force = False,
     **options: Any,
 ) -> None:
     """Run the whole pipeline on simulated cells.
@@ -32,7 +33,7 @@ def demo(
     from sest.demo import run_demo
 
     with ConsoleProgress() as progress:
-        result = run_demo(out, quick=quick, seed=seed, on_command=progress.command, on_log=progress.show)
+        result = run_demo(out, quick=quick, seed=seed, force=force, on_command=progress.command, on_log=progress.show)
     title = f"Held-out perturbations after {result.training.step:,} steps: the model beside baselines"
     show_summary(result.evaluation.summary, title)
     if quick:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.options import opt, options
+from sest.cli.options import Force, opt, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import CACHE, EmbedConfig
 from sest.errors import InputError
 from sest.machine.ranks import device_of_rank, ranks_of
+from sest.outputs import check_output
 
 if TYPE_CHECKING:
     from sest.embedding.plan import EmbedPlan
@@ -71,6 +72,7 @@ def embed(
         int | None, typer.Option(help="number of processes that write one cache; default: torchrun's, or 1")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing [default: off]")] = False,
+    force: Force = False,
     **options: Any,
 ) -> None:
     """Run the frozen encoder once and keep every cell's embedding.
@@ -87,11 +89,12 @@ def embed(
     if to_h5ad is not None and (len(inputs) != 1 or inputs[0].suffix == ".toml"):
         raise InputError("--to-h5ad takes one .h5ad file as INPUT.")
     from sest.embedding.embed import embed as run  # imports torch
-    from sest.embedding.write_obsm import check_output, write_obsm
+    from sest.embedding.write_obsm import check_key, write_obsm
 
     folder, is_kept = cache or "", cache is not None
     if to_h5ad is not None:
-        check_output(inputs[0], to_h5ad, obsm_key)
+        check_output(to_h5ad, inputs=[*inputs, cache, encoder], force=force)
+        check_key(inputs[0], obsm_key)
         if not is_kept:
             folder = str(to_h5ad.with_name(f".{to_h5ad.name}.sest.zarr"))  # so that a stopped run can be continued
             dim = config.dim or ("native" if encoder == "pca" else "state")

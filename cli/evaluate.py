@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.options import options
+from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import EvaluateConfig
+from sest.outputs import check_output
 
 GROUPS = {
     "What REAL is": "pert_col cell_type_col control layer counts",
@@ -25,6 +26,7 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="output: a new or empty folder, for results.csv and summary.json")
     ],
+    force: Force = False,
     **options: Any,
 ) -> None:
     """Score predicted cells against real ones, beside baselines.
@@ -33,12 +35,12 @@ def evaluate(
     """
     config = EvaluateConfig.from_values(options, "the command line")
     from sest.evaluation.evaluate import evaluate as score
-    from sest.evaluation.results import check_output
+    from sest.evaluation.results import FILES
 
-    check_output(out)
+    check_output(out, inputs=[predicted, real], force=force, made=FILES)
     with ConsoleProgress():
         evaluation = score(predicted, real, config)
-    evaluation.write(out)
+    evaluation.write(out, force=force)
     for note in evaluation.notes:
         console.say(note)
     show_summary(evaluation.summary, f"{predicted.name} against {real.name}")

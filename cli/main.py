@@ -22,10 +22,17 @@ from sest.cli.predict import predict
 from sest.cli.report import report
 from sest.cli.simulate import simulate
 from sest.cli.train import train
-from sest.errors import Error, TrainingFailed
+from sest.errors import Error, TrainingFailed, is_out_of_memory
 from sest.machine.signals import Interrupted
+from sest.progress import last_step
 
 EXIT_BAD_INPUT = 2
+LOWER = {  # what makes a command take less of the host's memory
+    "embed": "Pass a smaller --batch-size",
+    "train": "Pass --data-device disk, or a smaller --batch-size, --set-size or --hidden",
+    "report": "Pass a smaller --sets, or --no-model",
+}
+MORE = "free some memory, or run it where there is more"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 app = typer.Typer(
@@ -75,8 +82,17 @@ def run_command(command: Callable[[], object]) -> None:
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if is_out_of_memory(error):
+            console.error(out_of_memory("".join(sys.argv[1:2])))
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            console.error(f"{error.strerror}: {error.filename or 'the output'}. What was finished is kept.")
+        else:
             raise
-        console.error(f"{error.strerror}: {error.filename or 'the output'}. What was finished is kept.")
         sys.exit(EXIT_BAD_INPUT)
+
+
+def out_of_memory(command: str) -> str:
+    """What is said where the host has no memory left; a training that had begun says more itself."""
+    step = f" The last step that began: {last_step()}." if last_step() else ""
+    return f"Out of host memory.{step} {LOWER.get(command, 'This command needs more memory than there is')}; or {MORE}."

@@ -16,6 +16,10 @@ from typer.core import TyperCommand
 from sest.config import RENAMED, Config
 from sest.errors import InputError
 
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="replace the output where it exists; never what is read [default: off]"),
+]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.options import options
+from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import PredictConfig
 
@@ -24,6 +24,7 @@ GROUPS = {
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders")],
     out: Annotated[Path, typer.Option("--out", "-o", help="output: the .h5ad to write")],
+    force: Force = False,
     **options: Any,
 ) -> None:
     """Predict perturbed cells with a trained head.
@@ -35,7 +36,7 @@ def predict(
     from sest.prediction.predict import predict as run_prediction  # imports torch
 
     with ConsoleProgress():
-        result = run_prediction(run, out, config)
+        result = run_prediction(run, out, config, force=force)
     console.say(
         f"{out}: {result.n_predicted:,} predicted cells of {result.n_perturbations:,} perturbations and "
         f"{result.n_controls:,} real controls, {result.n_genes:,} genes; "

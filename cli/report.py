@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.options import options
+from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.cli.train import show_findings
 from sest.config import ReportConfig
@@ -26,6 +26,7 @@ def report(
             "folder",
         ),
     ] = None,
+    force: Force = False,
     **options: Any,
 ) -> None:
     """Write a run's report: curves, diagnosis, held-out perturbations, a map of the embeddings.
@@ -44,6 +45,7 @@ def report(
             device=config.device,
             cache=config.cache,
             perturbations=config.perturbations,
+            force=force,
         )
     for note in written.notes:
         console.say(f"Left out: {note}")

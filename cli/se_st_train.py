@@ -15,7 +15,7 @@ from sest.cli.options import help_of
 from sest.cli.progress import ConsoleProgress
 from sest.cli.train import train
 from sest.compat.ancestor import BOTH, CONFIGS, EMBED, FIXED, KEYS, SIZE, TRAIN, Key, Request, in_keys, read_request
-from sest.errors import Error, InputError
+from sest.errors import Error, InputError, TrainingFailed
 from sest.machine.ranks import ranks_of
 from sest.machine.signals import Interrupted
 
@@ -54,6 +54,8 @@ def se_st_train(words: list[str]) -> None:
         embed_and_train(read_request(words))
     except Error as error:
         raise InputError(in_keys(str(error))) from error
+    except TrainingFailed as error:
+        raise TrainingFailed(in_keys(str(error))) from error
     except Interrupted as stopped:
         raise Interrupted(stopped.signum, in_keys(str(stopped))) from stopped
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.options import options
+from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import FEATURES, GENES, SPLITS
 from sest.errors import InputError
@@ -35,6 +35,7 @@ def simulate(
     genes: Annotated[
         Path | None, typer.Option(help=f"{GENES}: those of the panel, instead of --n-genes; default: made-up names")
     ] = None,
+    force: Force = False,
     **options: Any,
 ) -> None:
     """Simulate a Perturb-seq experiment of any size.
@@ -52,6 +53,6 @@ def simulate(
     from sest.simulation.screen import write_screen
 
     with ConsoleProgress():
-        write_screen(simulation, out, features, splits, gene_names=names)
+        write_screen(simulation, out, features, splits, gene_names=names, inputs=[genes], force=force)
     n_cells, n_genes, n_perturbations = simulation.n_cells, simulation.n_genes, simulation.n_perturbations
     console.say(f"{out}: {n_cells:,} cells x {n_genes:,} genes, {n_perturbations} perturbations.")

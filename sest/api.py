@@ -21,6 +21,7 @@ from sest.cache import Cache, open_cache
 from sest.cells.in_memory import file_of
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.notebook import shown_in_notebooks
+from sest.outputs import check_output
 
 if TYPE_CHECKING:
     from sest.evaluation.results import Evaluation
@@ -134,6 +135,7 @@ class Run:
         cell_type: str | None = None,
         controls: Cells | None = None,
         out: PathLike | None = None,
+        force: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> anndata.AnnData:
@@ -145,27 +147,31 @@ class Run:
             cell_type: of the controls to start from, where there are several.
             controls: new control cells, embedded with the run's encoder; default: those of the run's cache.
             out: also write them to this .h5ad.
+            force: replace `out` where it exists.
             **options: further fields of `sest.config.PredictConfig`.
         """
         from sest.prediction.predict import predict_cells
 
         config = PredictConfig.from_values({"cell_type": cell_type, "seed": seed, **options}, WHERE)
         with shown_in_notebooks(), ExitStack() as stack:
+            if out is not None and isinstance(controls, anndata.AnnData):
+                check_output(out, inputs=[controls.filename], force=force)  # the file of a backed one
             if controls is not None:
                 file = stack.enter_context(file_of(controls, "controls", config.layer))
                 config = dataclasses.replace(config, controls=str(file))
-            return predict_cells(self.folder, perturbations, config, out=out)
+            return predict_cells(self.folder, perturbations, config, out=out, force=force)
 
-    def report(self, out: PathLike | None = None, **options: Any) -> Path:
+    def report(self, out: PathLike | None = None, *, force: bool = False, **options: Any) -> Path:
         """Write the HTML report (default: report.html in the run's folder); returns its path.
 
         Args:
+            force: replace `out` where it exists. At its default place an older report is replaced without it.
             **options: of `sest.report.write.write_report`, such as with_model=False.
         """
         from sest.report.write import write_report
 
         with shown_in_notebooks():
-            return write_report(self.folder, out, **options).path
+            return write_report(self.folder, out, force=force, **options).path
 
 
 def open_run(path: PathLike) -> Run:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,15 +16,24 @@ from typing import Any
 
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.embedding.embed import embed
-from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
 from sest.evaluation.results import Evaluation
+from sest.outputs import check_output
 from sest.prediction.predict import predict
 from sest.report.write import Report, write_report
 from sest.simulation.screen import write_screen
 from sest.simulation.simulation import Simulation
 from sest.training.train import TrainResult, train
 
+MADE = (
+    "cells.h5ad",
+    "features.safetensors",
+    "starter.toml",
+    "cache.zarr",
+    "run",
+    "predicted.h5ad",
+    "evaluation",
+)
 DIM = 64  # stored width of the embeddings
 SIMULATION = Simulation()
 QUICK_SIMULATION = Simulation(
@@ -73,6 +83,7 @@ def run_demo(
     *,
     quick: bool = False,
     seed: int = 0,
+    force: bool = False,
     on_command: Callable[[str], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> DemoResult:
@@ -82,29 +93,33 @@ def run_demo(
         out: a new folder for everything.
         quick: tiny sizes, to see that everything works; its figures mean nothing.
         seed: of the simulation and the training.
+        force: delete what an earlier demo left in `out`.
         on_command: is given every step as the command line that does the same.
         on_log: is given every line of metrics.jsonl.
 
     Raises:
-        InputError: `out` exists and is not empty.
+        InputError: `out` exists and is not empty, or holds something else than a demo.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty folder. Pass another --out or remove it.")
+    check_output(out, force=force, made=MADE)
     out.mkdir(parents=True, exist_ok=True)
+    for older in out.iterdir():
+        if older.is_dir() and not older.is_symlink():
+            shutil.rmtree(older)
+        else:
+            older.unlink()
     tell = on_command or (lambda command: None)
     simulation = replace(QUICK_SIMULATION if quick else SIMULATION, seed=seed)
-    cells, features, splits = out / "cells.h5ad", out / "features.safetensors", out / "starter.toml"
+    cells, features, splits, cache, run, predicted, scores = (out / name for name in MADE)
     tell(_line("simulate", cells, "--features", features, "--splits", splits, *_simulation_options(simulation)))
     write_screen(simulation, cells, features, splits)
-    cache, run, seeded = out / "cache.zarr", out / "run", ("--seed", seed) if seed else ()
+    seeded = ("--seed", seed) if seed else ()
     tell(_line("embed", splits, "--encoder", "pca", "--dim", DIM, "--cache", cache, *seeded))
     embed([splits], cache, EmbedConfig(encoder="pca", dim=DIM, seed=seed))
     values = {**(QUICK_TRAINING if quick else TRAINING).to_values(), "seed": seed}
     files = {"perturbations": str(features), "splits": str(splits)}
     tell(_line("train", cache, "--run", run, *_options({**values, **files}, TrainConfig().to_values())))
     training = train(cache, run, TrainConfig(**{**values, **files}), on_log=on_log)
-    predicted, scores = out / "predicted.h5ad", out / "evaluation"
     tell(_line("predict", run, "--out", predicted))
     predict(run, predicted, PredictConfig())
     tell(_line("evaluate", predicted, cells, "--out", scores, "--no-cell-eval"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -44,6 +45,24 @@ def brief(value: Any) -> str:
     """A plain value as JSON, cut at 60 characters."""
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+NO_MEMORY = (  # how torch, C++ and the loader say it
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "memory allocation failed",
+    "failed to map segment",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine had no memory left: Python and NumPy say so by kind, others in words."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(words in str(error) for words in NO_MEMORY)
 
 
 class TrainingFailed(Exception):

@@ -45,6 +45,7 @@ class Silent:
 
 _NOBODY = Silent()
 _reporter: ContextVar[Reporter] = ContextVar("reporter", default=_NOBODY)
+_step: ContextVar[str] = ContextVar("step", default="")
 
 
 def is_listened_to() -> bool:
@@ -54,7 +55,13 @@ def is_listened_to() -> bool:
 
 def begin(task: str, total: int, unit: str, done: int = 0, detail: Callable[[], str] | None = None) -> None:
     """A step starts; see `Reporter.begin`."""
+    _step.set(task)
     _reporter.get().begin(task, total, unit, done, detail)
+
+
+def last_step() -> str:
+    """The task of the step that began last, finished or not; "" before there is one."""
+    return _step.get()
 
 
 def advance(n: int = 1) -> None:

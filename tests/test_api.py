@@ -154,6 +154,33 @@ def test_perturbations_are_named_or_counted_and_controls_may_be_new_cells(run: s
         run.predict(["NOPE"], cell_type="alpha")
 
 
+def test_files_that_are_there_are_replaced_only_with_force_and_inputs_never(
+    run: sest.Run, screen: Path, tmp_path: Path
+) -> None:
+    out, older = tmp_path / "out.h5ad", tmp_path / "out.html"
+    for path in (out, older):
+        path.write_text("older")
+    small: dict[str, Any] = {"n_perturbations": 2, "n_cells_per_perturbation": 3, "n_genes": 50, "expressed_genes": 20}
+    with pytest.raises(sest.Error, match=r"exists\. Pass --force"):
+        run.predict(out=out)
+    with pytest.raises(sest.Error, match=r"exists\. Pass --force"):
+        run.report(older, with_model=False)
+    with pytest.raises(sest.Error, match=r"exists\. Pass --force"):
+        sest.simulate(out, **small)
+    with pytest.raises(sest.Error, match=r"exists\. Pass --force"):
+        sest.simulate(features=out.rename(tmp_path / "f.npz"), **small)
+    assert [path.read_text() for path in (older, tmp_path / "f.npz")] == ["older", "older"]
+    sest.simulate(features=tmp_path / "f.npz", force=True, **small)
+    assert run.report(older, with_model=False, force=True).stat().st_size > 1000
+    sest.simulate(out, **small)
+    assert run.predict(out=out, force=True).n_obs == anndata.read_h5ad(out).n_obs
+    copy = tmp_path / "copy.h5ad"
+    anndata.read_h5ad(screen / "screen.h5ad").write_h5ad(copy)
+    for controls in (copy, anndata.read_h5ad(copy, backed="r")):
+        with pytest.raises(sest.Error, match="is used by this command already"):
+            run.predict(["A"], controls=controls, out=copy, force=True)
+
+
 def test_predicted_cells_in_memory_score_as_their_file_does(run: sest.Run, screen: Path, tmp_path: Path) -> None:
     predicted = run.predict(out=tmp_path / "predicted.h5ad")
     memory = sest.evaluate(predicted, anndata.read_h5ad(screen / "screen.h5ad"), cell_eval=False)

@@ -74,3 +74,15 @@ def test_an_older_folder_is_never_written_into(demo: Demo, tmp_path: Path) -> No
         with pytest.raises(InputError, match="not an empty folder"):
             run_demo(out)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.slow
+def test_an_older_demo_is_replaced_when_that_is_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "run").mkdir(parents=True)
+    (out / "run" / "config.toml").write_text("older")
+    (out / "cells.h5ad").write_text("older")
+    with pytest.raises(InputError, match=r"Pass --force to replace"):
+        run_demo(out, quick=True)
+    run_demo(out, quick=True, force=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(demo_module.MADE)

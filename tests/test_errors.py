@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from sest.errors import Error, InputError, brief, one_line, shown
+import errno
+
+import numpy as np
+import pytest
+import torch
+
+from sest.errors import Error, InputError, brief, is_out_of_memory, one_line, shown
 
 
 def test_the_first_line_of_what_an_error_says_is_cut_at_a_limit() -> None:
@@ -25,3 +31,15 @@ def test_a_list_of_names_says_how_many_it_leaves_out() -> None:
 
 def test_bad_input_is_an_error_of_the_package_and_a_value_error() -> None:
     assert issubclass(InputError, Error) and issubclass(Error, ValueError)
+
+
+def test_no_memory_is_known_however_it_is_said() -> None:
+    with pytest.raises(MemoryError) as of_numpy:
+        np.empty(2**60, np.uint8)
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (of_numpy.value, of_torch.value, MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")):
+        assert is_out_of_memory(error), error
+    assert is_out_of_memory(ImportError("libtorch.so: failed to map segment from shared object"))
+    for other in (RuntimeError("no"), OSError(errno.ENOSPC, "No space left"), ValueError("can't allocate memory")):
+        assert not is_out_of_memory(other), other

@@ -98,3 +98,9 @@ def test_the_logger_lets_notes_through_only_while_somebody_listens(caplog: pytes
     caplog.clear()
     logger.info("Nobody hears this.")
     assert caplog.records == []
+
+
+def test_the_last_step_that_began_is_remembered() -> None:
+    progress.begin("Reading", 1, "cells")
+    progress.advance()
+    assert progress.last_step() == "Reading"

@@ -14,25 +14,11 @@ import pandas as pd
 import scipy.sparse
 
 from sest.cache.disk import file_aside
-from sest.errors import InputError
+from sest.outputs import check_output
 
 HDF5_CHUNK = 2**18  # stored values a chunk
 SPARE = 2**23  # bytes kept free for HDF5's own tables and half-filled chunks
 A_NAME = 64  # bytes, at most, that HDF5 adds to a string
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a place that no file can be written to, before any work is done.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written to, or a folder stands there.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of an .h5ad file to write.")
-    if not path.parent.is_dir():
-        raise InputError(f"No folder {path.parent} to write {path.name} in. Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"Cannot write to {path.parent}. Choose another place for {path.name}.")
 
 
 class H5adWriter:
@@ -44,12 +30,12 @@ class H5adWriter:
         dtype: of the stored values.
 
     Raises:
-        InputError: see `check_writable`.
+        InputError: no file can be made there (see `check_output`).
         OSError: the disk is full; nothing is left of the new file.
     """
 
     def __init__(self, path: Path, n_genes: int, dtype: str) -> None:
-        check_writable(path)
+        check_output(path, force=True)
         self._path, self._n_genes, self._dtype = path, n_genes, dtype
         self._stack = ExitStack()
         self._ends = [0]  # row ends among the stored values

@@ -13,7 +13,8 @@ from sest import __version__
 from sest.cache.disk import sha256_file
 from sest.errors import InputError, shown
 from sest.head.model import RMS_NORM_EPS, HeadSizes, StateTransition, n_parameters
-from sest.runs.checkpoint import save_checkpoint, sizes_to_values
+from sest.outputs import check_output
+from sest.runs.checkpoint import FILES, save_checkpoint, sizes_to_values
 from sest.untrusted.tensors import check_finite, refuse_impostor
 from sest.untrusted.unpickle import read_checkpoint
 
@@ -54,12 +55,12 @@ def load_transition(path: Path) -> TransitionCheckpoint:
     return TransitionCheckpoint(tensors, parameters, step if isinstance(step, int) else 0)
 
 
-def import_checkpoint(source: Path, out: Path) -> dict[str, Any]:
+def import_checkpoint(source: Path, out: Path, *, force: bool = False) -> dict[str, Any]:
     """Read an upstream checkpoint and write it as a checkpoint folder that predicts the same.
 
     Args:
         source: a `.ckpt` of `state tx train`.
-        out: the folder to write; must not exist.
+        out: the folder to write; new or empty, or with `force` an older checkpoint to replace.
 
     Returns:
         The state.json of the new checkpoint.
@@ -67,10 +68,7 @@ def import_checkpoint(source: Path, out: Path) -> dict[str, Any]:
     Raises:
         InputError: not such a checkpoint, of another architecture, or `out` exists.
     """
-    if out.exists():
-        raise InputError(f"{out} exists. Choose another folder.")
-    if not out.parent.is_dir():
-        raise InputError(f"No folder {out.parent} to write {out.name} in. Create it first.")
+    check_output(out, inputs=[source], force=force, made=FILES)
     checkpoint = load_transition(source)
     sizes = _sizes(source, checkpoint)
     tensors = {name: t for name, t in checkpoint.tensors.items() if name != FROZEN}
@@ -107,7 +105,7 @@ def import_checkpoint(source: Path, out: Path) -> dict[str, Any]:
         },
         "imported": {"file": source.name, "sha256": sha256_file(source)},
     }
-    save_checkpoint(out, state, tensors)
+    save_checkpoint(out.resolve(), state, tensors)
     return state
 
 

@@ -15,16 +15,12 @@ from sest.errors import InputError, shown
 ROWS_PER_BLOCK = 8192
 
 
-def check_output(source: Path, out: Path, key: str) -> None:
-    """Refuse what cannot be written, before an hour of encoding.
+def check_key(source: Path, key: str) -> None:
+    """Refuse a name that the embeddings cannot have, before an hour of encoding.
 
     Raises:
-        InputError: `out` exists or has no folder, or `source` has obsm `key` already.
+        InputError: no name of an entry, or `source` has obsm `key` already.
     """
-    if out.exists():
-        raise InputError(f"{out} exists. Name another file with --to-h5ad, or delete it.")
-    if not out.parent.is_dir():
-        raise InputError(f"No folder {out.parent} to write {out.name} into.")
     if "/" in key or not key:
         raise InputError(f"--obsm-key {key!r} cannot name an entry of obsm.")
     with h5py.File(source, "r") as file:

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from sest.cache.disk import folder_aside, write_flushed
-from sest.errors import InputError
+from sest.outputs import check_output
+
+FILES = RESULTS, SUMMARY = "results.csv", "summary.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +36,25 @@ class Evaluation:
         pairs = self.table.drop_duplicates(["cell_type", "perturbation"])
         return f"Evaluation of {len(pairs)} pairs (cell type, perturbation), means over them:\n{means}"
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
+    def write(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write results.csv (the table) and summary.json (metrics, provenance, notes; sorted keys) into `folder`.
 
-        The folder appears with both files or not at all. Raises InputError as `check_output`.
+        The folder appears with both files or not at all. `force`: an older evaluation there is replaced.
+
+        Raises:
+            InputError: the folder holds an evaluation or something else, or cannot be made (see `check_output`).
         """
-        check_output(folder)
+        inputs = [str(self.provenance[name]) for name in ("predicted", "real") if name in self.provenance]
+        check_output(folder, inputs=inputs, force=force, made=FILES)
         summary = {
             "metrics": {metric: _finite(scores) for metric, scores in self.summary.items()},
             "notes": self.notes,
             "provenance": self.provenance,
         }
         text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        with folder_aside(Path(folder)) as aside:
-            write_flushed(aside / "results.csv", self.table.to_csv(index=False).encode())
-            write_flushed(aside / "summary.json", text.encode())
+        with folder_aside(Path(folder).resolve()) as aside:
+            write_flushed(aside / RESULTS, self.table.to_csv(index=False).encode())
+            write_flushed(aside / SUMMARY, text.encode())
 
 
 def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -58,16 +64,6 @@ def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:
         str(metric): {str(name): float(rows[metric].to_numpy().mean()) for name, rows in of_predictor.items()}
         for metric in table.select_dtypes("floating")
     }
-
-
-def check_output(folder: str | os.PathLike[str]) -> None:
-    """Raise InputError unless `folder` is an empty folder, or one that can be made."""
-    out = Path(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty folder. Pass another --out or remove it.")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"Cannot write {out.name} into {above}. Pass another --out.")
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float | None]:

@@ -19,8 +19,9 @@ import scipy.sparse
 import torch
 
 from sest import progress
+from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
-from sest.cells.write_h5ad import H5adWriter, check_writable
+from sest.cells.write_h5ad import H5adWriter
 from sest.config import PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.features import ONE_HOT, load_features
@@ -28,12 +29,13 @@ from sest.data.targets import remove_scratch
 from sest.errors import InputError, nearest, shown
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_device, choose_precision
+from sest.outputs import check_output
 from sest.prediction.controls import Pool, new_pools
 from sest.prediction.draws import control_rows, draw_sets
-from sest.prediction.record import baselines, provenance
+from sest.prediction.record import baselines, is_source, provenance
 from sest.prediction.requests import Request, Wanted, join_tables, make_requests, obs_of, read_wanted
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
-from sest.runs.provenance import check_data, check_width, find_data, saw_the_same_split
+from sest.runs.provenance import check_data, check_width, files_of, find_data, saw_the_same_split
 from sest.runs.run_folder import SCRATCH, one_hot_names
 
 if TYPE_CHECKING:
@@ -57,7 +59,12 @@ class Prediction:
 
 
 def predict(
-    run: str | os.PathLike[str], out: str | os.PathLike[str], config: PredictConfig, wanted: Wanted | None = None
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: PredictConfig,
+    wanted: Wanted | None = None,
+    *,
+    force: bool = False,
 ) -> Prediction:
     """Predict cells and write them, with real control cells beside them.
 
@@ -68,21 +75,22 @@ def predict(
         config: what to predict and from which controls.
         wanted: the perturbations, instead of config.list or config.only: names (config.n_cells of each), or
             name -> cells.
+        force: replace `out` where it exists; what the prediction is made from never is.
 
     Raises:
-        InputError, CacheError: no such run, a damaged checkpoint, unknown perturbations or cell types, features that
-            are missing or of another width. Nothing is written then.
+        InputError, CacheError: `out` exists or is an input, no such run, a damaged checkpoint, unknown perturbations or
+            cell types, features that are missing or of another width. Nothing is written then.
     """
     out = Path(out)
-    check_writable(out)
-    for given in (config.template, config.controls):
-        if given is not None and out.exists() and Path(given).exists() and out.samefile(given):
-            raise InputError(f"{out} is read for this prediction. Write to another file.")
+    given = [config.template, config.list, config.controls, config.genes, config.encoder, config.cache]
+    check_output(out, inputs=[*given, config.perturbations, *files_of(Path(run))], force=force)
     listed = read_wanted(wanted, config.template, config.list, config.only, config.n_cells)
     checkpoint = sound_checkpoint(find_checkpoint(Path(run), config.checkpoint))
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device, training=False)
     train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
+    if out.exists() and is_source(out, open_cache(os.fspath(cache))):
+        raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
     data = _read(cache, train_config, checkpoint, out)
     genes, places = _genes(config.genes, data.targets.genes)
     pools = new_pools(config, checkpoint, data) if config.controls else None
@@ -129,13 +137,14 @@ def predict_cells(
     config: PredictConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> AnnData:
-    """`predict` into memory; `out`: a file to keep as well."""
+    """`predict` into memory; `out`: a file to keep as well, which replaces another with `force`."""
     from anndata import read_h5ad  # slow to import
 
     config = config or PredictConfig()
     if out is not None:
-        predict(run, out, config, wanted)
+        predict(run, out, config, wanted, force=force)
         return read_h5ad(out)
     with tempfile.TemporaryDirectory(prefix="sest-") as folder:
         return predict_cells(run, wanted, config, out=Path(folder) / "predicted.h5ad")

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from sest import __version__
+from sest.cache import Cache
 from sest.cells.columns import Columns
+from sest.cells.h5ad import CellFile
 from sest.data.dataset import Dataset
 from sest.data.features import ONE_HOT
+from sest.errors import InputError
 from sest.evaluation.baselines import predict_baselines
 from sest.evaluation.means import training_means
 from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request
 from sest.runs.checkpoint import Checkpoint
+
+RECORD = "sest"  # what a prediction says of itself stands below this name in uns
+
+
+def is_source(path: Path, cache: Cache) -> bool:
+    """Whether an .h5ad holds the cells of one of a cache's files, whatever its name; a prediction does not.
+
+    A cache knows its files by what they hold, not by where they are.
+    """
+    try:
+        with CellFile(path) as file, h5py.File(path, "r") as plain:
+            uns = plain.get("uns")
+            if isinstance(uns, h5py.Group) and RECORD in uns:
+                return False
+            alike = [g for g in cache.groups.values() if (g.n_cells, g.n_genes) == (file.n_cells, file.n_genes)]
+            return any(group.obs.index.equals(file.obs.index) for group in alike)
+    except (InputError, OSError):  # not the cells of anything
+        return False
 
 
 def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from sest.report.figures import Figure
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+GENERATOR = '<meta name="generator" content="sest report">'
 
 LONG = 30  # characters of a cell that wants a wide column
 
@@ -155,7 +156,7 @@ class Page:
                 '<html lang="en"><head><meta charset="utf-8">',
                 f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
                 '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                '<meta name="color-scheme" content="light dark"><meta name="generator" content="sest report">',
+                f'<meta name="color-scheme" content="light dark">{GENERATOR}',
                 element("title", title),
                 f"<style>{(ours / 'report.css').read_text()}</style></head><body>",
                 element("nav", element("ul", links), aria_label="Contents"),

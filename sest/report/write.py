@@ -11,17 +11,19 @@ from pathlib import Path
 from sest import __version__
 from sest.cache.disk import write_durably
 from sest.config import ReportConfig
-from sest.errors import InputError
 from sest.machine.devices import choose_device
+from sest.outputs import check_output
 from sest.report.cache_facts import CacheFacts, read_cache
 from sest.report.comparison import comparison
-from sest.report.page import Html, Page, element, join, section
+from sest.report.page import GENERATOR, Html, Page, element, join, section
 from sest.report.run_facts import RunFacts, read_runs
 from sest.report.sections import header, run_sections
 from sest.runs.diagnose import Finding
+from sest.runs.provenance import files_of
 from sest.runs.run_folder import SCRATCH
 
 REPORT = "report.html"
+HEAD = 4096  # bytes of a page within which it says what made it
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def write_report(
     device: str = ReportConfig.device,
     cache: str | os.PathLike[str] | None = None,
     perturbations: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Report:
     """Write the report.
 
@@ -53,10 +56,11 @@ def write_report(
         n_sets: sets of each split to predict at most, but one of every pair; 0: all.
         device: to predict on: auto, cpu, cuda or cuda:N.
         cache, perturbations: where the cache and the features file are now, if not where the runs say.
+        force: replace `out` where it exists. At its default place an older report is replaced without it.
 
     Raises:
-        InputError: no such run or device, or a place that cannot be written to. A cache that cannot be used is no
-            error: the page says so where it would have been needed.
+        InputError: no such run or device, or a place that cannot or must not be written to (see `check_output`). A
+            cache that cannot be used is no error: the page says so where it would have been needed.
     """
     folders = [runs] if isinstance(runs, (str, os.PathLike)) else runs
     facts = read_runs(
@@ -65,7 +69,12 @@ def write_report(
         perturbations=None if perturbations is None else os.fspath(perturbations),
     )
     place = Path(out) if out is not None else (facts[0].folder if len(facts) == 1 else Path()) / REPORT
-    _check_writable(place)
+    check_output(
+        place,
+        inputs=[cache, perturbations, *(file for run in facts for file in files_of(run.folder))],
+        force=force or (out is None and _is_report(place)),
+        suffixes=(".html",),
+    )
     page, caches, chosen = Page(), list[CacheFacts | None](), choose_device(device)
     for run in facts:
         scratch = place.with_name(f".{place.name}.{SCRATCH}")  # used only where memory is too small
@@ -76,16 +85,12 @@ def write_report(
     return Report(place, len(data), {run.name: run.findings for run in facts}, notes)
 
 
-def _check_writable(out: Path) -> None:
-    """Refuse a place that no report can be written to, or where it would replace something else."""
-    if out.suffix != ".html":
-        raise InputError(f"{out} does not end in .html. Pass --out with a file name that does.")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder. Pass --out with the name of a file.")
-    if not out.parent.is_dir():
-        raise InputError(f"No folder {out.parent} to write {out.name} in. Create it first, or pass another --out.")
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"Cannot write to {out.parent}. Pass another --out.")
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report that sest wrote."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return GENERATOR.encode() in file.read(HEAD)
 
 
 def _page(page: Page, runs: Sequence[RunFacts], caches: Sequence[CacheFacts | None]) -> str:

@@ -32,7 +32,7 @@ from sest.errors import InputError, shown
 from sest.head.model import HeadSizes, StateTransition
 
 FORMAT_VERSION = 1
-MODEL, PROJECTION, OPTIMIZER, STATE = (
+FILES = MODEL, PROJECTION, OPTIMIZER, STATE = (
     "model.safetensors",
     "projection.safetensors",
     "optimizer.safetensors",

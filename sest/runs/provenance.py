@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sest.cache.storage import is_url
-from sest.config import TrainConfig
+from sest.cells.split_file import read_splits
+from sest.config import TrainConfig, read_toml
 from sest.data.dataset import Dataset
 from sest.data.features import ONE_HOT
 from sest.errors import InputError
-from sest.runs.checkpoint import Checkpoint
-from sest.runs.run_folder import CONFIG, read_run_config
+from sest.runs.checkpoint import Checkpoint, checkpoints
+from sest.runs.run_folder import CONFIG, METRICS, PATHS, SPLITS, read_run_config
+
+
+def files_of(run: Path) -> list[Path]:
+    """What a run, or the run of a checkpoint folder, consists of and was made from, as far as it says.
+
+    Its configuration, metrics, splits and checkpoints; its cache, features and splits, and the cells these name.
+    """
+    is_run = (run / CONFIG).is_file()
+    folder = run if is_run else run.parent
+    files = [*([] if is_run else [run]), *(folder / name for name in (CONFIG, METRICS, SPLITS)), *checkpoints(folder)]
+    with suppress(InputError):
+        values = read_toml(folder / CONFIG)
+        made, splits = values.get("provenance"), values.get("splits")
+        sources = [made.get("cache") if isinstance(made, dict) else None, *map(values.get, PATHS)]
+        files += [Path(source) for source in sources if isinstance(source, str) and source != ONE_HOT]
+        if isinstance(splits, str):
+            files += [file for found in read_splits(Path(splits)).datasets.values() for file in found]
+    return files
 
 
 def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | None) -> tuple[TrainConfig, Path, str]:

@@ -6,8 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,8 +17,9 @@ from scipy import sparse
 
 from sest import progress
 from sest.cache.disk import file_aside
-from sest.cells.write_h5ad import H5adWriter, check_writable
+from sest.cells.write_h5ad import H5adWriter
 from sest.errors import InputError, nearest, shown
+from sest.outputs import Place, check_output
 from sest.simulation.model import (
     HOLD_OUT,
     names_of_genes,
@@ -43,6 +43,7 @@ def simulate(
     *,
     features: str | os.PathLike[str] | None = None,
     gene_names: Sequence[str] | None = None,
+    force: bool = False,
     **options: Any,
 ) -> AnnData: ...
 
@@ -54,6 +55,7 @@ def simulate(
     features: str | os.PathLike[str] | None = None,
     splits: str | os.PathLike[str] | None = None,
     gene_names: Sequence[str] | None = None,
+    force: bool = False,
     **options: Any,
 ) -> Path: ...
 
@@ -64,6 +66,7 @@ def simulate(
     features: str | os.PathLike[str] | None = None,
     splits: str | os.PathLike[str] | None = None,
     gene_names: Sequence[str] | None = None,
+    force: bool = False,
     **options: Any,
 ) -> AnnData | Path:
     """Simulate a Perturb-seq screen whose effects generalise: raw counts, with controls, cell types and batches.
@@ -76,13 +79,14 @@ def simulate(
         features: also write the features of the perturbations there (.npz, .safetensors or .pt).
         splits: also write a TOML there that holds some perturbations of the last cell type out.
         gene_names: names of the genes (n_genes,); None: made-up ones.
+        force: replace files that exist.
         options: the fields of `Simulation`, such as n_perturbations=40, n_genes=2000, seed=0.
 
     Returns:
         The AnnData, or the path of the file. Both have the same cells for the same options.
 
     Raises:
-        InputError: an unknown option, sizes that cannot be, or a place that cannot be written to.
+        InputError: an unknown option, sizes that cannot be, a file that exists, or a place that cannot be written to.
     """
     if gene_names is not None:
         options = {"n_genes": len(gene_names), **options}
@@ -94,11 +98,13 @@ def simulate(
             Path(features) if features is not None else None,
             Path(splits) if splits is not None else None,
             gene_names=gene_names,
+            force=force,
         )
         return Path(path)
     if splits is not None:
         raise InputError("Splits name the file of the cells. Give a path for the cells too, or leave splits out.")
     if features is not None:
+        check_output(features, force=force, suffixes=FEATURE_SUFFIXES)
         write_features(sim, Path(features), gene_names=gene_names)
     return simulate_cells(sim, gene_names=gene_names)
 
@@ -159,9 +165,8 @@ def _settings(sim: Simulation) -> dict[str, str]:
 def write_features(sim: Simulation, path: Path, *, gene_names: Sequence[str] | None = None) -> None:
     """Write `perturbation_features` as .npz, .safetensors or .pt (dict name -> tensor), else InputError."""
     features = perturbation_features(sim, gene_names=gene_names)
-    if path.suffix not in FEATURE_SUFFIXES:
-        raise InputError(f"Cannot write features as {path.name!r}. Use a name that ends in {shown(FEATURE_SUFFIXES)}.")
-    with _aside(path) as partial:
+    check_output(path, force=True, suffixes=FEATURE_SUFFIXES)
+    with file_aside(path) as partial:
         if path.suffix == ".npz":
             with partial.open("wb") as file:
                 np.savez(file, allow_pickle=False, **features)
@@ -206,7 +211,8 @@ def write_splits(
         "zeroshot": {},
         "fewshot": {f"{dataset}.{test_cell_type}": {"val": val, "test": test}},
     }
-    with _aside(path) as partial:
+    check_output(path, force=True)
+    with file_aside(path) as partial:
         partial.write_text(tomli_w.dumps(tables), encoding="utf-8")
 
 
@@ -217,14 +223,21 @@ def write_screen(
     splits: Path | None = None,
     *,
     gene_names: Sequence[str] | None = None,
+    inputs: Sequence[Place | None] = (),
+    force: bool = False,
 ) -> None:
     """Write the cells and, where asked, features and splits that fit them; the long work, the cells, comes last.
 
     The splits hold out a quarter of the perturbations of the last cell type for testing and a twelfth for validation;
     their dataset is named as the file, so that they fit a cache made from the file and one made from the splits.
-    Raises InputError as the three writers do; no cells are written then.
+    None of them may be another one, or among `inputs` (files the caller read); what exists is replaced with `force`.
+    Raises InputError for that, before anything is written, and as the three writers do; no cells are written then.
     """
-    check_writable(cells)
+    check_output(cells, inputs=inputs, force=force)
+    if features is not None:
+        check_output(features, inputs=[*inputs, cells], force=force, suffixes=FEATURE_SUFFIXES)
+    if splits is not None:
+        check_output(splits, inputs=[*inputs, cells, features], force=force)
     names_of_genes(sim, gene_names)  # checked before anything is written
     if splits is not None:
         n_test = max(1, sim.n_perturbations // 4)
@@ -237,12 +250,3 @@ def write_screen(
     if features is not None:
         write_features(sim, features, gene_names=gene_names)
     write_h5ad(sim, cells, gene_names=gene_names)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to (see `file_aside`), where there is a folder for it."""
-    if not path.parent.is_dir():
-        raise InputError(f"No folder {path.parent} to write {path.name} in. Create it first.")
-    with file_aside(path) as aside:
-        yield aside

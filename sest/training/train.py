@@ -16,6 +16,7 @@ from sest import progress
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.targets import remove_scratch
+from sest.errors import TrainingFailed, is_out_of_memory
 from sest.head.model import StateTransition, n_parameters
 from sest.machine.devices import choose_device
 from sest.machine.ranks import SINGLE, Ranks
@@ -66,7 +67,8 @@ def train(
 
     Raises:
         InputError, CacheError: bad input; nothing was trained.
-        TrainingFailed: a NaN validation, or `max_bad_steps` non-finite steps in a row; the last checkpoint is kept.
+        TrainingFailed: a NaN validation, `max_bad_steps` non-finite steps in a row, or no host memory left; the last
+            checkpoint is kept.
         Interrupted: after SIGINT or SIGTERM; the step was finished and saved to last/.
     """
     device = choose_device(config.device)
@@ -90,7 +92,12 @@ def train(
 
         if on_start is not None:
             on_start(trainer.data, trainer.model)
-        reason = _loop(trainer, log, stop)
+        try:
+            reason = _loop(trainer, log, stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingFailed(trainer.out_of_memory()) from error
     if team.leads and not config.scratch:
         remove_scratch(scratch)
     state = trainer.state

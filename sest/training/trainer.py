@@ -30,6 +30,7 @@ from sest.runs.checkpoint import (
     LAST,
     copy_checkpoint,
     optimizer_to_tensors,
+    resumable,
     save_checkpoint,
     sizes_to_values,
     step_folder,
@@ -206,6 +207,16 @@ class Trainer:
         return (
             f"The last checkpoint is kept in {self.run}. Go on with --resume auto and a lower --lr, or "
             "--precision fp32."
+        )
+
+    def out_of_memory(self) -> str:
+        """What is said where the host has no memory left: what is kept, what goes on with it, what takes less."""
+        saved = resumable(self.run)
+        kept = f"The last checkpoint is {saved[0].name} of {self.run}" if saved else "No checkpoint was saved yet"
+        again = ": go on with --resume auto, where memory is free or with --data-device disk" if saved else ""
+        return (
+            f"Out of host memory after step {self.state.step:,}. {kept}{again}. A new run with a smaller --batch-size, "
+            "--set-size or --hidden takes less."
         )
 
     # --- save

@@ -103,3 +103,44 @@ def test_a_signal_ends_a_command_with_its_code_and_removes_what_was_begun(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=["Python", "torch", "mmap"],
+)
+def test_no_memory_is_one_line_with_the_step_and_what_to_lower(
+    refused: Callable[..., str], demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(self: ConsoleProgress, n: int = 1) -> None:
+        raise error
+
+    monkeypatch.setattr(ConsoleProgress, "advance", fail)
+    line = refused("embed", demo.cells, "--encoder", "pca", "--cache", tmp_path / "c.zarr")
+    assert line == (
+        "Error: Out of host memory. The last step that began: Reading. Pass a smaller --batch-size; or free some "
+        "memory, or run it where there is more."
+    )
+    line = refused("train", demo.cache, "--run", tmp_path / "r", "--perturbations", demo.features)
+    assert "began: Loading targets. Pass --data-device disk, or a smaller --batch-size, --set-size" in line
+    line = refused("predict", demo.run, "--out", tmp_path / "o.h5ad")
+    assert "This command needs more memory than there is; or free some memory" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_a_training_that_outgrows_its_memory_ends_with_one_line(demo: Demo, tmp_path: Path) -> None:
+    """The case first_hour/lowmem: under `ulimit -v`, where the largest allocations fail."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2_600_000 * 1024,) * 2)\n"
+    command = f"{limited}from sest.cli.main import main; main()"
+    words = ["train", str(demo.cache), "--run", str(tmp_path / "r"), "--perturbations", str(demo.features)]
+    sizes = ["--max-steps", "2", "--hidden", "1344", "--set-size", "512"]
+    done = subprocess.run([sys.executable, "-c", command, *words, *sizes], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert last.startswith("Error: Out of host memory after step") and "smaller --batch-size, --set-size" in last

@@ -118,13 +118,21 @@ def test_importing_again_gives_the_same_bytes(
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_an_older_folder_is_never_touched(shared_reference: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=r"exists\. Choose another folder"):
-        import_checkpoint(shared_reference / "st" / "st.ckpt", tmp_path / "out")
-    with pytest.raises(InputError, match="Create it first"):
-        import_checkpoint(shared_reference / "st" / "st.ckpt", tmp_path / "no" / "out")
-    assert not list((tmp_path / "out").iterdir())
+def test_an_older_checkpoint_is_replaced_only_when_that_is_asked_for_and_nothing_else_is(
+    imported: Path, shared_reference: Path, tmp_path: Path
+) -> None:
+    source, out = shared_reference / "st" / "st.ckpt", tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("older")
+    with pytest.raises(InputError, match=r"not an empty folder\. Pass --force"):
+        import_checkpoint(source, out)
+    import_checkpoint(source, out, force=True)
+    assert (out / "model.safetensors").read_bytes() == (imported / "model.safetensors").read_bytes()
+    (out / "notes.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(InputError, match=r"holds notes\.txt, which is never replaced"):
+            import_checkpoint(source, out, force=force)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_files_that_are_no_state_tx_checkpoint_say_what_they_are(shared_reference: Path, tmp_path: Path) -> None:
@@ -217,6 +225,7 @@ def test_an_imported_checkpoint_predicts_with_a_cache_and_features(imported: Pat
     assert list(cells.var_names) == [f"g{i}" for i in range(60)]
     assert "baselines" not in cells.uns["sest"]
     assert any("does not name its genes" in note for note in notes.notes)
+    out = tmp_path / "other.h5ad"
     with pytest.raises(InputError, match="no features for 1 of 1 perturbations: R"):
         predict(imported, out, PredictConfig(**files, only="R", cell_type="x"))
     with pytest.raises(InputError, match="Pass --perturbations"):

@@ -91,8 +91,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is_encoded(
     there = tmp_path / "there.h5ad"
     there.touch()
     for words, message in (
-        ((cells, "--to-h5ad", there), "exists. Name another file with --to-h5ad, or delete it."),
-        ((cells, "--to-h5ad", cells), "exists. Name another"),
+        ((cells, "--to-h5ad", there), "exists. Pass --force to replace it, or give another name."),
+        ((cells, "--to-h5ad", cells), "is used by this command already"),
+        ((cells, "--to-h5ad", cells, "--force"), "is used by this command already"),
+        ((cells, "--to-h5ad", out, "--cache", out), "is used by this command already"),
         ((cells, "--to-h5ad", tmp_path / "none" / "out.h5ad"), "No folder"),
         ((cells, "--to-h5ad", out), "has obsm 'X_state' already (X_state). Pass another --obsm-key."),
         ((cells, "--to-h5ad", out, "--obsm-key", "a/b"), "--obsm-key 'a/b' cannot name"),
@@ -104,6 +106,9 @@ def test_what_cannot_be_written_is_refused_before_anything_is_encoded(
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1, said
     assert sorted(os.listdir(tmp_path)) == ["a.h5ad", "se", "there.h5ad"]
+    assert command(monkeypatch, cells, "--to-h5ad", there, "--obsm-key", "X_new", "--force", "--encoder", se) == 0
+    with h5py.File(there) as file:
+        assert file["obsm/X_new"].shape == (N, OUT + 10)
 
 
 def test_a_cache_without_expression_values_is_not_trained_from(cells: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from helpers.two_files import Written, write_two_files
 from sest.config import EvaluateConfig
 from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
-from sest.evaluation.results import Evaluation, check_output, means_over_pairs
+from sest.evaluation.results import Evaluation, means_over_pairs
 
 
 @pytest.fixture
@@ -45,11 +45,26 @@ def test_a_folder_with_content_is_not_written_into(written: Callable[..., Writte
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="not an empty folder"):
-        evaluate(*written(), EvaluateConfig(cell_eval=False)).write(out)
-    with pytest.raises(InputError, match="not an empty folder"):
-        check_output(out / "notes.txt")
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    evaluation = evaluate(*written(), EvaluateConfig(cell_eval=False))
+    for force in (False, True):
+        with pytest.raises(InputError, match=r"not an empty folder: it holds notes.txt, which is never replaced"):
+            evaluation.write(out, force=force)
+        with pytest.raises(InputError, match="not an empty folder"):
+            evaluation.write(out / "notes.txt", force=force)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"] and (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_older_evaluation_is_replaced_only_when_that_is_asked_for(
+    written: Callable[..., Written], tmp_path: Path
+) -> None:
+    out, evaluation = tmp_path / "out", evaluate(*written(), EvaluateConfig(cell_eval=False))
+    evaluation.write(out)
+    table = (out / "results.csv").read_bytes()
+    (out / "results.csv").write_text("older")
+    with pytest.raises(InputError, match=r"not an empty folder\. Pass --force to replace"):
+        evaluation.write(out)
+    evaluation.write(out, force=True)
+    assert (out / "results.csv").read_bytes() == table
 
 
 def test_a_notebook_shows_the_means_over_pairs_as_a_small_table() -> None:

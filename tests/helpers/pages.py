@@ -100,7 +100,7 @@ class Trained:
 
 def brief(run: Path, **options: Any) -> Opened:
     """The report of a run without its cache."""
-    write_report([run], run / "report.html", with_model=False, **options)
+    write_report([run], run / "report.html", with_model=False, force=True, **options)
     return opened(run / "report.html")
 
 

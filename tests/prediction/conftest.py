@@ -26,7 +26,7 @@ def predicted(demo: Demo, tmp_path: Path) -> Predict:
     """Predicts with the demo's run, or another, to out.h5ad and reads it."""
 
     def call(run: Path = demo.run, **options: Any) -> ad.AnnData:
-        predict(run, tmp_path / "out.h5ad", PredictConfig(**options))
+        predict(run, tmp_path / "out.h5ad", PredictConfig(**options), force=True)
         return ad.read_h5ad(tmp_path / "out.h5ad")
 
     return call

@@ -218,7 +218,7 @@ def test_a_one_hot_run_predicts_what_it_saw_and_refuses_the_rest(
     line = refusal(run, only=names[0][:-1] + "X", cell_type="beta")
     assert "one-hot features and never saw" in line and "--perturbations FILE" in line
     assert sorted(predicted(run).uns["sest"]["baselines"]) == ["context_mean", "perturbation_mean"]  # no ridge
-    assert "features of width 64" in refusal(run, perturbations=str(demo.features))
+    assert "features of width 64" in refusal(run, tmp_path / "other.h5ad", perturbations=str(demo.features))
 
 
 def test_predicting_the_real_cells_scores_perfectly(
@@ -321,6 +321,6 @@ def test_an_interruption_removes_what_was_begun_and_keeps_an_older_file(demo: De
 
     (tmp_path / "out.h5ad").write_text("old")
     with pytest.raises(KeyboardInterrupt), reporting(Stopping()):
-        predict(demo.run, tmp_path / "out.h5ad", PredictConfig())
+        predict(demo.run, tmp_path / "out.h5ad", PredictConfig(), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5ad"]
     assert (tmp_path / "out.h5ad").read_text() == "old"

@@ -127,7 +127,7 @@ def test_bad_requests_are_refused_in_one_line_and_nothing_is_written(
     assert "It has: last, checkpoint-step-20, best, checkpoint-step-10" in refusal(checkpoint="step-10")
     assert "does not exist" in refusal(run=tmp_path / "no-run")
     path = tmp_path / "template.h5ad"
-    assert "is read for this prediction" in refusal(out=path, template=str(path))
+    assert "is used by this command already" in refusal(out=path, template=str(path))
     assert "Create it first" in refusal(out=tmp_path / "no-folder" / "out.h5ad")
     assert "is a folder" in refusal(out=tmp_path)
 

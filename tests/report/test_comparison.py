@@ -45,7 +45,7 @@ def test_runs_on_different_tasks_are_warned_about(trained: Trained, tmp_path: Pa
     ):
         config = small_config(**({"splits": str(trained.run.parent / "splits.toml")} | changes))
         train(trained.cache, tmp_path / name, config)
-        write_report([trained.run, tmp_path / name], tmp_path / "r.html", with_model=False)
+        write_report([trained.run, tmp_path / name], tmp_path / "r.html", with_model=False, force=True)
         warned = re.search(r"These runs differ in ([^:]*):", opened(tmp_path / "r.html").words)
         assert warned and words in warned[1] and "the validation cells" in warned[1]
 

@@ -16,7 +16,7 @@ from sest.data.dataset import Dataset, read_dataset
 from sest.data.features import ONE_HOT
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint, open_checkpoint
-from sest.runs.provenance import check_data, check_width, find_data, saw_the_same_split
+from sest.runs.provenance import check_data, check_width, files_of, find_data, saw_the_same_split
 from sest.training.train import train
 
 
@@ -102,3 +102,24 @@ def test_the_same_split_is_the_same_cache_and_the_same_splits_file(
     splits = tmp_path / "splits.toml"
     splits.write_text('[datasets]\nscreen = "x.h5ad"\n[training]\nscreen = "train"\n')
     assert not saw_the_same_split(checkpoint, data_of(folder, splits=str(splits)))
+
+
+def test_what_a_run_consists_of_and_was_made_from_is_known_from_the_run_and_from_a_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.h5ad").touch()
+    splits = tmp_path / "s.toml"
+    splits.write_text('[datasets]\nd = "a.h5ad"\n[training]\nd = "train"\n')
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    (run / "config.toml").write_text(f'splits = "{splits}"\n{(run / "config.toml").read_text()}')
+    made_from = {tmp_path / "a.h5ad", splits, folder / "c.zarr", folder / "f.npz"}
+    for given in (run, run / "last"):
+        assert set(files_of(given)) >= made_from | {run / "config.toml", run / "metrics.jsonl", run / "last"}
+
+
+def test_a_run_that_cannot_be_read_is_no_error_here(tmp_path: Path) -> None:
+    for text in ("not TOML", "provenance = 5\nsplits = 3\nperturbations = []\n", 'splits = "gone.toml"\n'):
+        (tmp_path / "config.toml").write_text(text)
+        assert tmp_path / "config.toml" in files_of(tmp_path)
+    assert files_of(tmp_path / "gone")

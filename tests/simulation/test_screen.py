@@ -164,9 +164,9 @@ def test_features_can_be_written_beside_cells_in_memory_and_genes_be_named(tmp_p
 
 def test_every_field_is_an_argument_with_its_default() -> None:
     shown = inspect.signature(simulate).parameters
-    assert list(shown)[:4] == ["path", "features", "splits", "gene_names"]
+    assert list(shown)[:5] == ["path", "features", "splits", "gene_names", "force"]
     fields = {f.name: f.default for f in dataclasses.fields(Simulation)}
-    assert {name: shown[name].default for name in list(shown)[4:]} == fields
+    assert {name: shown[name].default for name in list(shown)[5:]} == fields
 
 
 def test_cells_are_simulated_without_torch() -> None:

@@ -22,12 +22,13 @@ from helpers.notes import Notes
 from helpers.runs import CHECKPOINTS, files, metrics, nan_at, same, scripted, signal_after, steps, weights
 from sest.cli.main import main
 from sest.config import TrainConfig
-from sest.errors import InputError
+from sest.errors import InputError, TrainingFailed
 from sest.machine.signals import Interrupted
 from sest.progress import Silent, reporting
 from sest.runs.checkpoint import BEST, LAST, MODEL, OPTIMIZER, load_model, open_checkpoint, step_folder
 from sest.runs.run_folder import CONFIG, METRICS, read_run_config
 from sest.training.train import train
+from sest.training.trainer import Trainer
 from sest.training.window import MEASURED, Window
 
 TINY = {k: v for k, v in small_config().to_values().items() if v != getattr(TrainConfig(), k)}
@@ -327,6 +328,35 @@ def sest_train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         main()
     return int(ended.value.code or 0)
+
+
+def test_no_host_memory_ends_training_with_what_is_kept_and_the_run_can_go_on(
+    cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, step = small_config(), Trainer.step
+
+    def fail_at(number: int) -> None:
+        def fail(self: Trainer) -> None:
+            if self.state.step == number:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            step(self)
+
+        monkeypatch.setattr(Trainer, "step", fail)
+
+    fail_at(0)
+    with pytest.raises(
+        TrainingFailed, match=r"Out of host memory after step 0\. No checkpoint was saved yet\. A new run"
+    ):
+        train(cache, tmp_path / "none", config)
+    fail_at(6)
+    kept = (
+        r"after step 6\. The last checkpoint is checkpoint-step-4 of .*run: go on with --resume auto, .*--data-device"
+    )
+    with pytest.raises(TrainingFailed, match=kept):
+        train(cache, tmp_path / "run", config)
+    monkeypatch.setattr(Trainer, "step", step)
+    train(cache, tmp_path / "run", config, resume="auto")
+    assert same(weights(tmp_path / "run" / LAST), weights(whole / LAST))
 
 
 def test_the_command_line_trains_resumes_and_repeats_a_run_from_its_config(
