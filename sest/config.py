@@ -38,7 +38,7 @@ SEED = "seed of random numbers"
 PERT_COL = "obs column with the perturbation"
 CELL_TYPE_COL = "obs column with the cell type"
 CONTROL = "label of control cells"
-LAYER = "layer to read instead of X"
+LAYER = "layer to read instead of X; raw: raw/X"
 VALUES = "what the values are; auto: found out"
 ENCODER = "encoder"
 CACHE = "cache of embeddings"
@@ -46,6 +46,7 @@ SPLITS = "splits TOML"
 FEATURES = "perturbation features"
 N_CELLS = "cells of each perturbation"
 GENES = "file of gene names, one a line"
+MIXED = "files that were normalised differently"
 TARGET_SUM = "counts a cell is normalised to before log1p"
 
 
@@ -186,6 +187,7 @@ class EmbedConfig(Config):
     cells: str = option("all", "which cells to embed; the others keep NaN", choices=("all", "controls"))
     counts: str = option("auto", VALUES, choices=COUNTS)
     layer: str | None = option(None, LAYER)
+    mixed_scales: str = option("refuse", MIXED, choices=("refuse", "allow"))
     pert_col: str | None = option(None, f"{PERT_COL}; default: detected")
     cell_type_col: str | None = option(None, f"{CELL_TYPE_COL}; default: detected")
     batch_col: str | None = option(None, "obs column with the batch; default: detected")
@@ -230,6 +232,7 @@ class TrainConfig(Config):
     clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0.0)
     loss: str = option("energy", "between predicted and real sets", choices=("energy", "mse", "energy+sinkhorn"))
     target_sum: float | str = option(10_000.0, f"{TARGET_SUM}; median: that of the cells", choices=("median",))
+    mixed_scales: str = option("refuse", MIXED, choices=("refuse", "allow"))
     match_controls: str = option(
         "context", "a set's controls: same file and cell type, or also the same batch", choices=("context", "batch")
     )
@@ -285,6 +288,7 @@ class PredictConfig(Config):
     controls: str | None = option(None, ".h5ad with new control cells, embedded with the run's encoder and projection")
     encoder: str | None = option(None, f"{ENCODER}: the run's, as SE folder or file of weights; with --controls")
     layer: str | None = option(None, f"{LAYER}; of --controls")
+    mixed_scales: str = option("refuse", f"{MIXED}: --controls and the run's cells", choices=("refuse", "allow"))
     genes: str | None = option(None, f"{GENES}: those of the output, in its order; default: the run's")
     pert_col: str | None = option(None, f"{PERT_COL}; of --template or --controls; default: the run's, or detected")
     cell_type_col: str | None = option(
@@ -329,6 +333,6 @@ class ReportConfig(Config):
 
 
 RESUMABLE = (  # what a resumed run may change without becoming another run
-    "max_steps val_every checkpoint_every log_every early_stopping patience max_bad_steps "
+    "mixed_scales max_steps val_every checkpoint_every log_every early_stopping patience max_bad_steps "
     "num_workers data_device scratch compile gradients device precision lr weight_decay clip tensorboard wandb"
 ).split()

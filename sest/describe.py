@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from sest.cells.splits import assign_splits, split_table
 from sest.config import TrainConfig
 from sest.errors import Error, InputError
 from sest.runs.curves import read_lines
+
+if TYPE_CHECKING:
+    from sest.cells.h5ad import CellFile
 
 Facts = dict[str, Any]
 CACHE_FACTS = (
@@ -205,7 +208,7 @@ def _cells(path: Path) -> Facts:
     from sest.cells.h5ad import CellFile
 
     with CellFile(path) as file:
-        facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.layers)}
+        facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.choices)}
         facts["obs_columns"] = list(map(str, file.obs.columns))
         try:
             found = detect_columns(file.obs)
@@ -224,12 +227,25 @@ def _cells(path: Path) -> Facts:
                 facts["controls"] = sum(names[code] == found.control for code in codes)
             if found.cell_type is not None:
                 facts["cell_types"] = list(labels(file.obs, found.cell_type)[1])
-        facts["values"] = _values(file)
+        facts["values"], facts["scale"] = _values(file), _scale(file)
     return facts
 
 
-def _values(file: Any) -> str:
-    """What the first cells of X look like; `sest embed` decides over all of them."""
+def _scale(file: CellFile) -> str:
+    """What the first cells of X are, or why that cannot be said; `sest embed` decides over all of them."""
+    from sest.cells.scale import decide_scale, scan_blocks
+
+    n = min(file.n_cells, FIRST_CELLS)
+    scan = scan_blocks([file.rows(0, n)], n, list(file.var.index))
+    try:
+        scale = decide_scale(scan, "auto", file.path, file.choices)
+    except InputError as error:
+        return str(error)
+    return str(scan.normalisation) if scale == "log1p" else scale
+
+
+def _values(file: CellFile) -> str:
+    """What the values of the first cells look like."""
     first = file.rows(0, min(file.n_cells, FIRST_CELLS)).data
     if not len(first):
         return f"all 0 in the first {FIRST_CELLS:,} cells"

@@ -31,7 +31,9 @@ from sest.errors import InputError, nearest, shown
 
 
 class CellFile:
-    """An open .h5ad: its tables and its expression values (of X, or of one layer), read block by block.
+    """An open .h5ad: its tables and its expression values (of X, of one layer or of raw/X), read block by block.
+
+    The layer "raw" is raw/X with the genes of raw/var, unless a layer has that name.
 
     Raises InputError, on opening or on reading, for what is not a sound AnnData file: not HDF5, damaged, links or
     storage that lead outside the file, inconsistent shapes or indices, NaN, duplicate gene names, no cells.
@@ -41,6 +43,7 @@ class CellFile:
     n_cells: int
     n_genes: int
     layers: tuple[str, ...]  # names of the layers the file has
+    choices: tuple[str, ...]  # what can be read instead of X: the layers, and "raw" where the file has raw/X
 
     def __init__(self, path: Path, layer: str | None = None) -> None:
         self.path = Path(path)
@@ -74,7 +77,7 @@ class CellFile:
     def var(self) -> pd.DataFrame:
         """The genes' table (G rows); the index holds the gene names, each once."""
         with damage_is_bad_input(self.path):
-            return read_table(self._table("var"), self.n_genes)
+            return read_table(self._genes, self.n_genes)
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Return cells [start, stop): (stop-start, G) CSR, float32, int32 sorted indices, no explicit zeros.
@@ -111,11 +114,16 @@ class CellFile:
     def _check(self, layer: str | None) -> None:
         if missing := [name for name in ("obs", "var") if name not in self._file]:
             raise InputError(f"{self.path} is not an .h5ad file: it has no {shown(missing)}{other_format(self._file)}.")
-        tables = [(self._table("obs"), "cells"), (self._table("var"), "genes")]
         layers = child(self._file, "layers") if "layers" in self._file else {}
         if isinstance(layers, h5py.Dataset):
             raise bad(layers, "is not a group of layers")
         self.layers = tuple(layers)
+        raw = child(self._file, "raw") if "raw" in self._file else None
+        has_raw = isinstance(raw, h5py.Group) and {"X", "var"} <= set(raw)
+        self.choices = (*self.layers, *(["raw"] if has_raw and "raw" not in layers else []))
+        from_raw = layer == "raw" and layer not in layers and has_raw
+        self._genes = self._table("var", raw if from_raw else None)
+        tables = [(self._table("obs"), "cells"), (self._genes, "genes")]
         self._matrix = open_matrix(self._find(layer))
         self.n_cells, self.n_genes = self._matrix.shape
         if self.n_cells == 0 or self.n_genes == 0:
@@ -136,16 +144,18 @@ class CellFile:
             if "X" in self._file and attribute(child(self._file, "X"), "encoding-type") != "null":
                 return child(self._file, "X")
             instead = f" Pass --layer with one of its layers: {shown(self.layers)}." if self.layers else ""
-            if not instead and "raw" in self._file:
-                instead = " It only has raw/X: save adata.raw.to_adata() to a new .h5ad."
+            if not instead and "raw" in self.choices:
+                instead = " It only has raw/X: pass --layer raw."
             raise InputError(f"{self.path} has no X.{instead}")
+        if layer == "raw" and "raw" in self.choices and layer not in self.layers:
+            return child(child(self._file, "raw"), "X")
         if layer not in self.layers:
-            there = ("X", *self.layers)
+            there = ("X", *self.choices)
             raise InputError(f"{self.path} has no layer {layer!r}. Layers: {shown(there)}.{nearest(str(layer), there)}")
         return child(child(self._file, "layers"), str(layer))
 
-    def _table(self, name: str) -> h5py.Group:
-        table = child(self._file, name)
+    def _table(self, name: str, group: h5py.Group | None = None) -> h5py.Group:
+        table = child(self._file if group is None else group, name)
         if not isinstance(table, h5py.Group) or attribute(table, "encoding-type") != "dataframe":
             raise InputError(
                 f"{self.path}: {name} is in a layout from before AnnData 0.7; "

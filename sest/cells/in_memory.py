@@ -22,7 +22,7 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
     Args:
         cells: a path, which is given back, or an AnnData, which stays as it is.
         name: of the temporary file, without its ending; errors call the cells so.
-        layer: the layer that is read beside X.
+        layer: the layer that is read beside X; "raw" is the raw of the cells, unless a layer has that name.
 
     Raises:
         InputError: neither a path nor an AnnData, no such layer, or cells that no .h5ad can hold.
@@ -34,7 +34,8 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
 
     if not isinstance(cells, AnnData):
         raise InputError(f"The {name} cells are of type {type(cells).__name__}; pass a path or an AnnData.")
-    if layer is not None and layer not in cells.layers:
+    from_raw = layer == "raw" and layer not in cells.layers and cells.raw is not None
+    if layer is not None and layer not in cells.layers and not from_raw:
         raise InputError(f"The {name} cells have no layer {layer!r}. There are: {shown(cells.layers)}.")
     if cells.isbacked:
         cells = cells.to_memory()
@@ -42,9 +43,11 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
         X=cells.X,
         obs=cells.obs.copy(),  # writing makes categories of text
         var=cells.var.copy(),
-        layers={} if layer is None else {layer: cells.layers[layer]},
+        layers={} if layer is None or from_raw else {layer: cells.layers[layer]},
         uns={"sest": cells.uns["sest"]} if "sest" in cells.uns else {},
     )
+    if from_raw:
+        part.raw = AnnData(X=cells.raw.X, obs=part.obs, var=cells.raw.var.copy())
     with tempfile.TemporaryDirectory(prefix="sest-") as folder:
         path = Path(folder) / f"{name}.h5ad"
         try:

@@ -19,7 +19,7 @@ from sest import progress
 from sest.cache.schema import RESERVED
 from sest.cells.columns import Columns, detect_columns, labels
 from sest.cells.h5ad import CellFile
-from sest.cells.scale import Scan, decide_scale
+from sest.cells.scale import Normalisation, Scan, decide_scale
 from sest.cells.split_file import SUFFIXES, SplitFile, read_splits
 from sest.cells.splits import GroupCells, group_cells
 from sest.config import EmbedConfig
@@ -53,6 +53,11 @@ class Cells:
     @property
     def group(self) -> str:
         return self.source.group
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """How the values of a log1p file were made; None for counts."""
+        return self.scan.normalisation if self.scale == "log1p" else None
 
     @property
     def is_control(self) -> np.ndarray:
@@ -166,12 +171,7 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     progress.begin("Reading", sum(file.n_cells for file in files), "cells")
     for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
         scan = file.scan(progress.advance)
-        scale = decide_scale(scan, config.counts, file.path, file.layers)
-        if scan.n_negative and config.counts == "auto":
-            raise InputError(
-                f"{file.path} has {scan.n_negative:,} values below zero, as scaled data have: not counts, not log1p. "
-                f"Choose with --layer ({shown(('X', *file.layers))}), or pass --counts log1p to have them read as 0."
-            )
+        scale = decide_scale(scan, config.counts, file.path, file.choices)
         result.append(Cells(source, file, scan, scale, found, obs))
     for cells in result:
         _describe(cells)
@@ -197,7 +197,10 @@ def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
 def _describe(cells: Cells) -> None:
     """Say what was found in a file."""
     name, columns = cells.source.path.name, cells.columns
-    logger.info(f"{name}: {cells.file.n_cells:,} cells x {cells.file.n_genes:,} genes, {cells.scale}.")
+    scale = str(found) if (found := cells.normalisation) else "counts"
+    if not found and not cells.scan.all_integer:
+        scale += f", of which {cells.scan.n_fractional / int(cells.scan.indptr[-1]):.0%} are not whole"
+    logger.info(f"{name}: {cells.file.n_cells:,} cells x {cells.file.n_genes:,} genes, {scale}.")
     for note in columns.notes:
         logger.info(f"{name}: {note}")
     if columns.perturbation is None:

@@ -1,4 +1,4 @@
-"""What the values of a file are: counts or log1p, and how counts become log1p values.
+"""What the values of a file are: counts or log1p, of which total, and how counts become log1p values.
 
 N or n cells, G genes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,66 @@ logger = logging.getLogger(__name__)
 LARGEST_LOG1P_OF_COUNTS = 35.0  # a larger value cannot be a log1p (upstream's limit per cell)
 LARGEST_TOTAL_OF_COUNTS = 5e6  # nor can a cell's values if sum(expm1) is larger (upstream's limit per cell)
 LARGEST_PREDICTED_LOG1P = 14.0  # predicted values are cut here: cell-eval takes 15 and more for counts
+
+SAMPLED_CELLS = 256  # at most, evenly spaced over a file: their sums tell how it was normalised
+FEWEST_CELLS = 10  # whose sums tell anything
+ONE_TOTAL = 0.02  # (95% - 5% quantile) / median of sums that are one total; rounding to three digits gives 0.001
+SAME_TOTAL = 0.05  # relative difference of totals that are taken for the same
+EXACT = 0.002  # another logarithm than log1p is believed where its sums agree so well,
+CLEARLY = 10  # and so many times better than those of expm1
+# what could have made the values, and what takes it back to (normalised) counts; the order of the columns of cell_sums
+INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "log1p": np.expm1,
+    "log2": lambda x: np.expm1(x * np.log(2)),
+    "log10": lambda x: np.expm1(x * np.log(10)),
+    "no log": lambda x: x,
+}
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How the values of a file that holds no counts were made, as far as the sums of its cells tell."""
+
+    log: str = "log1p"  # a name of INVERSE
+    total: float | None = None  # counts a cell was normalised to; None: the sums are not one total
+    is_whole: bool = False  # taken back, the values are whole numbers: counts that were not normalised
+    sums: tuple[float, float, float] | None = None  # 5%, 50%, 95% quantile over cells; None: too few to tell
+
+    def __str__(self) -> str:
+        if self.is_whole:
+            return f"{self.log} of counts that were not normalised"
+        if self.total is not None:
+            if self.log == "no log":
+                return f"counts normalised to {_total(self.total)}, without log"
+            what = "CPM, counts" if abs(self.total / 1e6 - 1) < ONE_TOTAL else "counts"
+            return f"{self.log} of {what} normalised to {_total(self.total)}"
+        if self.sums is None:
+            return self.log
+        low, middle, high = (f"{value:,.4g}" if value < 100 else f"{value:,.0f}" for value in self.sums)
+        return f"{self.log} of values whose sums differ from cell to cell ({low} to {high}, median {middle})"
+
+    def differs_from(self, other: Normalisation) -> bool:
+        """Whether the cells are certainly not normalised as others are.
+
+        Sums that differ from cell to cell may be of a selection of genes, which has less than the total.
+        """
+        if self.sums is None or other.sums is None:
+            return False
+        if (self.log, self.is_whole) != (other.log, other.is_whole):
+            return True
+        if self.total is not None and other.total is not None:
+            return abs(self.total / other.total - 1) > SAME_TOTAL
+        known, sums = (self.total, other.sums) if other.total is None else (other.total, self.sums)
+        return known is not None and sums[1] > (1 + SAME_TOTAL) * known
+
+
+def normalised_to(total: float) -> Normalisation:
+    """log1p of counts that are normalised to a total."""
+    return Normalisation(total=total, sums=(total, total, total))
+
+
+def _total(total: float) -> str:
+    return f"{total:,.0f}" if total >= 100 else f"{total:.4g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +100,21 @@ class Scan:
     n_raw_cells: int  # cells that can only be counts
     n_log1p_cells: int  # cells that can only be log1p values
     sha256: str  # of shape, gene names and values, whatever the storage form
+    n_whole_cells: int  # of n_raw_cells: those of whole numbers
+    n_fractional: int  # values that are not whole
+    mean: float  # over all cells and genes
+    sums: np.ndarray  # (n, 7) float64: cell_sums of at most SAMPLED_CELLS cells, NaN where all cells near are whole
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """How the values were made, if they are no counts."""
+        return normalisation_of(self.sums)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the values are z-scores: many below zero, few whole, their mean near 0."""
+        n_values = max(int(self.indptr[-1]), 1)
+        return self.n_negative > 0.2 * n_values and self.n_fractional > 0.9 * n_values and abs(self.mean) < 0.25
 
 
 def scan_blocks(
@@ -48,7 +123,8 @@ def scan_blocks(
     """Scan all cells of a file, given as blocks of canonical rows in order; `on_rows(n)` is told after each block."""
     hashes = {name: hashlib.sha256() for name in ("indptr", "indices", "data")}
     per_cell = np.zeros(n_cells + 1, dtype=np.int64)
-    start, largest, negative, fractional, raw, log1p = 0, -np.inf, 0, 0, 0, 0
+    start, largest, negative, fractional, raw, log1p, of_whole, total = 0, -np.inf, 0, 0, 0, 0, 0, 0.0
+    step, sums = -(-n_cells // SAMPLED_CELLS), [np.zeros((0, 7))]
     for block in blocks:
         n = block.shape[0]
         per_cell[start + 1 : start + n + 1] = np.diff(block.indptr)
@@ -58,27 +134,103 @@ def scan_blocks(
         negative += int((block.data < 0).sum())
         fractional += int(whole.size - whole.sum())
         largest = max(largest, float(block.max()))
-        n_raw, n_log1p = _cells_of_one_scale(block, whole)
-        raw, log1p, start = raw + n_raw, log1p + n_log1p, start + n
+        total += float(block.data.sum(dtype=np.float64))
+        n_raw, n_log1p, n_whole = _cells_of_one_scale(block, whole)
+        if len(sampled := np.arange(-start % step, n, step)):
+            counts = np.full((len(sampled), 7), np.nan)
+            sums.append(counts if whole.all() else cell_sums(block[sampled]))
+        raw, log1p, of_whole, start = raw + n_raw, log1p + n_log1p, of_whole + n_whole, start + n
         if on_rows is not None:
             on_rows(n)
     indptr = np.cumsum(per_cell)
     hashes["indptr"].update(indptr.astype("<i8").tobytes())
     parts = [json.dumps([n_cells, len(genes), *genes]), *(h.hexdigest() for h in hashes.values())]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return Scan(indptr, largest, fractional == 0, negative, raw, log1p, digest)
+    mean = total / max(n_cells * len(genes), 1)
+    table = np.concatenate(sums)
+    return Scan(indptr, largest, fractional == 0, negative, raw, log1p, digest, of_whole, fractional, mean, table)
 
 
-def _cells_of_one_scale(block: sp.csr_matrix, whole: np.ndarray) -> tuple[int, int]:
-    """Cells of a block that can only be counts, and that can only be log1p; `whole` (nnz,) marks whole numbers."""
+def cell_sums(rows: sp.csr_matrix) -> np.ndarray:
+    """(n, 7) float64: sums of cells whose values are taken back by each of INVERSE, then 1 where that gives counts.
+
+    The last three columns are of the logarithms: whether all values below 1,000 are whole numbers, and there are some.
+    """
+    x = np.minimum(rows.data.astype(np.float64), LARGEST_LOG1P_OF_COUNTS)
+    cell = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    table = np.zeros((rows.shape[0], 7))
+    for i, (name, inverse) in enumerate(INVERSE.items()):
+        values = inverse(rows.data.astype(np.float64)) if name == "no log" else inverse(x)
+        table[:, i] = np.bincount(cell, values, rows.shape[0])
+        if name != "no log":
+            small = (values > 0.5) & (values < 1000)
+            uneven = (values <= 0.5) | (small & (np.abs(values - np.rint(values)) > 1e-3))
+            n_small, n_uneven = (np.bincount(cell, flags, rows.shape[0]) for flags in (small, uneven))
+            table[:, 4 + i] = (n_small > 0) & (n_uneven == 0)
+    return table
+
+
+def normalisation_of(sums: np.ndarray) -> Normalisation:
+    """What the `cell_sums` (n, 7) of some cells of a file say of all."""
+    used = sums[np.nan_to_num(sums[:, 0]) > 0]
+    if len(used) < FEWEST_CELLS:
+        return Normalisation()
+    low, middle, high = np.quantile(used[:, :4], (0.05, 0.5, 0.95), axis=0)
+    spread = np.divide(high - low, middle, out=np.full(4, np.inf), where=middle > 0)
+    names = list(INVERSE)
+    best = int(np.argmin(spread))
+    if best and not (spread[best] < EXACT and CLEARLY * (spread[best] + 1e-5) < spread[0]):
+        best = 0
+    whole = used[:, 4:].mean(0) > 0.95
+    is_whole = bool(whole.any()) and spread[best] > ONE_TOTAL / 2
+    if is_whole:
+        best = int(np.argmax(whole))
+    known = spread[best] < ONE_TOTAL and not is_whole
+    quantiles = float(low[best]), float(middle[best]), float(high[best])
+    return Normalisation(names[best], quantiles[1] if known else None, is_whole, quantiles)
+
+
+def differing_scales(
+    logged: Mapping[str, Normalisation], target_sum: float | None, counts: Sequence[str]
+) -> str | None:
+    """Say how files whose cells are used together were normalised; None where that is the same, as far as is known.
+
+    Args:
+        logged: the files that hold no counts, by name.
+        target_sum: what counts are normalised to; None: nothing is compared with them.
+        counts: names of the files of counts.
+    """
+    files = dict(logged)
+    if counts and target_sum is not None:
+        files = {counts[0]: normalised_to(target_sum), **files}
+    known = [name for name, n in files.items() if n.total is not None]
+    first = next(iter(known or files), "")
+    wrong = [name for name, n in files.items() if n.differs_from(files[first])]
+    if not wrong:
+        return None
+    told = [
+        f"{name} is counts, normalised to {_total(float(target_sum or 0))}"
+        if name in counts
+        else f"{name} is {files[name]}"
+        for name in (first, *wrong)
+    ]
+    return "; ".join(told[:3]) + (f"; and {len(told) - 3} more files differ" if len(told) > 3 else "")
+
+
+def _cells_of_one_scale(block: sp.csr_matrix, whole: np.ndarray) -> tuple[int, int, int]:
+    """Cells of a block that can only be counts, that can only be log1p, and those of the former that are all whole.
+
+    `whole` (nnz,) marks whole numbers.
+    """
     starts = block.indptr[:-1][np.diff(block.indptr) > 0]  # cells without values say nothing
     if not len(starts):
-        return 0, 0
+        return 0, 0, 0
     all_whole = np.logical_and.reduceat(whole, starts)
     high = np.maximum.reduceat(block.data, starts)
     total = np.add.reduceat(np.expm1(np.minimum(block.data, LARGEST_LOG1P_OF_COUNTS + 1)), starts)
     linear = (high > LARGEST_LOG1P_OF_COUNTS) | (total > LARGEST_TOTAL_OF_COUNTS)
-    return int((linear | (all_whole & (high > 1))).sum()), int((~all_whole & ~linear).sum())
+    raw = linear | (all_whole & (high > 1))
+    return int(raw.sum()), int((~all_whole & ~linear).sum()), int((raw & all_whole).sum())
 
 
 def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] = ()) -> str:
@@ -92,11 +244,13 @@ def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] =
     if requested not in choices:
         raise InputError(f"--counts {requested!r} is not one of {shown(choices)}.{nearest(requested, choices)}")
     if requested == "log1p":
-        if scan.n_raw_cells:
+        if (found := scan.normalisation).log != "log1p":
+            logger.warning("%s: used as log1p as asked, though it looks like %s.", path, found)
+        elif scan.n_raw_cells:
             logger.warning("%s: used as log1p as asked, though %d cells look like counts.", path, scan.n_raw_cells)
         return "log1p"
-    if scan.n_negative and (requested == "raw" or scan.all_integer):
-        raise InputError(f"{path} has {scan.n_negative} values below zero: these are not counts.{there}")
+    if scan.n_negative:
+        raise InputError(_negative(scan, requested, path, layers))
     if requested == "raw":
         if not scan.all_integer:
             logger.warning("%s: used as counts as asked, though not all values are whole numbers.", path)
@@ -107,17 +261,55 @@ def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] =
         raise InputError(
             f"{path} holds only zeros and ones: counts or log1p? Pass --counts raw or --counts log1p.{there}"
         )
-    if scan.n_raw_cells and scan.n_log1p_cells:
-        raise InputError(
-            f"{path} mixes scales: {scan.n_raw_cells} cells can only be counts, {scan.n_log1p_cells} only log1p. "
-            f"Split the file, or pass --counts raw or --counts log1p if you know that all are the same.{there}"
-        )
-    if scan.n_raw_cells:
-        raise InputError(
-            f"{path} has values that are not whole and too large for log1p (up to {scan.max_value:g}), such as CPM "
-            f"without log. Pass --counts raw to use them as counts.{there}"
-        )
+    if problem := _no_log1p(scan):
+        raise InputError(f"{path} {problem}{there}")
     return "log1p"
+
+
+def _negative(scan: Scan, requested: str, path: Path, layers: Sequence[str]) -> str:
+    """What is wrong with a file that has values below zero, and what to read instead."""
+    raw = " raw/X is there: pass --layer raw." if "raw" in layers else ""
+    there = f" Or choose with --layer: {shown(('X', *layers))}." if layers and layers != ("raw",) else ""
+    if requested == "raw":
+        return f"{path} has {scan.n_negative:,} values below zero: these are not counts.{raw}{there}"
+    if scan.is_scaled:
+        share = scan.n_negative / int(scan.indptr[-1])
+        return (
+            f"{path} is scaled: {share:.0%} of its values are below zero and the mean is {scan.mean:.2g}, as of "
+            f"z-scores (scanpy.pp.scale): neither counts nor log1p.{raw}{there}"
+        )
+    zero = "" if scan.all_integer else " Pass --counts log1p to have them read as 0."
+    return f"{path} has {scan.n_negative:,} values below zero: these are not counts, and not log1p.{raw}{zero}{there}"
+
+
+def _no_log1p(scan: Scan) -> str | None:
+    """Why values that are not all whole are no log1p either, and what to do; None where they can be."""
+    found, as_counts = scan.normalisation, "Pass --counts raw to use them as counts."
+    if found.log == "no log":
+        return f"has values that are not whole and sum to {_total(found.total or 0)} in each cell: no log. {as_counts}"
+    if found.log != "log1p":
+        factor = "numpy.log(2)" if found.log == "log2" else "numpy.log(10)"
+        return (
+            f"holds {found}, not log1p. Convert it with adata.X = adata.X * {factor} and save it, or pass "
+            "--counts log1p to use it as it is."
+        )
+    if scan.n_raw_cells and scan.n_log1p_cells and 2 * scan.n_whole_cells > scan.n_raw_cells:
+        return (
+            f"mixes scales: {scan.n_raw_cells} cells can only be counts, {scan.n_log1p_cells} only log1p. "
+            "Split the file, or pass --counts raw or --counts log1p if you know that all are the same."
+        )
+    if not scan.n_raw_cells:
+        return None
+    too_large = f"has values that are not whole and too large for log1p (up to {scan.max_value:g})"
+    linear = np.nan_to_num(scan.sums[:, list(INVERSE).index("no log")])
+    if (linear > 0).sum() < FEWEST_CELLS:
+        return f"{too_large}, such as CPM without log. {as_counts}"
+    low, middle, high = np.quantile(linear[linear > 0], (0.05, 0.5, 0.95))
+    share = scan.n_fractional / int(scan.indptr[-1])
+    return (
+        f"{too_large}: {share:.0%} are not whole, and cells sum to {_total(low)} to {_total(high)} (median "
+        f"{_total(middle)}), as counts that were corrected for ambient RNA. {as_counts}"
+    )
 
 
 def total_counts(rows: sp.csr_matrix) -> np.ndarray:

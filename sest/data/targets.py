@@ -22,7 +22,16 @@ import scipy.sparse
 from sest import progress
 from sest.cache import Cache, Group
 from sest.cache.disk import flush, write_durably
-from sest.cells.scale import factors_to, log1p_rows, total_counts
+from sest.cells.scale import (
+    SAMPLED_CELLS,
+    Normalisation,
+    cell_sums,
+    differing_scales,
+    factors_to,
+    log1p_rows,
+    normalisation_of,
+    total_counts,
+)
 from sest.data.gather import take_rows
 from sest.errors import InputError, shown
 from sest.machine.ahead import ahead
@@ -31,6 +40,7 @@ from sest.machine.memory import SHARE, available_bytes
 logger = logging.getLogger(__name__)
 
 VALUES_PER_READ = 2**24  # about: 64 chunks of the cache
+PLACES = 4  # of a group, from which its sampled cells are read
 # files of values on disk; the mark says of which cache they are, and is written last
 SCRATCH_MARK, INDICES, DATA, LENGTHS, TOTALS = "targets.json", "indices.bin", "data.bin", "lengths.npy", "totals.npy"
 
@@ -110,6 +120,57 @@ def read_targets(cache: Cache, target_sum: float | str, *, where: str = "auto", 
         factor=factor,
         target_sum=wanted,
         scale=scales.pop() if len(scales) == 1 else "mixed",
+    )
+
+
+def normalisations(cache: Cache) -> dict[str, Normalisation]:
+    """How the log1p values of each group that holds some were made, by the group's path; from a few of its cells."""
+    found = {}
+    for group in cache.groups.values():
+        if group.attributes["scale"] == "counts" or not cache.attributes.get("targets", True):
+            continue
+        n = SAMPLED_CELLS // PLACES
+        starts = sorted({int(at) for at in np.linspace(0, max(group.n_cells - n, 0), PLACES)})
+        rows = [group.targets(at, min(at + n, group.n_cells)) for at in starts]
+        found[group.path] = normalisation_of(np.concatenate([cell_sums(part) for part in rows]))
+    return found
+
+
+def compare_scales(cache: Cache, target_sum: float) -> str | None:
+    """Say how the groups of a cache differ, counts being normalised to `target_sum`; None where they do not."""
+    return differing_scales(normalisations(cache), target_sum, _counted(cache))
+
+
+def _counted(cache: Cache) -> list[str]:
+    """The groups that hold counts."""
+    return [group.path for group in cache.groups.values() if group.attributes["scale"] == "counts"]
+
+
+def refuse_mixed_scales(cache: Cache, target_sum: float, mixed_scales: str) -> None:
+    """Refuse groups that were normalised differently, or only say so.
+
+    Args:
+        target_sum: what counts are to be normalised to.
+        mixed_scales: "refuse" or "allow".
+
+    Raises:
+        InputError: they differ and that is not allowed; it says which target sum would agree, where one does.
+    """
+    found, counts = normalisations(cache), _counted(cache)
+    for path, normalisation in found.items():
+        logger.info(f"{path}: {normalisation}; its values are targets as they are.")
+    differing = differing_scales(found, target_sum, counts)
+    if not differing:
+        return
+    if mixed_scales == "allow":
+        logger.warning(f"Files that were normalised differently are trained on together, as asked: {differing}.")
+        return
+    known = [n.total for n in found.values() if n.total is not None]
+    agree = f"pass --target-sum {known[0]:.0f}, or " if known and not differing_scales(found, known[0], counts) else ""
+    raise InputError(
+        f"The files of the cache were normalised differently: {differing}. "
+        f"{agree[:1].upper() + agree[1:]}{'n' if agree else 'N'}ormalise them alike and embed them again; "
+        "--mixed-scales allow trains on them as they are."
     )
 
 

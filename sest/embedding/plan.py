@@ -17,12 +17,13 @@ from sest.cache import schema
 from sest.cache.layout import GroupPlan
 from sest.cache.storage import Storage, open_group
 from sest.cells.inputs import Cells
+from sest.cells.scale import differing_scales
 from sest.cells.split_file import TRAIN, SplitFile
 from sest.cells.splits import assign_splits
-from sest.config import EmbedConfig
+from sest.config import EmbedConfig, TrainConfig
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import make_encoder
-from sest.encoder.pca import PCA, PcaEncoder, Projection, hash_names
+from sest.encoder.pca import PCA, PCA_TARGET_SUM, PcaEncoder, Projection, hash_names
 from sest.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class EmbedPlan:
 
 def plan_cache(cells: list[Cells], splits: SplitFile | None, config: EmbedConfig) -> EmbedPlan:
     """Load the encoder, decide the width and the sample; everything that can be refused is refused here."""
+    _compare_scales(cells, config)
     encoder = make_encoder(config, cells)
     selected = _selected(cells, config.cells)
     eligible = _eligible(cells, selected, splits, config.seed)
@@ -94,6 +96,7 @@ def plan_addition(
     Args:
         existing: the cache's attributes.
     """
+    _compare_scales(cells, config)
     stored = None
     if existing.get("projection") == "pca":
         if f"{schema.PROJECTION}/{schema.ROOT}" not in storage.sizes():
@@ -113,6 +116,26 @@ def plan_addition(
         logger.info("The new cells are projected with the PCA of the cache, which they had no part in.")
     selected = _selected(cells, config.cells)
     return EmbedPlan(cells, encoder, existing["dim"], stored is not None, _no_sample(cells), selected, attributes)
+
+
+def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:
+    """Refuse, or with --mixed-scales say, files that were normalised differently.
+
+    An SE encoder does not normalise counts, so that there is nothing to compare them with: training compares them, and
+    it is only said.
+    """
+    logged = {c.source.path.name: c.normalisation for c in cells if c.normalisation is not None}
+    counts = [c.source.path.name for c in cells if c.scale == "counts"]
+    differing = differing_scales(logged, PCA_TARGET_SUM if config.encoder == PCA else None, counts)
+    if not differing and (later := differing_scales(logged, float(TrainConfig().target_sum), counts)):
+        logger.warning(f"Training will not take these files together at its usual --target-sum: {later}.")
+    if differing and config.mixed_scales == "allow":
+        logger.warning(f"Files that were normalised differently are embedded together, as asked: {differing}.")
+    elif differing:
+        raise InputError(
+            f"The files were normalised differently: {differing}. Give all of them as counts (often a --layer), or "
+            "normalise them alike; --mixed-scales allow embeds them as they are."
+        )
 
 
 def _pca_of_cache(cells: list[Cells], projection: Projection, storage: Storage, sha256: str) -> PcaEncoder:

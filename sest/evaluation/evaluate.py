@@ -34,7 +34,7 @@ from sest.evaluation.cell_eval_scores import (
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
-from sest.evaluation.sides import Comparison, align, prediction_columns, real_columns, target_sums
+from sest.evaluation.sides import Comparison, align, differing_sides, prediction_columns, real_columns, target_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -109,8 +109,10 @@ def _own_scores(
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, int]]:
     """The table with the own metrics, each predictor's pseudobulks (n_pairs, G), and real controls a cell type."""
     n_types, own_type = len(task.cell_types), task.own_type
-    predicted, n_predicted = task.predicted.pseudobulks(task.n_groups, "predicted cells")
-    real, n_real = task.real.pseudobulks(task.n_groups, "real cells")
+    predicted, n_predicted, p_made = task.predicted.pseudobulks(task.n_groups, n_types, "predicted cells")
+    real, n_real, r_made = task.real.pseudobulks(task.n_groups, n_types, "real cells")
+    if differing := differing_sides(task.predicted.file.path, p_made, task.real.file.path, r_made, record):
+        notes.append(differing)
     without = np.flatnonzero(n_predicted[:n_types] == 0)
     if len(without):
         predicted[without] = real[without]

@@ -25,6 +25,7 @@ class Record:
     target_sum: float | None  # counts a cell, where the run was trained on counts
     baselines: dict[str, np.ndarray]  # name -> (rows, G)
     pairs: dict[str, Any]  # cell_type, perturbation: of those rows
+    is_mixed: bool = False  # the run was trained, as asked, on files that were normalised differently
 
     def baselines_of(self, pairs: list[tuple[str, str]], n_genes: int) -> dict[str, np.ndarray]:
         """The stored baselines in the order of `pairs` (cell type, perturbation), each (n_pairs, G) float64.
@@ -73,6 +74,7 @@ def read_record(path: Path) -> Record | None:
         target_sum=None if is_log1p or target_sum is None else float(target_sum),
         baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in NOT_STORED},
         pairs=told.get("pairs", {}),
+        is_mixed=told.get("scale") == "mixed",
     )
 
 

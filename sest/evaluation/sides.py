@@ -7,6 +7,7 @@ of counts normalised to target_sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,17 @@ import scipy.sparse as sp
 from sest import progress
 from sest.cells.columns import Columns, detect_columns, labels, usual_columns
 from sest.cells.h5ad import CellFile
-from sest.cells.scale import decide_scale, factors_to, log1p_rows, total_counts
+from sest.cells.scale import (
+    SAMPLED_CELLS,
+    Normalisation,
+    cell_sums,
+    decide_scale,
+    factors_to,
+    log1p_rows,
+    normalisation_of,
+    normalised_to,
+    total_counts,
+)
 from sest.errors import InputError, shown
 from sest.evaluation.cell_eval_scores import LabelledCells
 from sest.evaluation.record import Record
@@ -33,30 +44,50 @@ class Side:
     group: np.ndarray  # (N,) index into the groups: controls of each cell type first, then pairs; -1 not used
     genes: np.ndarray  # (G,) columns of the file, in the prediction's order
     target_sum: float | None  # normalise counts to this; None: values are log1p already
+    is_predicted: bool
 
     def log1p_rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Cells [start, stop) as log1p, (stop-start, G) float32. Counts are normalised over all genes of the file."""
-        block = self.file.rows(start, stop)
-        if self.target_sum is not None:
-            block = log1p_rows(block, factors_to(self.target_sum, total_counts(block)))
-        return block[:, self.genes]
+        return self._log1p(self.file.rows(start, stop))
 
-    def pseudobulks(self, n_groups: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean log1p cell of each group (n_groups, G) float64, NaN for an empty one, and cells a group (n_groups,)."""
+    def _log1p(self, rows: sp.csr_matrix) -> sp.csr_matrix:
+        """Rows of the file (n, all genes) as log1p over G genes."""
+        if self.target_sum is not None:
+            rows = log1p_rows(rows, factors_to(self.target_sum, total_counts(rows)))
+        return rows[:, self.genes]
+
+    def pseudobulks(self, n_groups: int, n_types: int, what: str) -> tuple[np.ndarray, np.ndarray, Normalisation]:
+        """Mean log1p cell of each group (n_groups, G) float64, NaN for an empty one, and cells a group (n_groups,).
+
+        The third is how the cells were normalised: as was asked, or what the sums of some controls say, which are the
+        groups below n_types.
+
+        Raises:
+            InputError: a prediction has values below zero.
+        """
         progress.begin(f"Reading {what}", self.file.n_cells, "cells")
-        sums = np.zeros((n_groups, len(self.genes)))
+        sums, sampled, n_sampled = np.zeros((n_groups, len(self.genes))), [np.zeros((0, 7))], 0
         for start in range(0, self.file.n_cells, BLOCK):
             stop = min(start + BLOCK, self.file.n_cells)
             used = np.flatnonzero(self.group[start:stop] >= 0)
             if len(used):
                 group = self.group[start:stop][used]
                 member = sp.csr_matrix((np.ones(len(used)), (group, used)), shape=(n_groups, stop - start))
-                block = (member @ self.log1p_rows(start, stop).astype(np.float64)).tocoo()
+                stored = self.file.rows(start, stop)
+                if self.target_sum is None and n_sampled < SAMPLED_CELLS:
+                    sampled.append(cell_sums(stored[used[group < n_types][: SAMPLED_CELLS - n_sampled]]))
+                    n_sampled += len(sampled[-1])
+                rows = self._log1p(stored)
+                if self.is_predicted and rows.nnz and rows.data.min() < 0:
+                    raise InputError(_effects(self.file.path, int((rows.data < 0).sum())))
+                block = (member @ rows.astype(np.float64)).tocoo()
                 sums[block.row, block.col] += block.data  # a product has each place once
             progress.advance(stop - start)
         n_cells = np.bincount(self.group[self.group >= 0], minlength=n_groups)
         with np.errstate(invalid="ignore"):
-            return sums / n_cells[:, None], n_cells
+            means = sums / n_cells[:, None]
+        asked = self.target_sum
+        return means, n_cells, normalisation_of(np.concatenate(sampled)) if asked is None else normalised_to(asked)
 
     def cells_of(self, names: dict[int, str]) -> LabelledCells:
         """All cells of the groups `names` (n, G), and the name of each one's group."""
@@ -126,8 +157,8 @@ def align(
             f"{r.path} has no cells of {len(absent)} predicted pairs (cell type/perturbation): {names}. "
             "Predict only what can be compared."
         )
-    predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), target_sums[0])
-    real = Side(r, r_group, _gene_columns(r, genes), target_sums[1])
+    predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), target_sums[0], True)
+    real = Side(r, r_group, _gene_columns(r, genes), target_sums[1], False)
     return Comparison(predicted, real, cell_types, pairs, genes)
 
 
@@ -173,7 +204,7 @@ def target_sums(
 
     What is decided for the user is added to `notes`.
     """
-    p_scale = "log1p" if record is not None else _scale(p, "auto", "the prediction")
+    p_scale = "log1p" if record is not None else _scale(p, "auto", "the prediction", is_predicted=True)
     r_scale = _scale(r, counts, "the real cells")
     own = record.target_sum if record is not None else None
     if target_sum is None:
@@ -195,10 +226,41 @@ def target_sums(
     return (target_sum if p_scale == "counts" else None), (target_sum if r_scale == "counts" else None)
 
 
-def _scale(file: CellFile, counts: str, what: str) -> str:
+def _scale(file: CellFile, counts: str, what: str, *, is_predicted: bool = False) -> str:
     """ "counts" or "log1p"; `counts` is auto, raw or log1p."""
     progress.begin(f"Checking {what}", file.n_cells, "cells")
-    return decide_scale(file.scan(progress.advance), counts, file.path, file.layers)
+    scan = file.scan(progress.advance)
+    if is_predicted and scan.n_negative:
+        raise InputError(_effects(file.path, scan.n_negative))
+    return decide_scale(scan, counts, file.path, file.choices)
+
+
+def _effects(path: Path, n: int) -> str:
+    """What is wrong with a prediction that has n values (or more) below zero."""
+    return (
+        f"{path} has {n:,} values below zero: these look like effects (deltas), not cells. Add the mean of the "
+        "controls to them, cut at 0, and evaluate those cells."
+    )
+
+
+def differing_sides(
+    p: Path, predicted: Normalisation, r: Path, real: Normalisation, record: Record | None
+) -> str | None:
+    """Say that prediction and reality were normalised differently; None where they were not, as far as is known."""
+    if record is not None and record.is_mixed:
+        return (
+            f"{p} is of a run that was trained on files that were normalised differently "
+            "(--mixed-scales allow): its mae means nothing."
+        )
+    if record is not None and record.target_sum is not None:
+        predicted = normalised_to(record.target_sum)
+    if not predicted.differs_from(real):
+        return None
+    return (
+        "Prediction and real cells were normalised differently, so that mae means nothing and the other metrics are "
+        f"biased: {p} is {predicted}; {r} is {real}. "
+        "Give the real cells as counts (often a --layer), or normalise them alike."
+    )
 
 
 def _keys(file: CellFile, columns: Columns, only: str) -> pd.MultiIndex:

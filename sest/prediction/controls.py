@@ -5,6 +5,7 @@ Shapes: n control cells of one cell type, E embedding width, G genes of the run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,16 +20,19 @@ from sest import progress
 from sest.cells.columns import usual_columns
 from sest.cells.h5ad import CellFile
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
-from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, total_counts
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
 from sest.cells.split_file import SUFFIXES
 from sest.config import EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
+from sest.data.targets import normalisations
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import make_encoder
 from sest.encoder.hub import with_local_encoder
 from sest.encoder.pca import PCA, PcaEncoder, Projection
 from sest.errors import InputError, nearest, shown
 from sest.runs.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +138,31 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
             raise InputError(
                 f"{path} holds {cells.scale}; the run was trained on {state['scale']}. Choose with --layer."
             )
+        _compare_scales(cells, data, config.mixed_scales)
         tensors = checkpoint.projection()
         projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
         encoder = _encoder(cells, embed_config, made, projection)
         names = encoder.gene_names(cells)
         _need_genes(path, names, data.targets.genes, "the run")
         return _embed(cells, encoder, projection, names, data)
+
+
+def _compare_scales(cells: Cells, data: Dataset, mixed_scales: str) -> None:
+    """Refuse, or with --mixed-scales say, log1p controls that were normalised otherwise than the run's cells."""
+    if cells.normalisation is None:
+        return
+    name, logged = cells.source.path.name, normalisations(data.cache)
+    only_logged = len(logged) == len(data.cache.groups)
+    own = next(iter(logged.values())) if only_logged else normalised_to(data.targets.target_sum)
+    if not cells.normalisation.differs_from(own):
+        return
+    text = f"{name} is {cells.normalisation}, but the run was trained on {own}"
+    if mixed_scales != "allow":
+        raise InputError(
+            f"{text}. Give the cells as they were trained on (often a --layer), or normalise them so; --mixed-scales "
+            "allow takes them as they are."
+        )
+    logger.warning(f"{text}; they are taken as they are, as asked.")
 
 
 def _encoder(cells: Cells, config: EmbedConfig, made: Mapping[str, Any], projection: Projection | None) -> CellEncoder:

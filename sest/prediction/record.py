@@ -15,6 +15,7 @@ from sest.cells.columns import Columns
 from sest.cells.h5ad import CellFile
 from sest.data.dataset import Dataset
 from sest.data.features import ONE_HOT
+from sest.data.targets import compare_scales
 from sest.errors import InputError
 from sest.evaluation.baselines import predict_baselines
 from sest.evaluation.means import training_means
@@ -44,10 +45,13 @@ def is_source(path: Path, cache: Cache) -> bool:
 
 def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns) -> dict[str, Any]:
     """Columns, scale, and where the cells come from."""
-    state, is_log1p = checkpoint.state, data.targets.scale == "log1p"
+    state, scale = checkpoint.state, data.targets.scale
+    is_log1p = scale == "log1p"
+    if scale == "mixed" and compare_scales(data.cache, data.targets.target_sum) is None:
+        scale = "counts"  # the log1p files are of the same total
     return {
         "columns": {key: getattr(columns, key) for key in ("perturbation", "cell_type", "control")},
-        "scale": "log1p" if is_log1p else "counts",
+        "scale": scale,
         **({} if is_log1p else {"target_sum": data.targets.target_sum}),
         "provenance": {
             "sest_version": __version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from contextlib import closing
 from functools import partial
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sest.cache import open_cache
 from sest.cells.split_file import TRAIN
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetSampler
+from sest.data.targets import refuse_mixed_scales
 from sest.errors import InputError, shown
 from sest.head.loss import make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
@@ -125,7 +128,13 @@ def _read_in_turn(
     """Read the data; of several processes the first goes ahead, as it may write the files that the others map."""
 
     def read() -> Dataset:
-        return read_dataset(cache, config, feature_names=feature_names, scratch=scratch)
+        opened, target_sum = open_cache(os.fspath(cache)), config.target_sum
+        if isinstance(target_sum, float):  # known before the values are read
+            refuse_mixed_scales(opened, target_sum, config.mixed_scales)
+        data = read_dataset(opened, config, feature_names=feature_names, scratch=scratch)
+        if not isinstance(target_sum, float):
+            refuse_mixed_scales(opened, data.targets.target_sum, config.mixed_scales)
+        return data
 
     if team.leads:
         data = read()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -62,6 +64,7 @@ def compound_obs(path: Path) -> None:
 def raw_only(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file.move("X", "raw/X")
+        file.copy("var", "raw/var")
 
 
 def layers_only(path: Path) -> None:
@@ -76,7 +79,7 @@ def repeat_an_index(path: Path) -> None:
 
 # what is done to a sound CSR file (53 cells, 31 genes), and what the one line must say
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no X but raw": (raw_only, r"no X.*raw/X"),
+    "no X but raw": (raw_only, r"no X.*raw/X: pass --layer raw"),
     "no X but layers": (layers_only, r"no X\. Pass --layer with one of its layers: counts"),
     "layers no group": (edit(lambda f: replace(f, "layers", np.zeros(3))), "/layers is not a group of layers"),
     "compound obs": (compound_obs, "save it again with a recent anndata"),
@@ -123,6 +126,27 @@ def test_a_file_without_cells_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cells.zarr" / "zarr.json").write_text("{}")
     with pytest.raises(InputError, match=r"Zarr store: convert it with anndata\.read_zarr"):
         CellFile(tmp_path / "cells.zarr")
+
+
+def test_raw_is_read_with_its_own_genes_unless_a_layer_has_its_name(tmp_path: Path) -> None:
+    adata = ad.AnnData(counts(), var=pd.DataFrame(index=[f"G{i}" for i in range(31)]))
+    adata.raw = adata
+    adata = adata[:, :20].copy()
+    adata.X = adata.X - 0.5
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with CellFile(tmp_path / "a.h5ad") as file:
+        assert (file.n_genes, file.layers, file.choices) == (20, (), ("raw",))
+    with CellFile(tmp_path / "a.h5ad", "raw") as file:
+        assert list(file.var.index) == [f"G{i}" for i in range(31)]
+        np.testing.assert_array_equal(file.rows(0, 53).toarray(), counts())
+    adata.layers["raw"] = adata.X * 2
+    adata.write_h5ad(tmp_path / "b.h5ad")
+    with CellFile(tmp_path / "b.h5ad", "raw") as file:
+        assert (file.n_genes, file.choices) == (20, ("raw",))
+    with CellFile(write(tmp_path / "c.h5ad", counts())) as file:
+        assert file.choices == ()
+    with pytest.raises(InputError, match=r"no layer 'raw'\. Layers: X"):
+        CellFile(tmp_path / "c.h5ad", "raw")
 
 
 def test_a_refused_file_is_closed(tmp_path: Path) -> None:

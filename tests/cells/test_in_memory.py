@@ -47,6 +47,16 @@ def test_the_file_has_what_is_read_of_the_cells_and_goes_afterwards(layer: str |
     assert adata.obs["gene"].dtype == before.obs["gene"].dtype and set(adata.layers) == {"umi", "other"}
 
 
+def test_raw_is_written_where_it_is_read() -> None:
+    adata = cells()
+    adata.raw = adata
+    adata = adata[:, :2].copy()
+    with file_of(adata, "real", "raw") as path, CellFile(path, "raw") as file:
+        np.testing.assert_array_equal(file.rows(0, 6).toarray(), cells().X.toarray())
+    with file_of(adata, "real", None) as path, CellFile(path) as file:
+        assert file.choices == ()
+
+
 def test_views_and_backed_cells_are_written_too(tmp_path: Path) -> None:
     cells().write_h5ad(tmp_path / "x.h5ad")
     for some, n in ((cells()[::2], 3), (ad.read_h5ad(tmp_path / "x.h5ad", backed="r"), 6)):

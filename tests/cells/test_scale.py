@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,26 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sest.cells.matrix
 from helpers.damaged_h5ad import FORMS, counts, write
 from sest.cells.h5ad import CellFile
-from sest.cells.scale import Scan, decide_scale, factors_to, log1p_rows, total_counts
+from sest.cells.scale import (
+    SAMPLED_CELLS,
+    Normalisation,
+    Scan,
+    cell_sums,
+    decide_scale,
+    differing_scales,
+    factors_to,
+    log1p_rows,
+    normalisation_of,
+    normalised_to,
+    scan_blocks,
+    total_counts,
+)
 from sest.errors import InputError
 
 # --- scan
@@ -165,6 +182,200 @@ def test_a_requested_scale_is_used_and_a_contradiction_is_said(
         decide_scale(scan_of([[-0.5, -1, 2]], tmp_path), "raw", tmp_path)
     with pytest.raises(InputError, match=r"'row' is not one of auto, raw, log1p\..*'raw'"):
         decide_scale(scan_of(WHOLE, tmp_path), "row", tmp_path)
+
+
+# --- how log1p values were made
+
+LOGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "log1p": np.log1p,
+    "log2": lambda x: np.log2(1 + x),
+    "log10": lambda x: np.log10(1 + x),
+}
+
+
+def drawn(seed: int, n: int = 40, genes: int = 60) -> np.ndarray:
+    """Counts (n, genes) of cells of several depths and programmes; the second is empty."""
+    rng = np.random.default_rng(seed)
+    rate = rng.gamma(0.5, 2, (3, genes))[rng.integers(3, size=n)] * rng.uniform(0.3, 3, (n, 1))
+    values = rng.poisson(rate).astype(np.float64)
+    values[1] = 0
+    return values
+
+
+def normalised(values: np.ndarray, total: float) -> np.ndarray:
+    sums = values.sum(1, keepdims=True)
+    return np.divide(values * total, sums, out=np.zeros_like(values), where=sums > 0)
+
+
+def scanned(values: np.ndarray, blocks: int = 1) -> Scan:
+    """The scan of a file with these values, in so many blocks."""
+    parts = [sp.csr_matrix(part.astype(np.float32)) for part in np.array_split(values, blocks)]
+    return scan_blocks(parts, len(values), [f"g{i}" for i in range(values.shape[1])])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.floats(1, 6.3), st.sampled_from(list(LOGS)), st.integers(1, 5))
+def test_the_log_and_the_total_are_found_whatever_they_are(seed: int, power: float, log: str, blocks: int) -> None:
+    total = 10**power
+    scan = scanned(LOGS[log](normalised(drawn(seed), total)), blocks)
+    found = scan.normalisation
+    assert (found.log, found.is_whole) == (log, False)
+    assert found.total == pytest.approx(total, rel=1e-3)  # float32 values
+    if log == "log1p":
+        assert decide_scale(scan, "auto", Path("x")) == "log1p"
+    else:
+        with pytest.raises(
+            InputError, match=rf"holds {log} of .*normalised to .* \* numpy\.log\({log[3:]}\) .*--counts"
+        ):
+            decide_scale(scan, "auto", Path("x"))
+        assert decide_scale(scan, "log1p", Path("x")) == "log1p"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0.05, 200))
+def test_counts_are_never_log1p_and_log1p_never_counts(seed: int, depth: float) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.poisson(rng.gamma(0.5, 2 * depth, (30, 50))).astype(np.float64)
+    values[0, :2] = 2, 1
+    assert decide_scale(scanned(values), "auto", Path("x")) == "counts"
+    logged = scanned(np.log1p(values))
+    assert decide_scale(logged, "auto", Path("x")) == "log1p"
+    assert logged.normalisation.is_whole
+    assert logged.normalisation.differs_from(normalised_to(1e4))
+
+
+@pytest.mark.parametrize(
+    ("n", "most"), [(9, 0), (SAMPLED_CELLS, SAMPLED_CELLS), (3 * SAMPLED_CELLS + 1, SAMPLED_CELLS)]
+)
+def test_the_sums_of_a_bounded_number_of_cells_over_the_whole_file_are_kept(n: int, most: int) -> None:
+    values = np.log1p(normalised(drawn(0, n), 1e4))
+    for blocks in (1, 4):
+        scan = scanned(values, blocks)
+        assert len(scan.sums) <= SAMPLED_CELLS
+        at = np.arange(0, n, -(-n // SAMPLED_CELLS))
+        np.testing.assert_array_equal(scan.sums, cell_sums(sp.csr_matrix(values[at].astype(np.float32))))
+    assert (scan.normalisation.total is not None) == (most > 0)  # 9 cells, 8 of them with values, tell nothing
+
+
+def test_sums_of_a_cell_are_those_computed_by_hand() -> None:
+    x = np.log1p(np.array([[3.0, 1.0, 0], [0.5, 2.0, 0], [0, 0, 0]]))
+    got = cell_sums(sp.csr_matrix(x))
+    np.testing.assert_allclose(got[:, 0], [4, 2.5, 0], rtol=1e-12)
+    np.testing.assert_allclose(got[:, 1], [(2 ** x[0] - 1).sum(), (2 ** x[1] - 1).sum(), 0], rtol=1e-12)
+    np.testing.assert_allclose(got[:, 2], [(10 ** x[0] - 1).sum(), (10 ** x[1] - 1).sum(), 0], rtol=1e-12)
+    np.testing.assert_allclose(got[:, 3], x.sum(1), rtol=1e-12)
+    assert got[:, 4].tolist() == [1, 0, 0]  # 3 and 1 are whole, 0.5 is not, an empty cell says nothing
+
+
+def test_what_is_known_of_the_normalisation_is_said_in_words() -> None:
+    depths = np.log1p(drawn(3))
+    some = np.log1p(normalised(drawn(3), 1e4)[:, :30])  # a selection of genes
+    for values, words in (
+        (np.log1p(normalised(drawn(3), 1e4)), r"log1p of counts normalised to 10,000"),
+        (np.log1p(normalised(drawn(3), 1e6)), r"log1p of CPM, counts normalised to 1,000,000"),
+        (np.log2(1 + normalised(drawn(3), 1e6)), r"log2 of CPM, counts normalised to 1,000,000"),
+        (depths, r"log1p of counts that were not normalised"),
+        (some, r"log1p of values whose sums differ from cell to cell \(.* to .*, median .*\)"),
+        (some[:5], r"log1p"),
+    ):
+        assert re.fullmatch(words, str(scanned(values).normalisation))
+
+
+def test_normalisations_differ_only_where_that_is_certain() -> None:
+    selection, unknown = Normalisation(sums=(4e3, 6e3, 8e3)), Normalisation()
+    ten, same, cpm = normalised_to(1e4), normalised_to(1.04e4), normalised_to(1e6)
+    raw, log2 = Normalisation(is_whole=True, sums=(1e3, 2e3, 9e3)), Normalisation("log2", 1e4, sums=(1e4, 1e4, 1e4))
+    for one, other, differ in (
+        (ten, same, False),
+        (ten, normalised_to(1.06e4), True),
+        (ten, cpm, True),
+        (ten, selection, False),
+        (normalised_to(5e3), selection, True),  # most cells have more than the total
+        (selection, selection, False),
+        (raw, ten, True),
+        (raw, raw, False),
+        (log2, ten, True),
+        (log2, log2, False),
+        (unknown, cpm, False),
+        (unknown, log2, False),
+    ):
+        assert one.differs_from(other) == other.differs_from(one) == differ
+
+
+def test_files_used_together_are_compared_with_each_other_and_with_what_counts_become() -> None:
+    ten, cpm = normalised_to(1e4), normalised_to(1e6)
+    assert differing_scales({}, 1e4, ["a"]) is None
+    assert differing_scales({"b": cpm}, 1e4, []) is None  # alone: nothing to agree with
+    assert differing_scales({"b": ten}, 1e4, ["a"]) is None
+    assert differing_scales({"b": cpm}, None, ["a"]) is None  # counts are not normalised there
+    text = "a is counts, normalised to 10,000; b is log1p of CPM, counts normalised to 1,000,000"
+    assert differing_scales({"b": cpm, "c": ten}, 1e4, ["a"]) == text
+    text = "b is log1p of CPM, counts normalised to 1,000,000; c is log1p of counts normalised to 10,000"
+    assert differing_scales({"u": Normalisation(), "b": cpm, "c": ten}, None, []) == text
+    many = differing_scales({"b": ten, **{f"c{i}": cpm for i in range(5)}}, None, [])
+    assert many is not None and many.endswith("; and 3 more files differ")
+
+
+def test_an_even_mixture_of_totals_is_no_total() -> None:
+    values = normalised(drawn(0), 1e4)
+    values[::2] *= 100
+    assert normalisation_of(scanned(np.log1p(values)).sums).total is None
+
+
+# --- scales that are neither
+
+
+def test_scaled_values_are_called_scaled_and_raw_is_named() -> None:
+    x = np.log1p(normalised(drawn(1), 1e4))
+    scan = scanned(((x - x.mean(0)) / np.maximum(x.std(0), 1e-9)).clip(None, 10))
+    assert scan.is_scaled and scan.mean == pytest.approx(0, abs=0.05)
+    with pytest.raises(InputError, match=r"x is scaled: \d\d% of its values are below zero .*layer: X, counts\.$"):
+        decide_scale(scan, "auto", Path("x"), ("counts",))
+    with pytest.raises(InputError, match=r"x is scaled: .*raw/X is there: pass --layer raw\.$"):
+        decide_scale(scan, "auto", Path("x"), ("raw",))
+    assert decide_scale(scan, "log1p", Path("x")) == "log1p"  # as asked
+
+
+def test_counts_corrected_for_ambient_rna_are_called_so_and_the_option_is_named() -> None:
+    rng = np.random.default_rng(0)
+    values = drawn(2) * 20
+    values -= rng.uniform(0, 1, values.shape) * (values > 0) * (rng.random(values.shape) < 0.4)
+    with pytest.raises(
+        InputError, match=r"(39|40|41)% are not whole, and cells sum to .* ambient RNA\. Pass --counts raw"
+    ):
+        decide_scale(scanned(values), "auto", Path("x"))
+    assert decide_scale(scanned(values), "raw", Path("x")) == "counts"
+
+
+@pytest.mark.parametrize("total", [1, 1e4, 1e6])
+def test_values_normalised_without_log_are_no_log1p(total: float) -> None:
+    with pytest.raises(InputError, match=rf"sum to {total:,.0f} in each cell: no log\. Pass --counts raw"):
+        decide_scale(scanned(normalised(drawn(2), total)), "auto", Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "words"),
+    [
+        ("labels_scales_genes/06-scaled-raw/s02_scaled_raw.h5ad", None, "is scaled.*--layer raw"),
+        ("files/scaled_with_raw.h5ad", None, "is scaled.*--layer raw"),
+        ("labels_scales_genes/06-scaled-raw/s02_scaled_raw.h5ad", "raw", "log1p of counts normalised to 10,000"),
+        ("files/scaled_with_raw.h5ad", "raw", "log1p of values whose sums differ"),
+        ("labels_scales_genes/08-log1p-scales/s11_1e6.h5ad", None, "log1p of CPM, counts normalised to 1,000,000"),
+        ("labels_scales_genes/10-delta-prediction/e_delta.h5ad", None, "2,097 values below zero"),
+    ],
+)
+def test_the_cases_are_what_they_are(shared_data: Path, case: str, layer: str | None, words: str) -> None:
+    path = shared_data.parent / "cases" / case
+    if not path.exists():
+        pytest.skip("the cases are not here")
+    with CellFile(path, layer) as file:
+        scan = file.scan()
+        if layer == "raw" or "1e6" in case:
+            assert decide_scale(scan, "auto", path, file.choices) == "log1p"
+            assert re.match(words, str(scan.normalisation))
+        else:
+            with pytest.raises(InputError, match=words):
+                decide_scale(scan, "auto", path, file.choices)
 
 
 # --- counts as log1p values

@@ -15,7 +15,14 @@ import sest.data.targets
 from helpers.caches import GENES, CellGroup, small_screen, write_cache
 from helpers.notes import Notes
 from sest.cache import Cache, open_cache
-from sest.data.targets import SCRATCH_MARK, read_targets, remove_scratch
+from sest.data.targets import (
+    SCRATCH_MARK,
+    compare_scales,
+    normalisations,
+    read_targets,
+    refuse_mixed_scales,
+    remove_scratch,
+)
 from sest.errors import InputError
 from sest.machine.memory import available_bytes
 from sest.progress import reporting
@@ -91,6 +98,41 @@ def test_an_unusable_target_sum_is_refused(three_files: Opened, asked: float | s
 def test_the_median_of_a_log1p_file_is_the_default(tmp_path: Path) -> None:
     targets = read_targets(opened(tmp_path, small_screen("a", scale="log1p")), "median")
     assert targets.scale == "log1p" and targets.target_sum == 10_000.0
+
+
+@pytest.mark.parametrize("n_cells", [30, 500])
+def test_the_normalisation_of_log1p_groups_is_found_in_the_cache(tmp_path: Path, n_cells: int) -> None:
+    logged = small_screen("b", scale="log1p", n_controls=n_cells)
+    found = normalisations(opened(tmp_path, small_screen("a"), logged))
+    assert list(found) == ["b"] and found["b"].total == pytest.approx(1e4, rel=1e-4)
+
+
+def test_groups_that_were_normalised_differently_are_refused_unless_that_is_asked_for(tmp_path: Path) -> None:
+    """The log1p files are of 10,000 counts."""
+    cache = opened(tmp_path / "one", small_screen("a"), small_screen("b", scale="log1p"))
+    notes = Notes()
+    with reporting(notes):
+        refuse_mixed_scales(cache, 1e4, "refuse")
+    assert notes.notes == ["b: log1p of counts normalised to 10,000; its values are targets as they are."]
+    assert compare_scales(cache, 1e4) is None and compare_scales(cache, 1e6) is not None
+    words = (
+        r"a is counts, normalised to 1,000,000; b is .* to 10,000\. Pass --target-sum 10000, or normalise them alike"
+    )
+    with pytest.raises(InputError, match=words) as caught:
+        refuse_mixed_scales(cache, 1e6, "refuse")
+    assert "\n" not in str(caught.value)
+    with reporting(notes := Notes()):
+        refuse_mixed_scales(cache, 1e6, "allow")
+    assert "trained on together, as asked: a is counts, normalised to 1,000,000" in notes.notes[-1]
+    other = small_screen("c", scale="log1p")
+    other.matrix.data[:] = np.log1p(100 * np.expm1(other.matrix.data))
+    cache = opened(tmp_path / "two", small_screen("a"), small_screen("b", scale="log1p"), other)
+    for total in (1e4, 1e6):  # no target sum agrees with both
+        with pytest.raises(
+            InputError, match=r"normalised differently: .*\. Normalise them alike.*--mixed-scales allow"
+        ):
+            refuse_mixed_scales(cache, total, "refuse")
+    refuse_mixed_scales(opened(tmp_path / "three", other), 1e4, "refuse")  # alone it agrees with itself
 
 
 def test_files_without_a_gene_in_common_are_refused(tmp_path: Path) -> None:

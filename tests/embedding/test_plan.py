@@ -85,6 +85,29 @@ def test_a_width_that_cannot_be_is_refused_and_nothing_is_written(
 # --- the sample
 
 
+def test_files_that_were_normalised_differently_are_embedded_only_if_that_is_asked_for(
+    cells: Path, se: Path, tmp_path: Path
+) -> None:
+    dense = counts(N, seed=1).astype(np.float64)
+    paths = {}
+    for total in (1e4, 1e6):
+        values = np.log1p(dense / np.maximum(dense.sum(1, keepdims=True), 1) * total).astype(np.float32)
+        paths[total] = write_cells(tmp_path / f"log{total:.0f}.h5ad", values)
+    planned([cells, paths[1e4]], tmp_path / "c.zarr", "pca")
+    for inputs, encoder, words in (
+        ([cells, paths[1e6]], "pca", "a.h5ad is counts, normalised to 10,000; log1000000.h5ad is log1p of CPM"),
+        ([paths[1e6], paths[1e4]], se, "log1000000.h5ad is log1p of CPM.*; log10000.h5ad is .*to 10,000"),
+    ):
+        with pytest.raises(InputError, match=words + r".*--mixed-scales allow"):
+            planned(inputs, tmp_path / "c.zarr", encoder)
+        with reporting(notes := Notes()):
+            planned(inputs, tmp_path / "c.zarr", encoder, mixed_scales="allow")
+        assert any("are embedded together, as asked" in note for note in notes.notes)
+    with reporting(notes := Notes()):
+        planned([cells, paths[1e6]], tmp_path / "c.zarr", se)  # SE does not normalise counts; training compares
+    assert any("Training will not take these files together" in note for note in notes.notes)
+
+
 def test_the_sample_is_drawn_over_all_files_sorted_and_by_the_seed(
     tmp_path: Path, se: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

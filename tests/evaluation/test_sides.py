@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 import sest.evaluation.sides
-from helpers.two_files import Written, log1p, sest_uns, write_two_files
+from helpers.two_files import Written, log1p, sest_uns, unchanged, write_two_files
 from sest.config import EvaluateConfig
 from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
@@ -44,6 +45,51 @@ def test_log1p_real_cells_are_used_as_they_are_and_that_is_said(written: Callabl
     pd.testing.assert_frame_equal(from_log1p.table, from_counts.table, rtol=1e-5, atol=1e-6)
     assert any("log1p values: they are used as they are" in note for note in from_log1p.notes)
     assert from_log1p.provenance["real_counts_normalised_to"] is None
+
+
+def test_sides_that_were_normalised_differently_are_said(written: Callable[..., Written]) -> None:
+    def to_cpm(real: ad.AnnData) -> ad.AnnData:
+        real.X = sp.csr_matrix(log1p(real.X.toarray(), 1e6).astype(np.float32))
+        return real
+
+    def foreign(predicted: ad.AnnData) -> ad.AnnData:
+        del predicted.uns["sest"]
+        return predicted
+
+    words = "predicted.h5ad is log1p of counts normalised to 1,000; .*real.h5ad is log1p of CPM"
+    for change in (unchanged, foreign):
+        notes = evaluate(*written(change_real=to_cpm, change_predicted=change), EvaluateConfig(cell_eval=False)).notes
+        assert any(re.search("mae means nothing.*" + words, note) for note in notes)
+    assert not any("mae" in note for note in evaluate(*written(), EvaluateConfig(cell_eval=False)).notes)
+    mixed = evaluate(*written(uns=sest_uns(scale="mixed")), EvaluateConfig(cell_eval=False)).notes
+    assert any("--mixed-scales allow): its mae means nothing" in note for note in mixed)
+
+
+def test_a_prediction_of_effects_is_refused(written: Callable[..., Written]) -> None:
+    def effects(predicted: ad.AnnData) -> ad.AnnData:
+        predicted.X = predicted.X.toarray() - predicted.X.toarray().mean(0)
+        return predicted
+
+    def foreign(predicted: ad.AnnData) -> ad.AnnData:
+        del predicted.uns["sest"]
+        return effects(predicted)
+
+    for change in (effects, foreign):
+        with pytest.raises(InputError, match=r"predicted.h5ad has .* look like effects .*Add the mean of the controls"):
+            evaluate(*written(change_predicted=change), EvaluateConfig(cell_eval=False))
+
+
+def test_scaled_real_cells_are_refused_and_their_raw_is_read_when_asked(written: Callable[..., Written]) -> None:
+    def scaled(real: ad.AnnData) -> ad.AnnData:
+        real.raw = real
+        x = np.log1p(real.X.toarray())
+        real.X = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
+        return real[:, ::-1].copy()
+
+    with pytest.raises(InputError, match=r"real.h5ad is scaled: .*raw/X is there: pass --layer raw"):
+        evaluate(*written(change_real=scaled), EvaluateConfig(cell_eval=False))
+    from_raw = evaluate(*written(change_real=scaled), EvaluateConfig(cell_eval=False, layer="raw")).table
+    pd.testing.assert_frame_equal(from_raw, evaluate(*written(), EvaluateConfig(cell_eval=False)).table)
 
 
 def test_a_layer_of_the_real_file_is_read_when_asked(written: Callable[..., Written]) -> None:

@@ -102,6 +102,24 @@ def test_new_cells_that_do_not_fit_the_run_are_refused(
     assert "say what to predict" in refusal(controls=str(demo.cells))
 
 
+def test_new_log1p_cells_of_another_total_are_refused_unless_that_is_asked_for(
+    real: ad.AnnData, tmp_path: Path
+) -> None:
+    cells, paths = real.copy(), {}
+    for total in (1e4, 1e6):
+        dense = real.X.toarray().astype(np.float64)
+        cells.X = sp.csr_matrix(np.log1p(dense / dense.sum(1, keepdims=True) * total).astype(np.float32))
+        paths[total] = tmp_path / f"cells{total:g}.h5ad"
+        cells.write_h5ad(paths[total])
+    embed([paths[1e4]], tmp_path / "c.zarr", EmbedConfig(encoder="pca", dim=8, device="cpu"))
+    train(tmp_path / "c.zarr", tmp_path / "run", TrainConfig(**SMALL))
+    assert_same_cells(*controls_of(tmp_path / "run", controls=str(paths[1e4])))
+    with pytest.raises(InputError, match=r"is log1p of CPM.*the run was trained on .*10,000\. .*--mixed-scales allow"):
+        controls_of(tmp_path / "run", controls=str(paths[1e6]))
+    stored, new = controls_of(tmp_path / "run", controls=str(paths[1e6]), mixed_scales="allow")
+    assert new["alpha"].expression.max() > stored["alpha"].expression.max()
+
+
 def test_new_cells_are_normalised_by_all_counts_of_their_file_and_not_by_those_of_the_runs_genes(
     demo: Demo, real: ad.AnnData, tmp_path: Path
 ) -> None:

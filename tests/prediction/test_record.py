@@ -1,4 +1,4 @@
-"""The baselines that a prediction stores for its evaluation."""
+"""What a prediction stores for its evaluation: the baselines, and the scale it is in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from conftest import Demo
 
-from helpers.demo_cells import CONTROL, Predict, rows_of
+from helpers.demo_cells import CONTROL, SMALL, Predict, rows_of
+from sest.config import EmbedConfig, PredictConfig, TrainConfig
+from sest.embedding.embed import embed
+from sest.prediction.predict import predict_cells
+from sest.training.train import train
 
 
 def effects(
@@ -81,3 +86,19 @@ def test_another_seed_writes_other_controls_for_a_template_and_baselines_around_
             of_type = controls[controls.obs["cell_type"] == cell_type].X
             np.testing.assert_allclose(mean, np.asarray(of_type.mean(0)).ravel(), atol=1e-5)  # float32
     assert written[0].shape == written[1].shape and (written[0] != written[1]).any()
+
+
+@pytest.mark.parametrize(("total", "scale"), [(1e4, "counts"), (1e6, "mixed")])
+def test_a_run_on_counts_and_log1p_says_mixed_unless_their_totals_agree(
+    real: ad.AnnData, names: list[str], tmp_path: Path, total: float, scale: str
+) -> None:
+    real.write_h5ad(tmp_path / "a.h5ad")
+    logged, counts = real.copy(), real.X.toarray().astype(np.float64)
+    logged.X = sp.csr_matrix(np.log1p(counts / counts.sum(1, keepdims=True) * total).astype(np.float32))
+    logged.write_h5ad(tmp_path / "b.h5ad")
+    allowed = "allow" if scale == "mixed" else "refuse"
+    config = EmbedConfig(encoder="pca", dim=8, device="cpu", mixed_scales=allowed)
+    embed([tmp_path / "a.h5ad", tmp_path / "b.h5ad"], tmp_path / "c.zarr", config)
+    train(tmp_path / "c.zarr", tmp_path / "run", TrainConfig(**SMALL, mixed_scales=allowed))
+    asked = PredictConfig(only=names[0], cell_type="alpha", n_cells=4, device="cpu")
+    assert predict_cells(str(tmp_path / "run"), config=asked).uns["sest"]["scale"] == scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,7 @@ from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.notes import Notes
 from helpers.runs import files, signal_after
+from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
 from sest.training.train import train
@@ -28,6 +30,20 @@ def test_cells_without_a_control_in_their_batch_are_counted_aloud(tmp_path: Path
     with reporting(notes):
         train(cache, tmp_path / "other", small_config(max_steps=1))
     assert not any("in their batch" in text for text in notes.notes)
+
+
+@pytest.mark.parametrize("target_sum", [1e6, "median"])
+def test_files_that_were_normalised_differently_are_trained_on_only_if_that_is_asked_for(
+    tmp_path: Path, target_sum: float | str
+) -> None:
+    cache = write_cache(tmp_path / "s.zarr", [small_screen("a"), small_screen("b", scale="log1p", seed=1)])
+    config = small_config(max_steps=1, target_sum=target_sum)
+    with pytest.raises(InputError, match=r"normalised differently: .*Pass --target-sum 10000, or .*--mixed-scales"):
+        train(cache, tmp_path / "run", config)
+    train(cache, tmp_path / "run", dataclasses.replace(config, mixed_scales="allow"))
+    with pytest.raises(InputError, match="normalised differently"):
+        train(cache, tmp_path / "run", dataclasses.replace(config, max_steps=2), resume="auto")
+    train(cache, tmp_path / "other", small_config(max_steps=1))
 
 
 def test_a_cell_type_the_head_never_sees_is_named_unless_its_controls_are_learned(cache: Path, tmp_path: Path) -> None:
