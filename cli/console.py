@@ -64,6 +64,11 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     out.print(drawn)
 
 
+def figure(value: float, decimals: int = 4) -> str:
+    """A score; "-" where it is none."""
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "-"
+
+
 def duration(seconds: float) -> str:
     """Seconds as "45 s", "12 min" or "3 h 05 min"."""
     if not math.isfinite(seconds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +53,7 @@ def show_summary(summary: dict[str, dict[str, float]], title: str) -> None:
     predictors = list(dict.fromkeys(name for scores in summary.values() for name in scores))
     columns = ["metric", *(name.replace("_", " ") for name in predictors)]
     rows = [
-        [metric, *(f"{scores[name]:.4f}" if name in scores else "-" for name in predictors)]
+        [metric, *(console.figure(scores.get(name, math.nan)) for name in predictors)]
         for metric, scores in summary.items()
     ]
     console.table(title, columns, rows)

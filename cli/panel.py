@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sest.cli.console import duration
-from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, curves_of
+from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, NOT_LEARNED, curves_of
 from sest.runs.diagnose import GOOD, WARNING, Finding, diagnose
 
 WIDTH, SPARKS = 80, 24
@@ -133,6 +133,8 @@ class TrainingPanel:
             return _row("baselines", "")
         beaten = validation["val_loss"] < min(figures.values())
         text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        if NOT_LEARNED in validation:
+            return _row("baselines", "no measure", text)
         row = _row("baselines", "beaten" if beaten else "not beaten", text)
         row.stylize("green" if beaten else "yellow", 10, 20)
         return row
@@ -170,7 +172,10 @@ def _metrics(validation: dict[str, Any]) -> Text:
     parts = []
     for name in ("pearson_delta", "mae", "pds"):
         value, other = validation.get(name), validation.get(f"{name}_perturbation_mean")
-        if value is None:
+        if name not in validation:
+            continue
+        if value is None or not math.isfinite(value):
+            parts.append(f"{name} -")
             continue
         sign = "" if other is None else (">" if value > other else "<" if value < other else "=") + f" {other:.3f}"
         parts.append(f"{name} {value:.3f} {sign}".strip())
@@ -179,6 +184,7 @@ def _metrics(validation: dict[str, Any]) -> Text:
         name
         for name in ("pearson_delta", "mae", "pds")
         if None not in (validation.get(name), validation.get(f"{name}_perturbation_mean"))
+        and math.isfinite(validation[name])
         and (validation[name] > validation[f"{name}_perturbation_mean"]) == (name in HIGHER_IS_BETTER)
     ]
     for name in better:

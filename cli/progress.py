@@ -148,7 +148,7 @@ class ConsoleProgress:
             self.note(
                 f"step {line['step']:,}: val_loss {line['val_loss']:.4f} ({better} the perturbation mean, "
                 f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
-                f"pds {line['pds']:.3f}"
+                f"pds {console.figure(line['pds'], 3)}"
             )
             for finding in self._panel.warnings():
                 if finding.name not in self._said and line["step"] < self._total:

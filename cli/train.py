@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from sest.training.train import TrainResult
 
 GROUPS = {
-    "What is learned from": "perturbations splits missing_perturbations val_fraction target_sum mixed_scales "
+    "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
+    "mixed_scales "
     "match_controls control_targets",
     "How long, how fast it learns": "max_steps lr weight_decay clip batch_size set_size accumulate loss",
     "The head": "hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
@@ -113,7 +114,7 @@ def show_findings(title: str, findings: list[Finding]) -> None:
 def validation_rows(metrics: dict[str, float]) -> list[list[str]]:
     """The metrics of a validation beside its baselines, as table rows."""
     return [
-        [name, *(f"{metrics[key]:.4f}" for key in (name, f"{name}_perturbation_mean", f"{name}_controls"))]
+        [name, *(console.figure(metrics[key]) for key in (name, f"{name}_perturbation_mean", f"{name}_controls"))]
         for name in ("val_loss", "pearson_delta", "mae", "pds")
     ]
 

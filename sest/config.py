@@ -139,9 +139,12 @@ def _plain(value: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A training's values as an earlier sest wrote them, with today's names, and numbers that it kept as text."""
+    """A training's values as an earlier sest wrote them, with today's names, and numbers that it kept as text.
+
+    Before there was `val_contexts`, perturbations were held out in all contexts.
+    """
     kinds, renamed = TrainConfig.kinds(), RENAMED["TrainConfig"]
-    now = {renamed.get(key, key): value for key, value in values.items()}
+    now = {"val_contexts": "all"} | {renamed.get(key, key): value for key, value in values.items()}
     return {key: _plain(value, kinds[key]) if key in kinds else value for key, value in now.items()}
 
 
@@ -220,6 +223,12 @@ class TrainConfig(Config):
     )
     val_fraction: float = option(
         0.05, "share of training perturbations held out where no val split is given", least=0.0
+    )
+    val_contexts: str = option(
+        "auto",
+        "where those are held out: all contexts, or one each, so that the others train them; auto: one for one-hot "
+        "features, which cannot predict what did not train, else all",
+        choices=("auto", "one", "all"),
     )
     max_steps: int = option(40_000, "optimizer steps in all, a resumed run's earlier ones included", least=1)
     batch_size: int = option(

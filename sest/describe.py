@@ -53,7 +53,7 @@ def describe(
         facts, damaged = _cache(storage_at(path), verify)
         if splits is not None:
             usual = TrainConfig()
-            facts |= _splits(path, splits, usual.seed, usual.val_fraction)
+            facts |= _splits(path, usual, splits)
         return facts, damaged
     if splits is not None:
         raise InputError(f"--splits counts the cells of a cache, and {path} is none. Pass the cache's path.")
@@ -92,13 +92,15 @@ def _cache(storage: Storage, verify: bool) -> tuple[Facts, list[str]]:
     return facts, damaged
 
 
-def _splits(cache: str | Path, splits: str | os.PathLike[str] | None, seed: int, val_fraction: float) -> Facts:
-    """What training would read: cells of a cache by dataset, cell type and split."""
+def _splits(cache: str | Path, config: TrainConfig, splits: str | os.PathLike[str] | None) -> Facts:
+    """What training with `config`, but these splits, would read: cells of a cache by dataset, cell type and split."""
+    from sest.data.dataset import holds_out_in_one_context
     from sest.data.labels import read_labels
 
     _, groups = read_labels(open_cache(cache))
     file = read_splits(Path(splits), resolve_files=False) if splits else None
-    divided = assign_splits(groups, file, seed=seed, val_fraction=val_fraction)
+    one = holds_out_in_one_context(config.val_contexts, config.perturbations)
+    divided = assign_splits(groups, file, seed=config.seed, val_fraction=config.val_fraction, one_context=one)
     return {
         "splits": [dataclasses.asdict(row) for row in split_table(groups, divided)],
         "split_notes": list(divided.notes),
@@ -180,7 +182,7 @@ def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     facts["metrics"] = next((line for line in reversed(read_lines(metrics)) if "val_loss" in line), None)
     try:
         used = TrainConfig.from_values(config, str(path))
-        facts |= _splits(provenance["cache"], used.splits, used.seed, used.val_fraction)
+        facts |= _splits(provenance["cache"], used, used.splits)
     except (KeyError, Error) as error:  # the cache is elsewhere by now
         facts["split_notes"] = [f"No table of its cells: {error}"]
     return facts

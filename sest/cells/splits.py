@@ -100,13 +100,19 @@ class _Table:
 
 
 def assign_splits(
-    groups: Sequence[GroupCells], file: SplitFile | None, *, seed: int, val_fraction: float = 0.05
+    groups: Sequence[GroupCells],
+    file: SplitFile | None,
+    *,
+    seed: int,
+    val_fraction: float = 0.05,
+    one_context: bool = False,
 ) -> Splits:
     """Give every cell of the cache its split; without a file every dataset is training.
 
     Where no perturbed cell is in val, `max(1, round(val_fraction * N))` of the N training perturbations, drawn by
-    name from `seed`, move to val in every context. The order of `groups` changes nothing. Training cells of a
-    context that has no controls in its group cannot be paired with any: they are left unused, with a note.
+    name from `seed`, move to val in every context; with `one_context` those drawn have several training contexts, and
+    move in one of these each, if any has. The order of `groups` changes nothing. Training cells of a context that has
+    no controls in its group cannot be paired with any: they are left unused, with a note.
 
     Raises `InputError` for names the cache does not have, a val or test context without controls, or nothing left
     to train or validate on.
@@ -128,7 +134,7 @@ def assign_splits(
     if not any(table.perturbed(TRAIN).any() for table in tables):
         raise InputError("No perturbed cells are left for training. Check the control label and the splits file.")
     if not any(table.perturbed(VAL).any() for table in tables):
-        notes.append(_hold_out(tables, seed, val_fraction))
+        notes.append(_hold_out(tables, seed, val_fraction, one_context))
     masks = {table.group.path: table.masks() for table in tables}
     return Splits({group.path: masks[group.path] for group in groups}, tuple(notes))
 
@@ -235,9 +241,25 @@ def _require_controls(tables: list[_Table]) -> list[str]:
     return notes
 
 
-def _hold_out(tables: list[_Table], seed: int, val_fraction: float) -> str:
-    """Move a seeded share of the training perturbations to val, in every context, and say which."""
-    names = sorted({t.group.perturbations[column] for t in tables for column in np.nonzero(t.perturbed(TRAIN))[1]})
+def _hold_out(tables: list[_Table], seed: int, val_fraction: float, one_context: bool) -> str:
+    """Move a seeded share of the training perturbations to val, in every context or in one each, and say which."""
+    contexts = _training_contexts(tables)
+    names = sorted(contexts)
+    several = [name for name in names if len(contexts[name]) > 1] if one_context else []
+    if several:
+        rng = np.random.default_rng([seed])
+        n_held = min(len(several), max(1, round(val_fraction * len(names))))
+        drawn = sorted(several[i] for i in rng.permutation(len(several))[:n_held])
+        places = {name: contexts[name][rng.integers(len(contexts[name]))] for name in drawn}
+        for table in tables:
+            here = [places.get(name) for name in table.group.perturbations]
+            rows = [[place == (table.group.dataset, kind) for place in here] for kind in table.group.cell_types]
+            _move_to_val(table, np.array(rows, dtype=bool).reshape(table.bits.shape))
+        text = shown((f"{name} in {'.'.join(place)}" for name, place in places.items()), limit=50)
+        return (
+            f"No validation split: held out {n_held} of {len(names)} training perturbations in one context each, as "
+            f"the others train them ({text}), seed {seed}. --val-contexts all holds them out everywhere."
+        )
     if len(names) == 1:
         raise InputError(
             f"There is one training perturbation ({names[0]!r}), so none can be held out for validation. "
@@ -246,13 +268,28 @@ def _hold_out(tables: list[_Table], seed: int, val_fraction: float) -> str:
     n_held = min(len(names) - 1, max(1, round(val_fraction * len(names))))
     held = sorted(names[i] for i in np.random.default_rng([seed]).permutation(len(names))[:n_held])
     for table in tables:
-        moved = table.perturbed(TRAIN) & np.isin(table.group.perturbations, held)  # (C, P)
-        table.bits[moved] = VAL
-        table.bits[np.ix_(moved.any(axis=1), table.is_control)] |= VAL
+        _move_to_val(table, np.isin(table.group.perturbations, held))
     return (
         f"No validation split: held out {n_held} of {len(names)} training perturbations "
         f"({shown(held, limit=50)}), seed {seed}."
     )
+
+
+def _training_contexts(tables: list[_Table]) -> dict[str, list[tuple[str, str]]]:
+    """The (dataset, cell type)s in which each perturbation trains, sorted."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for table in tables:
+        for row, column in np.argwhere(table.perturbed(TRAIN)):
+            context = (table.group.dataset, table.group.cell_types[row])
+            found.setdefault(table.group.perturbations[column], set()).add(context)
+    return {name: sorted(contexts) for name, contexts in found.items()}
+
+
+def _move_to_val(table: _Table, chosen: np.ndarray) -> None:
+    """Move training cells of the `chosen` (C, P) or (P,) bool to val; the controls of their contexts serve it too."""
+    moved = table.perturbed(TRAIN) & chosen
+    table.bits[moved] = VAL
+    table.bits[np.ix_(moved.any(axis=1), table.is_control)] |= VAL
 
 
 def split_table(groups: Sequence[GroupCells], splits: Splits) -> list[SplitRow]:

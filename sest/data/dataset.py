@@ -14,7 +14,7 @@ from sest.cache import Cache, open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, read_splits
 from sest.cells.splits import SplitRow, assign_splits, split_table
 from sest.config import TrainConfig
-from sest.data.features import Features, make_features
+from sest.data.features import ONE_HOT, Features, make_features
 from sest.data.labels import Labels, read_embeddings, read_labels
 from sest.data.targets import Targets, read_targets
 from sest.errors import InputError, shown
@@ -47,6 +47,29 @@ class Dataset:
         asked = set(self.labels.context[perturbed & (self.in_split(VAL) | self.in_split(TEST))].tolist())
         return [" / ".join(self.labels.contexts[code]) for code in sorted(asked - seen)]
 
+    def perturbations_in(self, bit: int) -> list[str]:
+        """The perturbations of a split, without the control."""
+        codes = np.unique(self.labels.perturbation[self.in_split(bit)])
+        return [self.labels.perturbations[code] for code in codes if code]
+
+    def never_learned(self) -> list[str]:
+        """Perturbations that training can say nothing about.
+
+        With one-hot features those without training cells in any context, as their column gets no gradient; else those
+        for which a vector of zeros stands in.
+        """
+        if self.features.source != ONE_HOT:
+            return list(self.features.missing)
+        trained = set(self.perturbations_in(TRAIN))
+        return [name for name in self.labels.perturbations[1:] if name not in trained]
+
+    def contexts_with_one(self, bit: int) -> list[str]:
+        """Contexts with one perturbation in a split: none can be told from others there."""
+        chosen = self.in_split(bit) & ~self.labels.is_control
+        pairs = np.unique(np.stack([self.labels.context[chosen], self.labels.perturbation[chosen]]), axis=1)
+        contexts, counts = np.unique(pairs[0], return_counts=True)
+        return [" / ".join(self.labels.contexts[code]) for code in contexts[counts == 1]]
+
 
 def read_dataset(
     cache: Cache | str | os.PathLike[str],
@@ -69,7 +92,13 @@ def read_dataset(
         cache = open_cache(os.fspath(cache))
     labels, groups = read_labels(cache)
     split_file = read_splits(Path(config.splits), resolve_files=False) if config.splits else None
-    splits = assign_splits(groups, split_file, seed=config.seed, val_fraction=config.val_fraction)
+    splits = assign_splits(
+        groups,
+        split_file,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        one_context=holds_out_in_one_context(config.val_contexts, config.perturbations),
+    )
     for note in splits.notes:
         logger.info(note)
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
@@ -82,6 +111,11 @@ def read_dataset(
     targets = read_targets(cache, config.target_sum, where=where, scratch=scratch)
     embeddings, embedding_row = read_embeddings(cache, labels)
     return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
+
+
+def holds_out_in_one_context(val_contexts: str, source: str) -> bool:
+    """Whether perturbations are held out in one context each; both as in TrainConfig, `source` its perturbations."""
+    return val_contexts == "one" or (val_contexts == "auto" and source == ONE_HOT)
 
 
 def _features(labels: Labels, mask: np.ndarray, source: str, missing: str, names: tuple[str, ...] | None) -> Features:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,31 @@ def load_features(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(names, vectors.numpy(), strict=True))
 
 
+def absent_hint(absent: Sequence[str], vectors: Mapping[str, object]) -> str:
+    """What to do about perturbations that `vectors` lacks: a sentence with a space before it, or nothing.
+
+    Combinations such as A+B of perturbations that it has could be built from these; else the nearest names.
+    """
+    parts = {name: [part.strip() for part in name.split("+")] for name in absent}
+    built = [name for name in absent if len(parts[name]) > 1 and all(part in vectors for part in parts[name])]
+    if not built:
+        return nearest(absent[0], vectors)
+    first = built[0]
+    return (
+        f" {len(built)} of them {'is a combination' if len(built) == 1 else 'are combinations'} of perturbations that "
+        f"have vectors: {first} could be built from {' and '.join(parts[first])}, for example as their sum, and added "
+        "to the file."
+    )
+
+
+def equal_vectors(names: Iterable[str], vectors: Iterable[np.ndarray]) -> list[list[str]]:
+    """Names whose vectors (P,) are the same numbers, at least two a list, in the given order."""
+    alike: dict[bytes, list[str]] = {}
+    for name, vector in zip(names, vectors, strict=True):
+        alike.setdefault((vector + 0.0).tobytes(), []).append(name)  # -0.0 is 0.0
+    return [group for group in alike.values() if len(group) > 1]
+
+
 def make_features(source: str, names: Sequence[str], missing: str, *, needed: Set[str] | None = None) -> Features:
     """Features for `names` (the first is the control).
 
@@ -66,7 +91,7 @@ def make_features(source: str, names: Sequence[str], missing: str, *, needed: Se
         if absent and missing == "error":
             raise InputError(
                 f"{source} has no features for {len(absent)} of {len(wanted)} perturbations: {shown(absent)}."
-                f"{nearest(absent[0], vectors)} Pass --missing-perturbations drop (leave their cells out) or zero."
+                f"{absent_hint(absent, vectors)} Pass --missing-perturbations drop (leave their cells out) or zero."
             )
         if absent and len(absent) == len(wanted):
             raise InputError(

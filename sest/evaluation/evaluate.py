@@ -109,6 +109,10 @@ def _own_scores(
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, int]]:
     """The table with the own metrics, each predictor's pseudobulks (n_pairs, G), and real controls a cell type."""
     n_types, own_type = len(task.cell_types), task.own_type
+    alone = np.flatnonzero(np.bincount(own_type, minlength=n_types) == 1)
+    if len(alone):
+        names = shown(task.cell_types[i] for i in alone)
+        notes.append(f"One perturbation each is scored in {names}: no pds there (-), as it ranks several.")
     predicted, n_predicted, p_made = task.predicted.pseudobulks(task.n_groups, n_types, "predicted cells")
     real, n_real, r_made = task.real.pseudobulks(task.n_groups, n_types, "real cells")
     if differing := differing_sides(task.predicted.file.path, p_made, task.real.file.path, r_made, record):

@@ -61,8 +61,9 @@ def discrimination_score(
     gene is compared without that gene's column (knocking it out is no discovery); combinations such as `A+B` keep all.
 
     1 is nearest to its own; a prediction that cannot tell perturbations apart averages (N + 1) / 2N, about 0.5; the
-    worst is 1 / N, so 0 is never reached; with N = 1 the score is always 1. Equal distances count as half a rank each
-    (cell-eval breaks such ties by the order of names). With one control for both sides it cancels: pass None.
+    worst is 1 / N, so 0 is never reached; with N = 1 there is no score (NaN; cell-eval says 1). Equal distances count
+    as half a rank each (cell-eval breaks such ties by the order of names). With one control for both sides it cancels:
+    pass None.
 
     `perturbations` has N names, `gene_names` G (None: no column is left out).
     """
@@ -72,6 +73,8 @@ def discrimination_score(
     )
     n = len(predicted_effect)
     assert len(perturbations) == n, "one name a row"
+    if n < 2:
+        return np.full(n, np.nan)
     column = {} if gene_names is None else {str(gene): j for j, gene in enumerate(gene_names)}
     scores = np.empty(n)
     for i, perturbation in enumerate(perturbations):
@@ -83,6 +86,12 @@ def discrimination_score(
         ties = (distance == distance[i]).sum() - 1  # without itself
         scores[i] = 1.0 - (nearer + ties / 2) / n
     return scores
+
+
+def mean_score(metric: str, scores: np.ndarray) -> float:
+    """Mean of the scores (N,) of a metric; of pds over those that are one (see above), NaN where none is."""
+    known = scores[~np.isnan(scores)] if metric == "pds" else scores
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _effects(

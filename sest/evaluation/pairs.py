@@ -5,7 +5,7 @@ Shapes: K pairs, S cells a set, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows, SetSampler
 from sest.evaluation.baselines import predict_baselines
 from sest.evaluation.means import Pairs, split_pairs, training_means
-from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
 from sest.machine.team import ALONE, Team
 
 
@@ -107,7 +107,10 @@ def predicted_means(
 
 
 def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str, np.ndarray]:
-    """pearson_delta, mae and pds (within its context) of every pair, each (K,). predicted: (K, G) log1p."""
+    """pearson_delta, mae and pds (within its context) of every pair, each (K,). predicted: (K, G) log1p.
+
+    pds is NaN where a context has one perturbation.
+    """
     scores = np.empty(len(predicted))
     for context in np.unique(pairs.context):
         mine = pairs.context == context
@@ -120,3 +123,8 @@ def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str
         "mae": mean_absolute_error(predicted, pairs.observed),
         "pds": scores,
     }
+
+
+def mean_scores(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean of every score over its pairs; of pds over those that have one, NaN where none has."""
+    return {name: mean_score(name, values) for name, values in scores.items()}

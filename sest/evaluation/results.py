@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from sest.cache.disk import folder_aside, write_flushed
+from sest.evaluation.metrics import mean_score
 from sest.outputs import check_output
 
 FILES = RESULTS, SUMMARY = "results.csv", "summary.json"
@@ -58,10 +59,15 @@ class Evaluation:
 
 
 def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """metric -> predictor -> mean over all pairs of `Evaluation.table`; NaN where one of them is NaN."""
+    """metric -> predictor -> mean over all pairs of `Evaluation.table`; NaN where one of them is NaN.
+
+    The mean of pds is that of the pairs that have one: a cell type of one perturbation has none.
+    """
     of_predictor = dict(list(table.groupby("predictor", sort=False)))
     return {
-        str(metric): {str(name): float(rows[metric].to_numpy().mean()) for name, rows in of_predictor.items()}
+        str(metric): {
+            str(name): mean_score(str(metric), rows[metric].to_numpy()) for name, rows in of_predictor.items()
+        }
         for metric in table.select_dtypes("floating")
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +21,11 @@ import torch
 from sest import progress
 from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
+from sest.cells.split_file import TRAIN
 from sest.cells.write_h5ad import H5adWriter
 from sest.config import PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import ONE_HOT, load_features
+from sest.data.features import ONE_HOT, absent_hint, equal_vectors, load_features
 from sest.data.targets import remove_scratch
 from sest.errors import InputError, nearest, shown
 from sest.head.model import StateTransition
@@ -171,20 +172,59 @@ def _vectors(
     """
     known = data.features.as_mapping() if source == ONE_HOT else load_features(Path(source))
     absent = [name for name in names if name not in known]
-    if absent and source == ONE_HOT:
-        raise InputError(
-            f"The run has one-hot features and never saw {shown(absent)}.{nearest(absent[0], known)} "
-            "Train with --perturbations FILE to predict unseen perturbations."
-        )
-    if absent and missing != "zero":
+    if source == ONE_HOT:
+        _refuse_untrained(names, absent, checkpoint, data)
+    elif absent and missing != "zero":
         raise InputError(
             f"{source} has no features for {len(absent)} of {len(names)} perturbations: {shown(absent)}."
-            f"{nearest(absent[0], known)} Pass --perturbations with a file that has them too."
+            f"{absent_hint(absent, known)} Pass --perturbations with a file that has them too."
         )
+    elif unknown := [name for name in absent if name not in data.labels.perturbations]:
+        raise InputError(
+            f"Neither {source} nor the cache has {shown(unknown)}."
+            f"{absent_hint(unknown, dict.fromkeys([*known, *data.labels.perturbations[1:]]))} "
+            f"There are, for example: {shown(known)}. Pass --perturbations with a file that has them too."
+        )
+    elif absent:
+        logger.info(f"No features for {shown(absent)}: predicted from zeros, as a perturbation without features.")
     zero = np.zeros(checkpoint.sizes.n_features, np.float32)
     vectors = {name: known.get(name, zero) for name in names}
     check_width(source, len(next(iter(known.values()))), checkpoint)
+    _say_which_are_alike({name: vectors[name] for name in names if name in known}, data)
     return vectors
+
+
+def _refuse_untrained(names: Sequence[str], absent: Sequence[str], checkpoint: Checkpoint, data: Dataset) -> None:
+    """Of a one-hot run only what trained can be predicted; `absent` of the names are not in its cache at all."""
+    train = "Train with --perturbations FILE (a vector a perturbation) to predict unseen perturbations."
+    if absent:
+        raise InputError(
+            f"The run has one-hot features and never saw {shown(absent)}."
+            f"{nearest(absent[0], data.labels.perturbations[1:])} {train}"
+        )
+    if not saw_the_same_split(checkpoint, data):
+        logger.info(
+            "What this run with one-hot features was trained on is not known here: what it never saw, it guesses."
+        )
+        return
+    lost = set(data.never_learned())
+    never = [name for name in names if name in lost]
+    if never:
+        raise InputError(
+            f"The run has one-hot features and was never trained on {len(never)} of {len(names)} perturbations: "
+            f"{shown(never)}. It was on: {shown(data.perturbations_in(TRAIN))}. {train}"
+        )
+
+
+def _say_which_are_alike(asked: Mapping[str, np.ndarray], data: Dataset) -> None:
+    """Say which of the perturbations to predict have the very vector of another one, of the run or asked as well."""
+    run = data.features
+    trained = {} if run.source == ONE_HOT else dict(zip(run.names, run.matrix, strict=True))
+    everyone = {name: vector for name, vector in trained.items() if name not in run.missing} | dict(asked)
+    alike = [group for group in equal_vectors(everyone, everyone.values()) if not asked.keys().isdisjoint(group)]
+    if alike:
+        said = "; ".join(shown(group) for group in alike)
+        logger.info(f"Perturbations with the same feature vector get the same prediction: {said}.")
 
 
 def _real_cells(pool: Pool, chosen: np.ndarray) -> Iterator[scipy.sparse.csr_matrix]:

@@ -46,6 +46,7 @@ class PairResults:
     predicted: np.ndarray  # (K, G)
     n_sets: int  # predicted
     of_sets: int  # there are
+    n_not_learned: int = 0  # pairs of perturbations that training says nothing about
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +142,7 @@ def _results(split: str, data: Dataset, held: HeldOut, means: np.ndarray) -> Pai
     labels, pairs = data.labels, held.pairs
     contexts = [labels.contexts[c] for c in pairs.context]
     change = pairs.observed - pairs.control
+    never = set(data.never_learned())
     baseline = pearson_delta(held.perturbation_mean, pairs.observed, pairs.control)
     return PairResults(
         split=split,
@@ -153,4 +155,5 @@ def _results(split: str, data: Dataset, held: HeldOut, means: np.ndarray) -> Pai
         predicted=means - pairs.control,
         n_sets=len(held.pair),
         of_sets=held.n_sets,
+        n_not_learned=sum(labels.perturbations[p] in never for p in pairs.perturbation),
     )

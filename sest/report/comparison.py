@@ -82,10 +82,10 @@ def ranking(runs: Sequence[RunFacts]) -> str:
 
 def different_tasks(runs: Sequence[RunFacts]) -> list[str]:
     """What makes val_losses of these runs incomparable, each in a few words; empty where nothing is known to."""
-    kept = ("set_size", "loss", "match_controls", "val_sets", "seed", "val_fraction")
+    kept = ("set_size", "loss", "match_controls", "val_sets", "seed", "val_fraction", "val_contexts")
     found = [f"--{name.replace('_', '-')}" for name in kept if len({getattr(run.config, name) for run in runs}) > 1]
-    if all(run.config.splits for run in runs) and "--val-fraction" in found:
-        found.remove("--val-fraction")
+    if all(run.config.splits for run in runs):
+        found = [name for name in found if name not in ("--val-fraction", "--val-contexts")]
     states = [run.state for run in runs if run.state]
     for key, words in (
         ("splits_sha256", "the splits"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sest.evaluation.pairs import mean_scores
 from sest.report.cache_facts import CacheFacts, PairResults
 from sest.report.figures import MOST_GENES, MOST_PAIRS, choosable, gene_scatter, overview, pair_name, ranked
 from sest.report.page import Html, Page, details, element, join, note, paragraph, sentence_case, table
@@ -37,13 +38,19 @@ def perturbations(page: Page, run: RunFacts, cache: CacheFacts | None) -> Html:
 
 
 def _means(result: PairResults) -> Html:
-    scores = {name: float(values.mean()) for name, values in result.scores.items()}
+    scores = mean_scores(result.scores)
+    never = ""
+    if result.n_not_learned:
+        never = (
+            f" Of {result.n_not_learned:,} of these pairs the head can have learned nothing: their scores are chance."
+        )
+    pds = f"{scores['pds']:.3f}" if np.isfinite(scores["pds"]) else "- (it needs two perturbations of a cell type)"
     sets = f"{result.n_sets:,} of its {result.of_sets:,} sets" if result.n_sets < result.of_sets else "all its sets"
     return paragraph(
         element("b", f"{sentence_case(result.split)} split"),
         f": {len(result.perturbations):,} pairs, {int(result.n_cells.sum()):,} cells ({sets} predicted). Means: "
         f"pearson_delta {scores['pearson_delta']:.3f} (perturbation mean {scores['perturbation_mean']:.3f}), "
-        f"mae {scores['mae']:.4g}, pds {scores['pds']:.3f}.",
+        f"mae {scores['mae']:.4g}, pds {pds}.{never}",
     )
 
 

@@ -16,7 +16,7 @@ from sest.report.figures import MOST_POINTS, MOST_ROWS, embedding_map, log_curve
 from sest.report.held_out import NO_CACHE, perturbations
 from sest.report.page import Html, Page, details, element, grid, join, note, paragraph, sentence_case, table
 from sest.report.run_facts import RunFacts, Score
-from sest.runs.curves import HIGHER_IS_BETTER, METRICS
+from sest.runs.curves import HIGHER_IS_BETTER, METRICS, NOT_LEARNED
 from sest.runs.diagnose import GOOD, NOTE, WARNING, Finding
 
 WORDS = {GOOD: "Good", NOTE: "Note", WARNING: "Warning"}
@@ -61,6 +61,8 @@ def _cards(run: RunFacts) -> Html:
     for baseline, words in (("perturbation_mean", "the perturbation mean"), ("controls", "predicting the controls")):
         other = loss.baselines[baseline]
         verdict = element("span", "beaten" if loss.beats(baseline) else "not beaten", class_=_yes(loss.beats(baseline)))
+        if run.last(NOT_LEARNED):
+            verdict = Html("no measure, see the diagnosis")
         cards.append(_card(f"{other:.4g}" if np.isfinite(other) else "-", "val_loss of ", words, ": ", verdict))
     return element("div", *cards, class_="cards")
 
@@ -82,6 +84,8 @@ def _score_table(run: RunFacts) -> Html:
 
 
 def _score_row(score: Score) -> list[Any]:
+    if not np.isfinite(score.head):
+        return [score.metric, score.head, *score.baselines.values(), None, MEANINGS[score.metric]]
     beats = all(score.beats(name) for name in score.baselines)
     equals = not beats and all(score.beats(name) or score.head == v for name, v in score.baselines.items())
     verdict: Any = "equal" if equals else element("span", _yes(beats), class_=_yes(beats))

@@ -19,6 +19,7 @@ from sest.errors import InputError
 METRICS = ("val_loss", "pearson_delta", "mae", "pds")
 BASELINES = ("perturbation_mean", "controls")
 HIGHER_IS_BETTER = ("pearson_delta", "pds")
+NOT_LEARNED = "val_perturbations_not_learned"  # in a validation: their number, where none of them can be learned
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sest.runs.curves import Curves
+from sest.runs.curves import NOT_LEARNED, Curves
 
 GOOD, NOTE, WARNING = "good", "note", "warning"
+
+GIVE_FEATURES = (  # where perturbations cannot be learned
+    "Pass --perturbations with a file that has a vector for each, or a splits file that holds out cell types, not "
+    "perturbations."
+)
 
 RISE = 0.02  # val_loss this far above its best, three validations in a row, is rising
 GAP = 1.5  # val_loss above this many times the training loss stands well above it
@@ -104,7 +109,15 @@ def _baselines(curves: Curves, max_steps: int | None) -> Iterator[Finding]:
         return
     figures = ", ".join(f"{name} {value:.4g}" for name, value in others.items())
     text = f"Best val_loss {losses[best]:.4g} at step {steps[best]:,.0f} ({figures})"
-    if losses[best] < min(others.values()):
+    if (n := _last(curves.validation, NOT_LEARNED)) > 0:
+        yield Finding(
+            "validation of perturbations that cannot be learned",
+            WARNING,
+            f"Perturbations held out: {n:,.0f}; training says nothing about any of them. {text}: no measure of what "
+            "the head learns.",
+            GIVE_FEATURES,
+        )
+    elif losses[best] < min(others.values()):
         yield Finding("beats the baselines", GOOD, f"{text}: lower than both.")
     else:
         early = max_steps is not None and steps[-1] < max_steps / 2

@@ -11,14 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from sest.cache import open_cache
-from sest.cells.split_file import TRAIN
+from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
+from sest.data.features import ONE_HOT, equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetSampler
 from sest.data.targets import refuse_mixed_scales
@@ -28,6 +30,7 @@ from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
 from sest.machine.team import Team
 from sest.runs.checkpoint import Checkpoint, tensors_to_optimizer
+from sest.runs.diagnose import GIVE_FEATURES
 from sest.runs.run_folder import one_hot_names
 from sest.runs.sinks import check_sinks
 from sest.training.identity import identity_of, refuse_other_run
@@ -62,6 +65,7 @@ def prepare(
     precision = choose_precision(config.precision, device, training=True)
     _check(config, device, precision)
     data = _read_in_turn(cache, config, one_hot_names(start), scratch, team)
+    _say_what_is_not_learned(data)
     sizes = _sizes(data, config)
     model = (new_model(sizes, config.seed) if start is None else start.model()).to(device).train()
     # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
@@ -140,6 +144,31 @@ def _read_in_turn(
         data = read()
     team.wait()
     return data if team.leads else read()
+
+
+def _say_what_is_not_learned(data: Dataset) -> None:
+    """Say which perturbations the head cannot learn or tell apart, and which scores therefore say nothing."""
+    labels, features, never = data.labels, data.features, data.never_learned()
+    if features.source != ONE_HOT:
+        codes = np.unique(labels.perturbation[data.mask > 0]).tolist()
+        used = [code for code in codes if features.names[code] not in features.missing]
+        if alike := equal_vectors((features.names[code] for code in used), features.matrix[used]):
+            said = "; ".join(shown(group) for group in alike)
+            logger.info(f"Perturbations with the same feature vector, which the head cannot tell apart: {said}.")
+    elif never:
+        logger.info(
+            f"With one-hot features the head can never learn {len(never)} of {len(labels.perturbations) - 1} "
+            f"perturbations, as they have no training cells in any context: {shown(never, 50)}."
+        )
+    for bit, harm in ((VAL, "val_loss, its other scores and best/ are"), (TEST, "predictions of them are")):
+        names = data.perturbations_in(bit)
+        if names and set(names) <= set(never):
+            logger.warning(
+                f"The {SPLIT_NAMES[bit]} split has only perturbations that cannot be learned ({len(names)}): "
+                f"{harm} no measure of this head. {GIVE_FEATURES}"
+            )
+    if alone := data.contexts_with_one(VAL):
+        logger.info(f"One perturbation each is validated in {shown(alone)}: no pds there (-), as it ranks several.")
 
 
 def _sizes(data: Dataset, config: TrainConfig) -> HeadSizes:

@@ -18,8 +18,9 @@ from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows
-from sest.evaluation.pairs import held_out, pair_metrics, predicted_means, some_sets
+from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
 from sest.machine.team import ALONE, Team
+from sest.runs.curves import NOT_LEARNED
 
 
 class Validator:
@@ -41,6 +42,9 @@ class Validator:
         self.sets = self._held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
         self.baselines = self._baselines()
+        names = data.perturbations_in(VAL)
+        if set(names) <= set(data.never_learned()):  # kept beside the scores, for whoever reads them
+            self.baselines[NOT_LEARNED] = len(names)
 
     def _baselines(self) -> dict[str, float]:
         """Metrics of the baselines; their cells are the sets' own controls, moved by the mean effect."""
@@ -62,8 +66,7 @@ class Validator:
 
     def _metrics(self, predicted: np.ndarray) -> dict[str, float]:
         """Means over the pairs of pearson_delta, mae and pds. predicted: (K, G)."""
-        scores = pair_metrics(self._data, self._held.pairs, predicted)
-        return {name: float(values.mean()) for name, values in scores.items()}
+        return mean_scores(pair_metrics(self._data, self._held.pairs, predicted))
 
     def run(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
         """Validate: val_loss (mean over sets), pearson_delta, mae and pds (means over pairs), beside the baselines'."""

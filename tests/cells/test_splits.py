@@ -471,3 +471,45 @@ def test_real_contexts_split_as_the_file_says(shared_data: Path, tmp_path: Path)
         ("U87MG", "train"),
         ("k562", "train"),
     }
+
+
+# ---- holding out in one context
+
+
+def test_held_out_in_one_context_a_perturbation_trains_in_its_others() -> None:
+    cells = [*_many(20), ("z", "only"), ("z", "ctrl")]  # "only" has one context, so it stays
+    group = _group("d/1", cells)
+    result = assign_splits([group], None, seed=0, val_fraction=0.5, one_context=True)
+    at: dict[str, dict[str, int]] = {}
+    for (cell_type, name), mask in zip(cells, result.masks["d/1"].tolist(), strict=True):
+        at.setdefault(name, {})[cell_type] = mask
+    held = {name: masks for name, masks in at.items() if name != "ctrl" and VAL in masks.values()}
+    assert len(held) == 10 and all(sorted(masks.values()) == [TRAIN, VAL] for masks in held.values())  # of 21
+    assert at["only"] == {"z": TRAIN} and at["ctrl"]["x"] == at["ctrl"]["y"] == TRAIN | VAL
+    assert {cell_type for masks in held.values() for cell_type, mask in masks.items() if mask == VAL} == {"x", "y"}
+    assert result.notes[0].startswith("No validation split: held out 10 of 21 training perturbations in one context")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99), st.permutations(range(3)))
+def test_whatever_is_held_out_in_one_context_trains_whatever_the_order_of_files(
+    seed: int, fraction: float, order: list[int]
+) -> None:
+    cells = {"d/1": _many(6), "d/2": _many(4, ("y", "z")), "e/1": _many(8, ("x",))}
+    groups = [_group(path, its) for path, its in cells.items()]
+    result = assign_splits([groups[i] for i in order], None, seed=seed, val_fraction=fraction, one_context=True)
+    same = assign_splits(groups, None, seed=seed, val_fraction=fraction, one_context=True)
+    trains, validates = set[tuple[str, str, str]](), set[tuple[str, str, str]]()
+    for path, its in cells.items():
+        np.testing.assert_array_equal(result.masks[path], same.masks[path])
+        for (cell_type, name), mask in zip(its, result.masks[path].tolist(), strict=True):
+            if name != "ctrl":
+                (trains if mask == TRAIN else validates).add((path.split("/")[0], cell_type, name))
+    assert validates and not trains & validates
+    assert {name for _, _, name in validates} <= {name for _, _, name in trains}
+
+
+def test_with_one_context_only_perturbations_are_held_out_as_ever() -> None:
+    group = _group("d/1", _many(20, ("x",)))
+    one, other = (assign_splits([group], None, seed=5, one_context=flag) for flag in (True, False))
+    assert one.notes == other.notes and one.masks["d/1"].tolist() == other.masks["d/1"].tolist()

@@ -118,3 +118,12 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_bar() -> None:
     assert sparkline([1.0, math.nan, 1.0]) == "▁▁"
     assert sparkline([]) == ""
     assert sparkline([0.0] * 50 + [1.0] * 50, width=4) == "▁▁██"
+
+
+def test_no_pds_is_a_dash_and_a_validation_that_measures_nothing_beats_nothing() -> None:
+    for nothing in (math.nan, None):
+        panel = TrainingPanel(100)
+        panel.add(validation(50, pds=nothing, pds_perturbation_mean=nothing, val_perturbations_not_learned=1))
+        text = "\n".join(drawn(panel))
+        assert "pds -" in text and "nan" not in text
+        assert "no measure" in text and "not beaten" not in text and "beaten  " not in text

@@ -13,7 +13,7 @@ from helpers.configs import small_config
 from helpers.notes import Notes
 from sest.cache import open_cache
 from sest.cells.split_file import TEST, TRAIN, VAL
-from sest.data.dataset import Dataset, read_dataset
+from sest.data.dataset import Dataset, holds_out_in_one_context, read_dataset
 from sest.data.labels import Labels
 from sest.errors import InputError
 from sest.progress import reporting
@@ -136,3 +136,33 @@ def test_the_hash_of_a_cache_is_that_of_how_it_was_made(cache: Path, tmp_path: P
 def test_a_cache_may_be_a_path_a_text_or_opened_already(cache: Path) -> None:
     hashes = {read_dataset(c, small_config()).cache.sha256 for c in (cache, str(cache), open_cache(cache))}
     assert len(hashes) == 1
+
+
+def test_what_can_never_be_learned_has_no_training_cells_anywhere_or_no_vector(tmp_path: Path) -> None:
+    cache, splits = write_cache(tmp_path / "s.zarr", [small_screen("screen")]), tmp_path / "s.toml"
+    splits.write_text(
+        '[datasets]\nscreen = "s.h5ad"\n[training]\nscreen = "train"\n[fewshot."screen.x"]\nval = ["P"]\n'
+        '[fewshot."screen.y"]\ntest = ["P", "T"]\n'
+    )
+    data = read_dataset(cache, small_config(splits=str(splits)))
+    assert data.perturbations_in(VAL) == ["P"] and data.perturbations_in(TEST) == ["P", "T"]
+    assert data.never_learned() == ["P"]  # T trains in x
+    assert data.contexts_with_one(VAL) == ["screen / x"] and data.contexts_with_one(TEST) == []
+    given = features(tmp_path, "PQRT")
+    config = small_config(splits=str(splits), perturbations=given, missing_perturbations="zero")
+    assert read_dataset(cache, config).never_learned() == ["S"]
+
+
+@pytest.mark.parametrize(
+    ("contexts", "source", "one"),
+    [("auto", "f.npz", False), ("one", "f.npz", True), ("auto", "onehot", True), ("all", "onehot", False)],
+)
+def test_one_hot_features_validate_in_one_context_unless_told_otherwise(contexts: str, source: str, one: bool) -> None:
+    assert holds_out_in_one_context(contexts, source) == one
+
+
+def test_the_automatic_validation_of_one_hot_features_is_of_what_trains(cache: Path) -> None:
+    data = read_dataset(cache, small_config(val_fraction=0.9))
+    assert data.perturbations_in(VAL) and data.never_learned() == []
+    data = read_dataset(cache, small_config(val_fraction=0.6, val_contexts="all"))
+    assert data.perturbations_in(VAL) == data.never_learned()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from sest.data.features import ONE_HOT, load_features, make_features
+from sest.data.features import ONE_HOT, absent_hint, equal_vectors, load_features, make_features
 from sest.errors import InputError
 
 NAMES = ("ctrl", "STAT1", "JAK2", "MYC")
@@ -107,3 +107,13 @@ def test_features_in_three_formats_are_the_same_float32_vectors(tmp_path: Path) 
         for name, vector in read.items():
             assert vector.dtype == np.float32 and vector.shape == (4,)
             np.testing.assert_array_equal(vector, vectors[name])  # exact: halves of small integers fit float16
+
+
+def test_combinations_of_known_perturbations_could_be_built_and_equal_vectors_are_found(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"2 of them are combinations .* STAT1\+JAK2 could be built from STAT1 and JAK2"
+    ):
+        make_features(saved(tmp_path, VECTORS), (*NAMES[:3], "STAT1+JAK2", "GATA1+JAK2", "STAT1+NO"), "error")
+    assert "STAT1" in absent_hint(["STAT"], VECTORS) and "built" not in absent_hint(["STAT2+JAK2"], VECTORS)
+    vectors = [np.array(v, np.float32) for v in ([0, 1], [2, 3], [-0.0, 1], [2, 3], [4, 5])]
+    assert equal_vectors("ABCDE", vectors) == [["A", "C"], ["B", "D"]]

@@ -229,3 +229,20 @@ def test_cell_eval_agrees_with_our_mae_and_pds_and_knows_that_controls_have_no_e
     assert 0.0 < evaluation.summary["overall_score_over"]["context_mean"] < 1.0
     evaluation.write(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["provenance"]["cell_eval"] is not None
+
+
+def test_a_cell_type_of_one_perturbation_has_no_pds_which_is_said(
+    written: Callable[..., Written], tmp_path: Path
+) -> None:
+    predicted, real = written()
+    cells = ad.read_h5ad(predicted)
+    types = next(column for _, column in cells.obs.astype(str).items() if set(column) == {"k562", "rpe1"})
+    names = next(column for _, column in cells.obs.astype(str).items() if "control" in set(column))
+    one = next(name for of, name in PAIRS if of == "rpe1")
+    cells[((types == "k562") | names.isin([one, "control"])).to_numpy()].copy().write_h5ad(tmp_path / "one.h5ad")
+    scored = evaluate(tmp_path / "one.h5ad", real, EvaluateConfig(cell_eval=False))
+    model = scored.table[scored.table["predictor"] == "model"]
+    alone = model["cell_type"] == "rpe1"
+    assert model.loc[alone, "pds"].isna().tolist() == [True]
+    assert scored.summary["pds"]["model"] == pytest.approx(model.loc[~alone, "pds"].mean())
+    assert [note for note in scored.notes if "rpe1: no pds" in note]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
 
 # Six pseudobulks over six genes, controls first: log1p-like values with two decimals, drawn once. Predictions and real
 # cells have different controls, and leaving out the target's own gene changes the PDS of A and B.
@@ -143,3 +143,11 @@ def test_only_the_gene_named_exactly_like_the_perturbation_is_left_out() -> None
     assert hidden.tolist() == [0.5, 1.0]
     combined = discrimination_score(predicted, observed, None, ["A+B", "X"], genes)
     assert combined.tolist() == [1.0, 1.0]
+
+
+def test_one_perturbation_cannot_be_told_from_others_so_it_has_no_pds_and_means_leave_it_out() -> None:
+    effect = np.array([[1.0, 2.0]])
+    assert np.isnan(discrimination_score(effect, effect, None, ["A"])).tolist() == [True]
+    assert mean_score("pds", np.array([np.nan, 1.0, 0.5])) == 0.75
+    assert np.isnan(mean_score("pds", np.array([np.nan])))
+    assert np.isnan(mean_score("mae", np.array([np.nan, 1.0])))  # there a NaN is a fault

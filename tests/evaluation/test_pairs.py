@@ -16,7 +16,7 @@ from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
 from sest.evaluation.means import Pairs, split_pairs, training_means
-from sest.evaluation.pairs import held_out, pair_metrics, predicted_means, some_sets
+from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
 
 SPLITS = """
 [datasets]
@@ -155,3 +155,8 @@ def test_metrics_of_pairs_by_hand(data: Dataset) -> None:
     # x/P: nearest to its own. x/T: predicted like x/P, whose observed effect is nearer: rank 1 of 2.
     # A pair of another cell type never counts: x/P's prediction lies as near to y/P's effect as to its own.
     assert scores["pds"].tolist() == [1.0, 0.5, 1.0, 1.0]
+
+
+def test_the_mean_pds_is_that_of_pairs_that_have_one() -> None:
+    scores = {"mae": np.array([1.0, 3.0]), "pds": np.array([np.nan, 0.5])}
+    assert mean_scores(scores) == {"mae": 2.0, "pds": 0.5}

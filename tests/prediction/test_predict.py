@@ -28,6 +28,7 @@ from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.embedding.embed import embed
+from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
 from sest.prediction.predict import predict, predict_cells
 from sest.progress import Silent, reporting
@@ -324,3 +325,50 @@ def test_an_interruption_removes_what_was_begun_and_keeps_an_older_file(demo: De
         predict(demo.run, tmp_path / "out.h5ad", PredictConfig(), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5ad"]
     assert (tmp_path / "out.h5ad").read_text() == "old"
+
+
+def test_a_one_hot_run_refuses_what_trained_nowhere(
+    refusal: Callable[..., str], predicted: Predict, tmp_path: Path
+) -> None:
+    cache, run = write_cache(tmp_path / "cache.zarr", [small_screen("d")]), tmp_path / "run"
+    (tmp_path / "s.toml").write_text(
+        '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n'
+        '[fewshot."d.y"]\ntest = ["P", "S"]\n'
+    )
+    train(cache, run, small_config(splits=str(tmp_path / "s.toml"), max_steps=1))
+    line = refusal(run, cell_type="y")
+    assert "never trained on 1 of 2 perturbations: P. It was on: Q, R, S, T." in line and "--perturbations FILE" in line
+    assert set(predicted(run, cell_type="y", only="S").obs["gene"]) == {"S", "ctrl"}
+    moved, notes = shutil.copytree(run / "best", tmp_path / "moved"), Notes()
+    with reporting(notes):
+        predict(moved, tmp_path / "o.h5ad", PredictConfig(cache=str(cache), cell_type="y", only="P"))
+    assert any("is not known here: what it never saw, it guesses" in note for note in notes.notes)
+
+
+def test_a_misspelt_name_is_refused_where_zeros_stand_in_and_a_known_one_is_said(
+    refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    cache, run, given = write_cache(tmp_path / "cache.zarr", [small_screen("d")]), tmp_path / "run", tmp_path / "f.npz"
+    vectors = {name: np.full(3, number, np.float32) for name, number in zip("PQRS", (1, 2, 1, 4), strict=True)}
+    np.savez(given, allow_pickle=False, **vectors)
+    train(cache, run, small_config(perturbations=str(given), missing_perturbations="zero", max_steps=1))
+    line = refusal(run, cell_type="y", only="NOPE")
+    assert "Neither" in line and "has NOPE" in line and "for example: P, Q, R, S" in line
+    assert "P+Q could be built from P and Q" in refusal(run, cell_type="y", only="P+Q")
+    notes = Notes()
+    with reporting(notes):
+        predict(run, tmp_path / "o.h5ad", PredictConfig(cell_type="y", only="T,P"))
+    assert any(note.startswith("No features for T: predicted from zeros") for note in notes.notes)
+    assert any(note.endswith("get the same prediction: P, R.") for note in notes.notes)
+
+
+def test_the_case_of_a_misspelt_name(tmp_path: Path) -> None:
+    case = Path(__file__).parents[3] / "shared" / "cases" / "labels_scales_genes" / "01-predict-typo-zero"
+    if not case.is_dir():
+        pytest.skip(f"{case} is not there")
+    cache, run = tmp_path / "c", tmp_path / "run"
+    embed([case / "s08_combo.h5ad"], cache, EmbedConfig(encoder="pca", dim="16"))
+    options = {**SMALL, "perturbations": str(case / "feat.safetensors"), "missing_perturbations": "zero"}
+    train(cache, run, TrainConfig(**options))
+    with pytest.raises(InputError, match="has NOPE"):
+        predict(run, tmp_path / "o.h5ad", PredictConfig(only="NOPE", cell_type="alpha"))

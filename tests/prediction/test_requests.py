@@ -31,10 +31,10 @@ def test_the_test_split_can_be_that_of_one_cell_type(predicted: Predict, tmp_pat
     """Both cell types of a small cache have a test perturbation."""
     cache = write_cache(tmp_path / "cache.zarr", [small_screen("d")])
     splits, text = tmp_path / "splits.toml", '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n'
-    splits.write_text(text + '[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n[fewshot."d.y"]\ntest = ["P", "S"]\n')
+    splits.write_text(text + '[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n[fewshot."d.y"]\ntest = ["S", "T"]\n')
     train(cache, tmp_path / "run", small_config(splits=str(splits), max_steps=1))
     both, one = predicted(tmp_path / "run"), predicted(tmp_path / "run", cell_type="y")
-    assert dict(both.obs["cell_type"].value_counts()) == {"x": 8 + 7, "y": 8 + 6 + 7}
+    assert dict(both.obs["cell_type"].value_counts()) == {"x": 8 + 7, "y": 6 + 9 + 7}
     assert set(one.obs["cell_type"]) == {"y"}
     np.testing.assert_array_equal(one.X.toarray(), both[both.obs["cell_type"] == "y"].X.toarray())
 

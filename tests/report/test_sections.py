@@ -78,3 +78,10 @@ def test_a_run_without_any_validation_yet_has_a_report(copy: Path, trained: Trai
     page = opened(write_report([copy], None).path)
     assert "has no checkpoint yet" in page.section("perturbations")
     assert "trained for 0 of 12 steps" in page.words and "No values." in page.words
+
+
+def test_scores_that_measure_nothing_are_said_to(copy: Path, trained: Trained) -> None:
+    mark = {"pds": None, "val_perturbations_not_learned": 2}
+    rewrite(copy, [line | mark if "val_loss" in line else line for line in trained.lines])
+    words = brief(copy).words
+    assert "no measure, see the diagnosis" in words and "Validation of perturbations that cannot be learned" in words

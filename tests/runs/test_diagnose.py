@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sest.runs.curves import Curves, curves_of, read_curves
+from sest.runs.curves import NOT_LEARNED, Curves, curves_of, read_curves
 from sest.runs.diagnose import Finding, diagnose
 
 RECORDED = (
@@ -199,3 +199,13 @@ def test_numbers_that_are_not_finite_are_passed_over() -> None:
     loss = FALLING.copy()
     loss[5] = np.nan
     assert "beats the baselines" in names(diagnose(drawn(loss, np.array([np.nan, 1.5, 1.4]))))
+
+
+def test_a_validation_of_what_cannot_be_learned_is_no_measure_however_low() -> None:
+    curves = drawn(FALLING, np.linspace(1.5, 1.0, 5))
+    assert "beats the baselines" in names(diagnose(curves))
+    curves.validation[NOT_LEARNED] = np.full(5, 2.0)
+    first = diagnose(curves)[0]
+    assert (first.name, first.level) == ("validation of perturbations that cannot be learned", "warning")
+    assert "held out: 2" in first.evidence and "--perturbations" in first.advice and "cell types" in first.advice
+    assert "beats the baselines" not in names(diagnose(curves))

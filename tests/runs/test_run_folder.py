@@ -16,7 +16,7 @@ from sest.config import TrainConfig
 from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
-from sest.runs.checkpoint import BEST, LAST, MODEL, OPTIMIZER, STATE, step_folder
+from sest.runs.checkpoint import BEST, LAST, MODEL, OPTIMIZER, STATE, open_checkpoint, save_checkpoint, step_folder
 from sest.runs.run_folder import CONFIG, METRICS, SPLITS, read_run_config, resumed_config
 from sest.training.train import train
 
@@ -199,3 +199,26 @@ def test_a_kill_between_the_renames_of_last_is_recovered_from(cache: Path, whole
         train(cache, run, small_config(), resume="auto")
     assert f"Resuming from {run / '.last.old'} at step 6." in notes.notes
     assert files(run) == files(whole)
+
+
+def test_a_run_from_before_val_contexts_goes_on_with_the_split_it_had(cache: Path, tmp_path: Path) -> None:
+    """Its files do not say where perturbations are held out: in all contexts, with one-hot features too."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(cache, whole, small_config(val_contexts="all"))
+    train(cache, run, small_config(val_contexts="all", max_steps=8))
+    values = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(values.replace('val_contexts = "all"\n', ""))
+    assert (run / CONFIG).read_text() != values
+    for folder in (run / LAST, run / step_folder(8)):
+        checkpoint = open_checkpoint(folder)
+        state = {key: value for key, value in checkpoint.state.items() if key not in ("files", "sha256")}
+        state["config"] = {key: value for key, value in state["config"].items() if key != "val_contexts"}
+        tensors = checkpoint.model_tensors()
+        save_checkpoint(
+            folder, state, tensors, optimizer=checkpoint.optimizer_tensors(), projection=checkpoint.projection()
+        )
+    train(cache, run, resumed_config(run, "auto", {"max_steps": 12}), resume="auto")
+    for name in (MODEL, OPTIMIZER, STATE):
+        assert (run / LAST / name).read_bytes() == (whole / LAST / name).read_bytes()
+    assert metrics(run) == metrics(whole)
+    assert read_run_config(run)[0]["val_contexts"] == "all"

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.notes import Notes
-from helpers.runs import files, signal_after
+from helpers.runs import files, metrics, signal_after
 from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
@@ -97,3 +98,33 @@ def test_a_scratch_folder_that_was_named_is_kept_for_other_runs(cache: Path, tmp
         train(cache, tmp_path / "b", config)
     assert any("are used again" in text for text in notes.notes) and (tmp_path / "scratch").is_dir()
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_what_one_hot_features_cannot_learn_is_said_and_its_validation_is_marked(cache: Path, tmp_path: Path) -> None:
+    notes, run = Notes(), tmp_path / "run"
+    with reporting(notes):
+        train(cache, run, small_config(max_steps=4, val_contexts="all"))
+    said = "\n".join(notes.notes)
+    held = re.search(r"held out 1 of 5 training perturbations \((\w)\)", said)
+    assert held is not None
+    assert f"never learn 1 of 5 perturbations, as they have no training cells in any context: {held[1]}." in said
+    assert "The val split has only perturbations that cannot be learned (1): val_loss" in said
+    assert "no pds there (-)" in said
+    (line,) = (line for line in metrics(run) if "val_loss" in line)
+    assert (line["pds"], line["val_perturbations_not_learned"]) == (None, 1)
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "other", small_config(max_steps=4))
+    said = "\n".join(notes.notes)
+    assert "in one context each" in said and "never learn" not in said and "cannot be learned" not in said
+    assert not any("val_perturbations_not_learned" in line for line in metrics(tmp_path / "other"))
+
+
+def test_perturbations_with_the_same_vector_are_named(cache: Path, tmp_path: Path) -> None:
+    vectors = {name: np.full(3, number, np.float32) for name, number in zip("PQRST", (1, 2, 1, 0, 5), strict=True)}
+    np.savez(tmp_path / "f.npz", allow_pickle=False, **vectors)
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "run", small_config(max_steps=1, perturbations=str(tmp_path / "f.npz")))
+    (said,) = (note for note in notes.notes if "same feature vector" in note)
+    assert said.endswith("cannot tell apart: ctrl, S; P, R.")  # S is zero as the control is
