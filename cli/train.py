@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
-    "mixed_scales "
-    "match_controls control_targets",
+    "mixed_scales match_controls control_targets",
     "How long, how fast it learns": "max_steps lr weight_decay clip batch_size set_size accumulate loss",
     "The head": "hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
     "Validation and stopping": "val_every val_sets early_stopping patience max_bad_steps",

@@ -37,6 +37,7 @@ PRECISION = "number format of the network"
 SEED = "seed of random numbers"
 PERT_COL = "obs column with the perturbation"
 CELL_TYPE_COL = "obs column with the cell type"
+GENE_COL = "var column with the names of the genes, or index"
 CONTROL = "label of control cells"
 LAYER = "layer to read instead of X; raw: raw/X"
 VALUES = "what the values are; auto: found out"
@@ -194,6 +195,7 @@ class EmbedConfig(Config):
     pert_col: str | None = option(None, f"{PERT_COL}; default: detected")
     cell_type_col: str | None = option(None, f"{CELL_TYPE_COL}; default: detected")
     batch_col: str | None = option(None, "obs column with the batch; default: detected")
+    gene_col: str | None = option(None, f"{GENE_COL}; default: the index, or where that has no names, detected")
     control: str | None = option(None, f"{CONTROL}; default: detected")
     batch_size: int = option(0, "cells a forward pass; 0: from the device's memory", least=0)
     device: str = option("auto", DEVICE)
@@ -304,6 +306,7 @@ class PredictConfig(Config):
         None, f"{CELL_TYPE_COL}; of --template or --controls; default: the run's, or detected"
     )
     control: str | None = option(None, f"{CONTROL}; of --template or --controls; default: detected")
+    gene_col: str | None = option(None, f"{GENE_COL}; of --controls; default: the one with most of the run's genes")
     device: str = option("auto", DEVICE)
     precision: str = option("auto", f"{PRECISION}; auto: bf16 on GPUs that have it, else fp32", choices=PRECISIONS)
     seed: int = option(0, f"{SEED}: of the choice of control cells", least=0, most=LARGEST_SEED)
@@ -316,6 +319,7 @@ class EvaluateConfig(Config):
     pert_col: str | None = option(None, f"{PERT_COL}; default: detected")
     cell_type_col: str | None = option(None, f"{CELL_TYPE_COL}; default: detected")
     control: str | None = option(None, f"{CONTROL}; default: detected")
+    gene_col: str | None = option(None, f"{GENE_COL}; of REAL; default: the one with most of the prediction's genes")
     layer: str | None = option(None, f"{LAYER}; of REAL")
     counts: str = option("auto", f"{VALUES}; of REAL", choices=COUNTS)
     target_sum: float | None = option(None, f"{TARGET_SUM}; default: the prediction's")

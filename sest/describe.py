@@ -16,7 +16,7 @@ from sest.cache.storage import Storage, is_url, storage_at
 from sest.cells.split_file import read_splits
 from sest.cells.splits import assign_splits, split_table
 from sest.config import TrainConfig
-from sest.errors import Error, InputError
+from sest.errors import Error, InputError, shown
 from sest.runs.curves import read_lines
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _encoder(path: Path) -> Facts:
 
 
 def _cells(path: Path) -> Facts:
-    from sest.cells.columns import detect_columns, labels
+    from sest.cells.columns import detect_columns, gene_names, labels
     from sest.cells.h5ad import CellFile
 
     with CellFile(path) as file:
@@ -230,6 +230,10 @@ def _cells(path: Path) -> Facts:
             if found.cell_type is not None:
                 facts["cell_types"] = list(labels(file.obs, found.cell_type)[1])
         facts["values"], facts["scale"] = _values(file), _scale(file)
+        genes = gene_names(file.var)
+        facts["gene_names"] = f"{genes.column}: {shown(genes.names[:3])}"
+        if genes.are_numbers:
+            facts["gene_names"] += " (numbers: no column of var has the names)"
     return facts
 
 

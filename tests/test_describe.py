@@ -154,6 +154,7 @@ def test_a_file_of_cells_gives_its_columns(demo: Demo, tmp_path: Path) -> None:
     facts = strict(describe(demo.cells)[0])
     assert (facts["kind"], facts["n_cells"], facts["n_genes"]) == ("cells", 880, 300)
     assert (facts["perturbation_column"], facts["cell_type_column"]) == ("target_gene", "cell_type")
+    assert facts["gene_names"].startswith("var index: ")
     assert (facts["batch_column"], facts["control"]) == ("batch", "non-targeting")
 
 

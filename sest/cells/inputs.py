@@ -17,7 +17,7 @@ import scipy.sparse
 
 from sest import progress
 from sest.cache.schema import RESERVED
-from sest.cells.columns import Columns, detect_columns, labels
+from sest.cells.columns import INDEX, Columns, GeneNames, detect_columns, gene_names, labels
 from sest.cells.h5ad import CellFile
 from sest.cells.scale import Normalisation, Scan, decide_scale
 from sest.cells.split_file import SUFFIXES, SplitFile, read_splits
@@ -176,6 +176,36 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     for cells in result:
         _describe(cells)
     return result
+
+
+def unique_names(cells: Cells, names: Sequence[str]) -> list[str]:
+    """Names for all genes; one without a name, or whose name repeats, keeps its name in the var index (which is said).
+
+    Where the index holds numbers, these stand behind the name, so that other files' numbers are no names of it.
+
+    Raises:
+        InputError: that names two genes the same.
+    """
+    often = Counter(names)
+    index = gene_names(cells.file.var, "index")
+    kept = list(index.names)
+    if index.are_numbers and index.names != tuple(names):
+        kept = [f"{name or cells.group}-{i}" for name, i in zip(names, kept, strict=True)]
+    result = [name if name and often[name] == 1 else i for name, i in zip(names, kept, strict=True)]
+    changed = sum(a != b for a, b in zip(result, names, strict=True))
+    if changed:
+        logger.info(f"{cells.source.path.name}: {changed:,} genes without a name of their own keep their var index.")
+    if len(set(result)) < len(result):
+        twice = [name for name, n in Counter(result).items() if n > 1]
+        raise InputError(f"{cells.source.path.name} names {len(twice)} genes twice: {shown(twice)}. Rename them.")
+    return result
+
+
+def named(cells: Cells, found: GeneNames) -> list[str]:
+    """Unique names of a file's genes from the column that was `found`, which is said where it is not the var index."""
+    if found.column != INDEX:
+        logger.info(f"{cells.source.path.name}: genes are named by {found.column} ({shown(found.names[:3])}).")
+    return unique_names(cells, found.names)
 
 
 def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:

@@ -301,6 +301,8 @@ def _common_genes(groups: list[Group]) -> list[str]:
     genes = [name for name in first if name in shared]
     if not genes:
         raise InputError(f"The groups have no gene in common ({shown(g.path for g in groups)}).")
+    if len(groups) > 1 and all(name.isdecimal() for name in genes):
+        logger.info("The genes of this cache are numbers: files with the same number are taken to mean one gene.")
     most = max(g.n_genes for g in groups)
     if len(genes) < most:
         logger.info(f"Training on the {len(genes):,} genes that all groups have (of up to {most:,}).")

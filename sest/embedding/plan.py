@@ -23,8 +23,8 @@ from sest.cells.splits import assign_splits
 from sest.config import EmbedConfig, TrainConfig
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import make_encoder
-from sest.encoder.pca import PCA, PCA_TARGET_SUM, PcaEncoder, Projection, hash_names
-from sest.errors import InputError, shown
+from sest.encoder.pca import PCA, PCA_TARGET_SUM, PcaEncoder, Projection, hash_names, name_genes_as
+from sest.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def plan_addition(
             raise InputError(f"{storage} is unfinished. Run the command that began it before adding files.")
         stored = stored_projection(storage)
     if config.encoder == PCA and stored is not None:
-        encoder: CellEncoder = _pca_of_cache(cells, stored, storage, existing["encoder_sha256"])
+        encoder: CellEncoder = _pca_of_cache(cells, stored, storage, existing["encoder_sha256"], config.gene_col)
     else:
         encoder = make_encoder(config, cells)
     attributes = {
@@ -138,16 +138,15 @@ def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:
         )
 
 
-def _pca_of_cache(cells: list[Cells], projection: Projection, storage: Storage, sha256: str) -> PcaEncoder:
+def _pca_of_cache(
+    cells: list[Cells], projection: Projection, storage: Storage, sha256: str, gene_col: str | None
+) -> PcaEncoder:
     """The pca encoder that a cache was made with, whose hash is `sha256`: of all the genes it chose its own from."""
     genes = [str(name) for name in dict(open_group(storage, schema.PROJECTION).attrs)["genes"]]  # type: ignore[union-attr]
-    for c in cells:
-        if missing := sorted(set(genes) - set(map(str, c.file.var.index))):
-            raise InputError(
-                f"{c.file.path} lacks {len(missing):,} of the {len(genes):,} genes of the PCA of {storage}: "
-                f"{shown(missing)}. Make a cache of all files together instead."
-            )
-    encoder = PcaEncoder.from_projection(genes, projection)
+    names = name_genes_as(
+        cells, genes, f"the PCA of {storage}", gene_col, " Make a cache of all files together instead."
+    )
+    encoder = PcaEncoder.from_projection(genes, projection, names)
     encoder.sha256 = sha256
     return encoder
 

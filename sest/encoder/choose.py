@@ -9,7 +9,7 @@ from pathlib import Path
 from sest.cells.inputs import Cells
 from sest.config import EmbedConfig
 from sest.encoder.base import CellEncoder
-from sest.encoder.pca import PCA, PcaEncoder, common_genes
+from sest.encoder.pca import PCA, PcaEncoder, common_genes, name_genes
 from sest.encoder.state import SeEncoder
 from sest.encoder.weights import find_encoder, load_encoder
 from sest.errors import InputError
@@ -37,10 +37,19 @@ def make_encoder(config: EmbedConfig, cells: Sequence[Cells]) -> CellEncoder:
     """
     check_encoder(config)
     if config.encoder == PCA:
-        return PcaEncoder(common_genes(cells))
+        names = name_genes(cells, config.gene_col)
+        return PcaEncoder(common_genes(cells, names), names)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device, training=False)
     if hint := faster_precision(precision, device):
         logger.info(hint)
     weights = load_encoder(Path(config.encoder), config.weights)
-    return SeEncoder(weights, cells, device, precision, seed=config.seed, max_tokens=config.max_tokens)
+    return SeEncoder(
+        weights,
+        cells,
+        device,
+        precision,
+        seed=config.seed,
+        max_tokens=config.max_tokens,
+        gene_col=config.gene_col,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-from sest.cells.inputs import Cells
+from sest.cells.columns import INDEX, agreeing_names, gene_names, names_as_known, unnamed_genes
+from sest.cells.inputs import Cells, named
 from sest.cells.scale import factors_to, log1p_rows, total_counts
 from sest.errors import InputError, shown
 
@@ -105,6 +106,10 @@ class PcaEncoder:
 
     Counts are normalised to 10,000 a cell and log1p-ed, log1p values are used as they are; of more than 2,048 genes
     those with the largest variance in the sample are kept; the PCA is exact, in float64.
+
+    Args:
+        genes: those that all files have.
+        names: group -> names of all genes of its file; the var index, where it is not there.
     """
 
     name = PCA
@@ -113,17 +118,20 @@ class PcaEncoder:
     always_projected = True
     max_tokens: int | None = None
 
-    def __init__(self, genes: list[str]) -> None:
+    def __init__(self, genes: list[str], names: Mapping[str, list[str]] | None = None) -> None:
         self.genes = genes
+        self._names = dict(names or {})
         self.fitted: Projection | None = None
         self.native_dim = min(len(genes), PCA_GENES)
         self.sha256 = hash_names([PCA, str(PCA_TARGET_SUM), *genes])
         self._columns: dict[str, np.ndarray] = {}
 
     @classmethod
-    def from_projection(cls, genes: list[str], projection: Projection) -> PcaEncoder:
+    def from_projection(
+        cls, genes: list[str], projection: Projection, names: Mapping[str, list[str]] | None = None
+    ) -> PcaEncoder:
         """The encoder a cache or checkpoint was made with, for new cells."""
-        encoder = cls(genes)
+        encoder = cls(genes, names)
         encoder.fitted = projection
         return encoder
 
@@ -171,7 +179,7 @@ class PcaEncoder:
         return None
 
     def gene_names(self, cells: Cells) -> list[str]:
-        return list(map(str, cells.file.var.index))
+        return self._names.get(cells.group) or list(map(str, cells.file.var.index))
 
     def gene_table_sha256(self) -> str:
         return hash_names(self.genes)
@@ -183,20 +191,73 @@ class PcaEncoder:
         return asked or 1024
 
 
-def common_genes(cells: Sequence[Cells]) -> list[str]:
-    """Genes that every file has, in the order of the first.
+def name_genes(cells: Sequence[Cells], gene_col: str | None) -> dict[str, list[str]]:
+    """Group -> the names of its file's genes, so that the same gene has the same name in all files.
+
+    Args:
+        gene_col: the var column with the names; None: see `agreeing_names`.
+
+    Raises:
+        InputError: of several files one does not name its genes.
+    """
+    found = agreeing_names([c.file.var for c in cells], gene_col)
+    for c, names in zip(cells, found, strict=True):
+        if not names.are_numbers or gene_col is not None:
+            continue
+        if len(cells) > 1:
+            raise unnamed_genes(c.source.path)
+        logger.info(f"{c.source.path.name}: its genes have no names, only numbers: no other file can be used with it.")
+    return {c.group: named(c, names) for c, names in zip(cells, found, strict=True)}
+
+
+def name_genes_as(
+    cells: Sequence[Cells], known: Sequence[str], whose: str, gene_col: str | None, advice: str = ""
+) -> dict[str, list[str]]:
+    """As `name_genes`, for files whose genes are to be found among the `known` ones of an earlier file.
+
+    Args:
+        whose: genes `known` are; for messages, as is `advice`.
+
+    Raises:
+        InputError: they are not, or these are numbers, which say nothing of another file.
+    """
+    result = {}
+    for c in cells:
+        names = names_as_known(c.file.var, known, gene_col)
+        if names.are_numbers and gene_col is None:
+            raise unnamed_genes(c.source.path)
+        result[c.group] = named(c, names)
+        there = set(result[c.group])
+        if missing := [name for name in known if name not in there]:
+            tried = shown((INDEX, *map(str, c.file.var.columns)))
+            raise InputError(
+                f"{c.file.path} lacks {len(missing):,} of the {len(known):,} genes of {whose}: {shown(missing)}."
+                f"{advice} Its genes are {shown(names.names[:3])}; tried: {tried}."
+            )
+    return result
+
+
+def common_genes(cells: Sequence[Cells], names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Genes that every file has, in the order of the first; `names` as of `name_genes`.
 
     Raises:
         InputError: the files have none in common.
     """
-    first = list(map(str, cells[0].file.var.index))
-    shared = set(first).intersection(*(map(str, c.file.var.index) for c in cells[1:]))
+    first = names[cells[0].group]
+    shared = set(first).intersection(*(names[c.group] for c in cells[1:]))
     genes = [name for name in first if name in shared]
     if not genes:
-        raise InputError(f"The files have no gene in common ({shown(c.source.path.name for c in cells)}).")
+        raise InputError(f"The files have no gene in common: {shown(map(_examples, cells))}.")
     if len(genes) < max(c.file.n_genes for c in cells):
         logger.info(f"The PCA uses the {len(genes):,} genes that all files have.")
     return genes
+
+
+def _examples(cells: Cells) -> str:
+    """A file's gene names, and the columns that may name them."""
+    own = gene_names(cells.file.var)
+    columns = [INDEX, *map(str, cells.file.var.columns)]
+    return f"{cells.source.path.name} has {shown(own.names[:3])} (tried: {shown(columns)})"
 
 
 def hash_names(names: Sequence[str]) -> str:

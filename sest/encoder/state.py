@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ import scipy.sparse
 import torch
 
 from sest.cells.columns import GeneMatch, match_genes
-from sest.cells.inputs import Cells
+from sest.cells.inputs import Cells, unique_names
 from sest.encoder.model import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
 from sest.encoder.pca import Projection, hash_names
 from sest.encoder.weights import EncoderWeights
-from sest.errors import InputError, shown
+from sest.errors import InputError
 from sest.machine.devices import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -46,8 +45,9 @@ class SeEncoder:
         *,
         seed: int,
         max_tokens: int | None,
+        gene_col: str | None = None,
     ) -> None:
-        matches = {c.group: _match(c, weights.genes) for c in cells}
+        matches = {c.group: _match(c, weights.genes, gene_col) for c in cells}
         self.precision = precision
         self._model = StateEncoder(
             weights, device, DTYPES[precision], seed, max_tokens=max_tokens, eight_bits=precision == "fp8"
@@ -56,7 +56,7 @@ class SeEncoder:
         self._weights = weights
         self._most = sys.maxsize  # cells a forward pass that the memory has held
         self.name, self.sha256, self.native_dim = self._model.name, self._model.sha256, self._model.native_dim
-        self._genes = {c.group: _unique_names(c, matches[c.group].names) for c in cells}
+        self._genes = {c.group: unique_names(c, matches[c.group].names) for c in cells}
         self._kept: dict[str, KeptGenes] = {
             c.group: self._model.keep(matches[c.group].positions, matches[c.group].tokens, c.file.n_genes)
             for c in cells
@@ -148,10 +148,10 @@ def _run_in_parts(model: StateEncoder, staged: Staged, kept: KeptGenes, most: in
     return np.concatenate(parts), most
 
 
-def _match(cells: Cells, known: Sequence[str]) -> GeneMatch:
+def _match(cells: Cells, known: Sequence[str], gene_col: str | None) -> GeneMatch:
     """Which of a file's genes the encoder knows, and by which column (which is said)."""
     try:
-        match = match_genes(cells.file.var, known)
+        match = match_genes(cells.file.var, known, given=gene_col)
     except InputError as error:
         raise InputError(f"{cells.file.path.name}: {error}") from error
     logger.info(
@@ -159,17 +159,3 @@ def _match(cells: Cells, known: Sequence[str]) -> GeneMatch:
         f"({match.column})."
     )
     return match
-
-
-def _unique_names(cells: Cells, names: Sequence[str]) -> list[str]:
-    """The matched names; a gene without one, or whose name repeats, keeps its name in the var index (which is said)."""
-    often = Counter(names)
-    index = list(map(str, cells.file.var.index))
-    result = [name if name and often[name] == 1 else i for name, i in zip(names, index, strict=True)]
-    changed = sum(a != b for a, b in zip(result, names, strict=True))
-    if changed:
-        logger.info(f"{cells.source.path.name}: {changed:,} genes without a name of their own keep their var index.")
-    if len(set(result)) < len(result):
-        twice = [name for name, n in Counter(result).items() if n > 1]
-        raise InputError(f"{cells.source.path.name} names {len(twice)} genes twice: {shown(twice)}. Rename them.")
-    return result

@@ -75,7 +75,7 @@ def evaluate(
         r_columns = real_columns(r, p_columns, *given)
         notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
         sums = target_sums(p, r, record, config.counts, config.target_sum, notes)
-        task = align(p, p_columns, r, r_columns, sums)
+        task = align(p, p_columns, r, r_columns, sums, config.gene_col, notes)
         table, predictors, n_controls = _own_scores(task, record, notes)
         overall: dict[str, float] = {}
         if config.cell_eval:

@@ -14,7 +14,17 @@ import pandas as pd
 import scipy.sparse as sp
 
 from sest import progress
-from sest.cells.columns import Columns, detect_columns, labels, usual_columns
+from sest.cells.columns import (
+    INDEX,
+    Columns,
+    NoControlError,
+    detect_columns,
+    gene_names,
+    labels,
+    names_as_known,
+    unnamed_genes,
+    usual_columns,
+)
 from sest.cells.h5ad import CellFile
 from sest.cells.scale import (
     SAMPLED_CELLS,
@@ -129,8 +139,14 @@ def align(
     r: CellFile,
     r_columns: Columns,
     target_sums: tuple[float | None, float | None],
+    gene_col: str | None = None,
+    notes: list[str] | None = None,
 ) -> Comparison:
     """Find the pairs and genes of the prediction `p` and the cells of both in the real file `r`.
+
+    Args:
+        gene_col: the var column of `r` with the names of its genes; None: the one with most of the prediction's.
+        notes: what is decided for the user is added to them.
 
     Raises:
         InputError: `r` lacks genes, pairs or controls of cell types of the prediction, or `p` has no perturbed cells.
@@ -144,7 +160,7 @@ def align(
         raise InputError(
             f"{r.path} has no cell type column; the prediction has {shown(cell_types)}. Pass --cell-type-col."
         )
-    genes = p.var.index.tolist()
+    genes, columns = _aligned_genes(p, r, gene_col, [] if notes is None else notes)
     groups = pd.MultiIndex.from_tuples([*((cell_type, "") for cell_type in cell_types), *pairs])
     r_group = groups.get_indexer(_keys(r, r_columns, cell_types[0]))
     absent = groups[np.bincount(r_group[r_group >= 0], minlength=len(groups)) == 0]
@@ -158,7 +174,7 @@ def align(
             "Predict only what can be compared."
         )
     predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), target_sums[0], True)
-    real = Side(r, r_group, _gene_columns(r, genes), target_sums[1], False)
+    real = Side(r, r_group, columns, target_sums[1], False)
     return Comparison(predicted, real, cell_types, pairs, genes)
 
 
@@ -183,13 +199,20 @@ def real_columns(
 
 
 def _detect(file: CellFile, pert_col: str | None, cell_type_col: str | None, control: str | None) -> Columns:
-    columns = detect_columns(
-        file.obs,
-        pert_col=pert_col,
-        cell_type_col=cell_type_col,
-        batch_col=next(iter(file.obs.columns), None),  # any: batches are not used, so candidates are not compared
-        control=control,
-    )
+    try:
+        columns = detect_columns(
+            file.obs,
+            pert_col=pert_col,
+            cell_type_col=cell_type_col,
+            batch_col=next(iter(file.obs.columns), None),  # any: batches are not used, so candidates are not compared
+            control=control,
+        )
+    except NoControlError as error:
+        raise InputError(
+            f"{file.path}: {str(error).removesuffix('Pass --control.')}If one of these is the control, pass --control. "
+            "If none is, add control cells to this file, those of the real cells for a prediction: effects are "
+            "differences from them."
+        ) from error
     if columns.perturbation is None:
         raise InputError(
             f"{file.path} has no perturbation column. Available: {shown(file.obs.columns, 30)}. Pass --pert-col."
@@ -277,17 +300,25 @@ def _keys(file: CellFile, columns: Columns, only: str) -> pd.MultiIndex:
     return pd.MultiIndex.from_arrays([cell_type, perturbation])
 
 
-def _gene_columns(file: CellFile, genes: list[str]) -> np.ndarray:
-    """Where each of the prediction's genes is in the file: by the var index, or the column with more matches."""
-    names = [file.var.index, *(pd.Index(file.var[column].astype(str)) for column in file.var)]
-    best = max(names, key=lambda index: int(np.isin(genes, index).sum()))  # the first of equals
-    missing = [gene for gene in genes if gene not in best]
+def _aligned_genes(p: CellFile, r: CellFile, gene_col: str | None, notes: list[str]) -> tuple[list[str], np.ndarray]:
+    """The prediction's genes, and where each of them is in the real file."""
+    own = gene_names(p.var)
+    theirs = names_as_known(r.var, own.names, gene_col)
+    for file, names in ((p, own), (r, theirs)):
+        if names.are_numbers and gene_col is None:
+            raise unnamed_genes(file.path)
+        if names.column != INDEX:
+            notes.append(f"{file.path}: genes are named by {names.column} ({shown(names.names[:3])}).")
+    genes, index = list(own.names), pd.Index(theirs.names)
+    known = set(theirs.names)
+    missing = [gene for gene in genes if gene not in known]
     if missing:
         raise InputError(
-            f"{len(missing)} of the prediction's {len(genes)} genes are not in {file.path}: {shown(missing)}. "
-            f"It has {len(best)} genes such as {shown(best[:3])}."
+            f"{len(missing)} of the prediction's {len(genes)} genes are not in {r.path}: {shown(missing)}. "
+            f"It has {len(index)} genes such as {shown(index[:3])}; tried: {shown((INDEX, *map(str, r.var.columns)))}."
         )
-    twice = best[best.duplicated()].intersection(genes)
-    if len(twice):
-        raise InputError(f"{file.path} has genes of the prediction more than once (var {best.name}): {shown(twice)}.")
-    return best.get_indexer_for(genes)
+    for file, names in ((p, pd.Index(genes)), (r, index)):
+        twice = names[names.duplicated()].intersection(genes)
+        if len(twice):
+            raise InputError(f"{file.path} has genes of the prediction more than once: {shown(twice)}.")
+    return genes, index.get_indexer_for(genes)

@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse
 
 from sest import progress
-from sest.cells.columns import usual_columns
+from sest.cells.columns import detect_columns, labels, usual_columns
 from sest.cells.h5ad import CellFile
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
@@ -28,7 +28,7 @@ from sest.data.targets import normalisations
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import make_encoder
 from sest.encoder.hub import with_local_encoder
-from sest.encoder.pca import PCA, PcaEncoder, Projection
+from sest.encoder.pca import PCA, PcaEncoder, Projection, name_genes_as
 from sest.errors import InputError, nearest, shown
 from sest.runs.checkpoint import Checkpoint
 
@@ -96,16 +96,38 @@ def cached_pools(data: Dataset) -> dict[str, Pool]:
     return pools
 
 
-def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> dict[str, Pool]:
-    """Embed the control cells of `config.controls` with the run's encoder and projection, by cell type.
+def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Pool]:
+    """The pools that `new_pools` will give, without values: what they are asked for is checked before the embedding.
 
     Raises:
-        InputError: no such file or no controls in it, another encoder than the run's, genes of the run that the file
-            lacks, or values of another kind (counts, log1p) than the run was trained on.
+        InputError: no such file, no controls in it, or an encoder that is not known here.
     """
-    state, made, path = checkpoint.state, checkpoint.state["encoder"], Path(str(config.controls))
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"--controls takes one {' or '.join(SUFFIXES)} file, not {path}.")
+    _check_encoder(config, checkpoint)
+    path = _controls_file(config)
+    with CellFile(path, config.layer) as file:
+        columns = detect_columns(file.obs, **_columns(file, checkpoint, config))
+        if columns.perturbation is None:
+            raise InputError(
+                f"{path} has no perturbation column, so which of its cells are controls is not known. Columns of obs: "
+                f"{shown(file.obs.columns, 30)}. Pass --pert-col and --control, or add a column "
+                f"{checkpoint.state['columns']['perturbation']!r} with the label of controls."
+            )
+        codes, names = labels(file.obs, columns.perturbation)
+        mine = np.flatnonzero(codes == names.index(str(columns.control)))
+        cell_types = np.full(len(mine), "unknown")
+        if columns.cell_type is not None:
+            codes, names = labels(file.obs, columns.cell_type)
+            cell_types = np.array(names, str)[codes[mine]]
+    nothing = np.zeros((0, 0), np.float32)
+    return {
+        name: Pool(name, nothing, scipy.sparse.csr_matrix(nothing), np.full(n, ""), np.full(n, ""), np.zeros(n, int))
+        for name, n in zip(*map(np.ndarray.tolist, np.unique(cell_types, return_counts=True)), strict=True)
+    }
+
+
+def _check_encoder(config: PredictConfig, checkpoint: Checkpoint) -> None:
+    """Refuse new controls where nothing can embed them as the run's were."""
+    made = checkpoint.state["encoder"]
     if made["sha256"] is None:
         raise InputError(
             f"{checkpoint.folder} does not say which encoder it was trained with. "
@@ -113,20 +135,44 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
         )
     if made["name"] != PCA and config.encoder is None:
         raise InputError(f"The run was made with the encoder {made['name']}. Pass --encoder with its folder.")
+
+
+def _controls_file(config: PredictConfig) -> Path:
+    path = Path(str(config.controls))
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"--controls takes one {' or '.join(SUFFIXES)} file, not {path}.")
+    return path
+
+
+def _columns(file: CellFile, checkpoint: Checkpoint, config: PredictConfig) -> dict[str, Any]:
+    """How the obs of new controls is to be read (see `usual_columns`)."""
+    return usual_columns(
+        file.obs,
+        checkpoint.state["columns"],
+        pert_col=config.pert_col,
+        cell_type_col=config.cell_type_col,
+        control=config.control,
+    )
+
+
+def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> dict[str, Pool]:
+    """Embed the control cells of `config.controls` with the run's encoder and projection, by cell type.
+
+    Raises:
+        InputError: no such file or no controls in it, another encoder than the run's, genes of the run that the file
+            lacks, or values of another kind (counts, log1p) than the run was trained on.
+    """
+    state, made, path = checkpoint.state, checkpoint.state["encoder"], _controls_file(config)
+    _check_encoder(config, checkpoint)
     with CellFile(path) as file:
-        columns = usual_columns(
-            file.obs,
-            state["columns"],
-            pert_col=config.pert_col,
-            cell_type_col=config.cell_type_col,
-            control=config.control,
-        )
+        columns = _columns(file, checkpoint, config)
     embed_config = EmbedConfig(
         encoder=PCA if made["name"] == PCA else str(config.encoder),
         layer=config.layer,
         device=config.device,
         max_tokens=made.get("max_tokens"),
         seed=made["seed"],
+        gene_col=config.gene_col,
         **columns,
     )
     embed_config = with_local_encoder(embed_config)
@@ -141,7 +187,7 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
         _compare_scales(cells, data, config.mixed_scales)
         tensors = checkpoint.projection()
         projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
-        encoder = _encoder(cells, embed_config, made, projection)
+        encoder = _encoder(cells, embed_config, made, projection, data.targets.genes)
         names = encoder.gene_names(cells)
         _need_genes(path, names, data.targets.genes, "the run")
         return _embed(cells, encoder, projection, names, data)
@@ -165,12 +211,19 @@ def _compare_scales(cells: Cells, data: Dataset, mixed_scales: str) -> None:
     logger.warning(f"{text}; they are taken as they are, as asked.")
 
 
-def _encoder(cells: Cells, config: EmbedConfig, made: Mapping[str, Any], projection: Projection | None) -> CellEncoder:
-    """The encoder that the run was made with, `made` (state.json's "encoder"), ready for these cells."""
+def _encoder(
+    cells: Cells, config: EmbedConfig, made: Mapping[str, Any], projection: Projection | None, genes: Sequence[str]
+) -> CellEncoder:
+    """The encoder that the run was made with, `made` (state.json's "encoder"), ready for these cells.
+
+    `genes` of the run are found in the file by name; those of its PCA are among them, or are more.
+    """
     if made["name"] == PCA:
         assert projection is not None
-        _need_genes(cells.file.path, list(map(str, cells.file.var.index)), made["genes"], "the run's PCA")
-        return PcaEncoder.from_projection(list(made["genes"]), projection)
+        known = list(dict.fromkeys((*made["genes"], *genes)))
+        whose = "the run's PCA" if len(known) == len(made["genes"]) else "the run"
+        names = name_genes_as([cells], known, whose, config.gene_col)
+        return PcaEncoder.from_projection(list(made["genes"]), projection, names)
     encoder = make_encoder(config, [cells])
     if encoder.sha256 != made["sha256"]:
         raise InputError(f"{config.encoder} is not the encoder the run was made with ({made['name']}).")

@@ -5,6 +5,7 @@ Shapes: S cells a set, E embedding width, P feature width, G genes. Space: log1p
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import tempfile
@@ -31,7 +32,7 @@ from sest.errors import InputError, nearest, shown
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_device, choose_precision
 from sest.outputs import check_output
-from sest.prediction.controls import Pool, new_pools
+from sest.prediction.controls import Pool, new_pools, planned_pools
 from sest.prediction.draws import control_rows, draw_sets
 from sest.prediction.record import baselines, is_source, provenance
 from sest.prediction.requests import Request, Wanted, join_tables, make_requests, obs_of, read_wanted
@@ -92,13 +93,16 @@ def predict(
     train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
     if out.exists() and is_source(out, open_cache(os.fspath(cache))):
         raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
+    planned = planned_pools(config, checkpoint) if config.controls else None
     data = _read(cache, train_config, checkpoint, out)
     genes, places = _genes(config.genes, data.targets.genes)
-    pools = new_pools(config, checkpoint, data) if config.controls else None
-    requests, columns = make_requests(config, listed, data, pools)
+    requests, columns = make_requests(config, listed, data, planned)
     asked = [request for request in requests if not request.is_control]
     names = sorted({request.perturbation for request in asked})
     vectors = _vectors(names, source, train_config.missing_perturbations, checkpoint, data)
+    if planned is not None:  # all that can be refused was, before the embedding
+        pools = new_pools(config, checkpoint, data)
+        requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
     uns = {"sest": provenance(checkpoint, data, columns)}
     if saw_the_same_split(checkpoint, data):  # baselines must not see other cells
         uns["sest"] |= baselines(requests, config.seed, data, vectors, places)

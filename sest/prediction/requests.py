@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sest.cells.columns import Columns, detect_columns, labels, usual_columns
+from sest.cells.columns import Columns, NoControlError, detect_columns, labels, usual_columns
 from sest.cells.h5ad import CellFile
 from sest.cells.split_file import TEST
 from sest.config import PredictConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError, shown
 from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
+
+logger = logging.getLogger(__name__)
 
 Wanted = Sequence[str] | Mapping[str, int]
 """Perturbations to predict: names, or name -> cells."""
@@ -123,12 +126,23 @@ def make_requests(
     if wanted is not None:
         if control in wanted:
             raise InputError(f"'{control}' is the control: real control cells are added without being asked for.")
-        pool = pool_of(new or cached_pools(data), config.cell_type)
-        asked = [Request(pool, name, False, n) for name, n in wanted.items()]
-        return [*asked, Request(pool, control, True, len(pool))], columns
+        requests = []
+        for pool in _wanted_pools(new, data, config.cell_type):
+            requests += [Request(pool, name, False, n) for name, n in wanted.items()]
+            requests.append(Request(pool, control, True, len(pool)))
+        return requests, columns
     if new is not None:
         raise InputError("--controls gives new controls; say what to predict with --only, --list or --template.")
     return _test_split(data, control, config.cell_type), columns
+
+
+def _wanted_pools(new: Mapping[str, Pool] | None, data: Dataset, cell_type: str | None) -> list[Pool]:
+    """The controls of the cell type that is asked for; without one, of every cell type of `new` controls."""
+    if new is None or cell_type is not None:
+        return [pool_of(new or cached_pools(data), cell_type)]
+    if len(new) > 1:
+        logger.info(f"Predicting in each cell type of --controls: {shown(new)}. Choose one with --cell-type.")
+    return list(new.values())
 
 
 def _test_split(data: Dataset, control: str, only: str | None) -> list[Request]:
@@ -170,7 +184,14 @@ def _template(
         obs = file.obs.copy()
     batch = next(iter(obs.columns), None)  # any: the template's batches are not used, so candidates are not compared
     usual = usual_columns(obs, made, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
-    found = detect_columns(obs, batch_col=batch, **usual)
+    try:
+        found = detect_columns(obs, batch_col=batch, **usual)
+    except NoControlError as error:
+        raise InputError(
+            f"{path}: {str(error).removesuffix('Pass --control.')}If one of these is the control, pass --control. If "
+            f"none is, add rows with the label {made['control']!r} for every cell type, which get real control cells; "
+            "or say what to predict with --list or --only, which adds them."
+        ) from error
     if found.perturbation is None:
         raise InputError(f"{path} has no perturbation column. Columns: {shown(obs.columns, 30)}. Pass --pert-col.")
     if set(_text(obs, found.perturbation)) == {found.control}:

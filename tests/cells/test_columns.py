@@ -8,8 +8,18 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sest.cells.columns import detect_columns, labels, match_genes, usual_columns
+from sest.cells.columns import (
+    agreeing_names,
+    detect_columns,
+    gene_names,
+    labels,
+    match_genes,
+    names_as_known,
+    usual_columns,
+)
 from sest.errors import InputError
 
 TARGETS = ["non-targeting", "STAT1", "JAK2", "non-targeting", "STAT1", "MYC"]
@@ -283,3 +293,90 @@ def test_real_panels_match_the_symbols_of_the_challenge(shared_data: Path) -> No
         assert (match.column, len(match.names)) == ("var index", n_genes)
         assert len(match.positions) == len(set(var.index) & set(known)) > 0.5 * n_genes
         assert [match.names[p] for p in match.positions] == [known[t] for t in match.tokens]
+
+
+# --- what genes are called
+
+
+@pytest.mark.parametrize(
+    ("index", "columns", "column"),
+    [
+        (["A", "B", "1"], {"gene_name": ["x", "y", "z"]}, "var index"),
+        (["0", "1", "2"], {"type": ["g", "g", "g"], "Gene.Name": ["x", "y", "z"]}, "Gene.Name"),
+        (["0", "1", "0-1"], {"gene_ids": ["E1", "E2", "E3"], "symbol": ["x", "y", "z"]}, "symbol"),
+        (["7157", "3717", "2"], {"gene_name": ["7157", "3717", "2"], "feature_name": ["x", "y", ""]}, "feature_name"),
+        (["0", "1", "2"], {"other": ["x", "y", "z"]}, "var index"),
+        (["0", "1", "2"], {"symbol": ["", "", "z"]}, "var index"),
+    ],
+)
+def test_an_index_of_numbers_gives_way_to_the_usual_column(
+    index: list[str], columns: dict[str, list[str]], column: str
+) -> None:
+    found = gene_names(genes(index, **columns))
+    assert found.column == column
+    assert list(found.names) == columns.get(column, index)
+
+
+def test_the_column_of_names_can_be_given() -> None:
+    var = genes(["0", "1"], gene_name=["x", "y"], other=["p", "q"])
+    assert gene_names(var, "other").names == ("p", "q")
+    assert gene_names(var, "index").names == ("0", "1")
+    with pytest.raises(InputError, match=r"No column 'no' in var\. Available: index, gene_name, other\."):
+        gene_names(var, "no")
+    assert match_genes(genes(list("ABCD"), x=list("EFGH")), list("ABCDEFGH"), given="x").names == tuple("EFGH")
+
+
+IDS = [f"ENSG{i:011d}" for i in range(20)]
+SYMBOLS = [f"S{i}" for i in range(20)]
+VERSIONED = [f"{name}.{i % 7 + 1}" for i, name in enumerate(IDS)]
+
+
+def columns_that_agree(*tables: pd.DataFrame, column: str | None = None) -> list[tuple[str, str]]:
+    return [(names.column, names.names[0]) for names in agreeing_names(tables, column)]
+
+
+def test_files_agree_by_the_columns_that_have_most_genes_in_common() -> None:
+    index, bare = "var index", "var index, whatever the version"
+    own = genes(SYMBOLS)
+    assert columns_that_agree(own, genes(SYMBOLS[::-1])) == [(index, "S0"), (index, "S19")]
+    assert columns_that_agree(own, genes(IDS, name_x=SYMBOLS)) == [(index, "S0"), ("name_x", "S0")]
+    assert columns_that_agree(genes(IDS, name_x=SYMBOLS), own) == [("name_x", "S0"), (index, "S0")]
+    assert columns_that_agree(genes(VERSIONED), genes(IDS)) == [(bare, IDS[0]), (index, IDS[0])]
+    assert columns_that_agree(genes(VERSIONED), genes(VERSIONED)) == [(index, VERSIONED[0])] * 2
+    newer = [f"{name}.{i % 5 + 1}" for i, name in enumerate(IDS)]  # 10 of 20 have the same version
+    assert columns_that_agree(genes(VERSIONED), genes(newer)) == [(bare, IDS[0])] * 2
+    assert columns_that_agree(genes(VERSIONED), genes(newer), column="index") == [(index, IDS[0] + ".1")] * 2
+    rows = genes(list(map(str, range(20))), symbol=SYMBOLS)
+    assert columns_that_agree(rows, own) == [("symbol", "S0"), (index, "S0")]
+    assert columns_that_agree(rows, rows, column="index") == [(index, "0")] * 2
+    nothing = genes(list(map(str, range(20))))
+    assert columns_that_agree(nothing, nothing) == [(index, "0")] * 2  # which is refused where it matters
+    assert columns_that_agree(genes(SYMBOLS[:2] + IDS[2:]), own) == [(index, "S0")] * 2  # a tenth is enough
+
+
+def test_names_are_found_among_known_ones_whatever_their_version() -> None:
+    assert names_as_known(genes(SYMBOLS, x=IDS), SYMBOLS[:3]).column == "var index"
+    assert names_as_known(genes(SYMBOLS, x=IDS), IDS[:3]).names == tuple(IDS)
+    assert names_as_known(genes(IDS), VERSIONED[:3]).names == (*VERSIONED[:3], *IDS[3:])
+    assert names_as_known(genes(VERSIONED), IDS[:3]).names == tuple(IDS)
+    assert names_as_known(genes(SYMBOLS, x=IDS), IDS, "index").names == tuple(SYMBOLS)
+
+
+def test_an_encoder_of_ensembl_ids_knows_them_without_their_versions() -> None:
+    found = match_genes(genes(VERSIONED[:6]), IDS)
+    assert found.tokens.tolist() == list(range(6)) and found.names == tuple(IDS[:6])
+
+
+@given(st.permutations(range(20)), st.sampled_from(["index", "versions", "numbers"]))
+def test_the_same_genes_in_any_order_and_under_any_name_become_the_same_names(order: list[int], kind: str) -> None:
+    ids = [(VERSIONED if kind == "versions" else IDS)[i] for i in order]
+    symbols = [SYMBOLS[i] for i in order]
+    index = list(map(str, range(20))) if kind == "numbers" else ids
+    names = agreeing_names([genes(SYMBOLS), genes(index, name=symbols, gene_ids=ids)])
+    assert list(names[0].names) == SYMBOLS and list(names[1].names) == symbols
+
+
+def test_a_context_is_a_cell_type_where_no_other_column_is() -> None:
+    obs = table(perturbation=["control", "X"] * 3, context=list("aaabbb"))
+    assert detect_columns(obs).cell_type == "context"
+    assert detect_columns(obs.assign(cell_line=list("ababab"))).cell_type == "cell_line"

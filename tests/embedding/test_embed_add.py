@@ -16,6 +16,7 @@ from helpers.se_model import write_se
 from sest.cache import CacheError, CacheWriter, journal, open_cache, schema
 from sest.cache.storage import storage_at
 from sest.config import EmbedConfig
+from sest.data.targets import read_targets
 from sest.embedding.embed import embed
 from sest.errors import InputError
 from sest.progress import reporting
@@ -120,6 +121,34 @@ def test_nothing_is_added_to_what_is_not_there_or_not_finished(
         embed([files["b"]], cache, config, add=True)
     assert hashes(cache) == before
     assert embed(list(files.values()), cache, config, add=True).complete  # both named: both are finished
+
+
+def rows_of_numbers(path: Path, order: list[int]) -> Path:
+    """The counts of one seed with its genes in an `order`, named by a column beside an index of row numbers."""
+    var = pd.DataFrame({"gene_name": [f"G{i}" for i in order]}, index=list(map(str, range(len(order)))))
+    return write_cells(path, counts(21)[:, order], var=var)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_targets_and_embeddings_of_files_with_row_numbers_are_aligned_by_gene(tmp_path: Path, add: bool) -> None:
+    """The same cells twice, their genes in opposite order: the first cell's counts of G0, G1, G2 are those of both."""
+    a = rows_of_numbers(tmp_path / "a.h5ad", list(range(30)))
+    b = rows_of_numbers(tmp_path / "b.h5ad", list(range(29, -1, -1)))
+    path, config = tmp_path / "c.zarr", EmbedConfig(encoder="pca", dim="4", dtype="float32")
+    if add:
+        embed([a], path, config)
+        embed([b], path, config, add=True)
+    else:
+        embed([a, b], path, config)
+    cache = open_cache(path)
+    assert cache.groups["a"].genes == cache.groups["b"].genes[::-1] == gene_names(30)
+    targets = read_targets(cache, 10_000)
+    values = targets.log1p(np.arange(42)).toarray()
+    np.testing.assert_allclose(values[:21], values[21:], rtol=1e-6)
+    first = counts(21)[0]
+    np.testing.assert_allclose(values[21, :3], np.log1p(first[:3] * 1e4 / first.sum()), rtol=1e-5)
+    one, other = (cache.groups[name].embeddings(0, 21) for name in "ab")
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_without_the_genes_of_the_caches_pca_is_refused(files: dict[str, Path], tmp_path: Path) -> None:

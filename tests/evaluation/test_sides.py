@@ -211,3 +211,36 @@ def test_a_prediction_of_several_cell_types_needs_those_of_the_real_cells(writte
 
     with pytest.raises(InputError, match="no cell type column; the prediction has k562, rpe1"):
         evaluate(*written(change_real=forget), EvaluateConfig(cell_eval=False))
+
+
+def test_genes_of_both_files_are_found_by_name_where_the_index_is_row_numbers(
+    written: Callable[..., Written],
+) -> None:
+    def numbered(cells: ad.AnnData) -> ad.AnnData:
+        cells = cells[:, np.random.default_rng(len(cells)).permutation(cells.n_vars)].copy()
+        cells.var = pd.DataFrame({"gene_name": cells.var_names.to_numpy()}, index=list(map(str, range(cells.n_vars))))
+        return cells
+
+    def nameless(cells: ad.AnnData) -> ad.AnnData:
+        cells.var_names = list(map(str, range(cells.n_vars)))
+        return cells
+
+    config = EvaluateConfig(cell_eval=False)
+    expected = evaluate(*written(), config).table
+    found = evaluate(*written(change_predicted=numbered, change_real=numbered), config)
+    pd.testing.assert_frame_equal(found.table, expected, rtol=1e-9)
+    assert sum("genes are named by gene_name" in note for note in found.notes) == 2
+    paths = written(change_predicted=nameless, change_real=nameless)
+    with pytest.raises(InputError, match=r"does not name its genes.* --gene-col"):
+        evaluate(*paths, config)
+    by_row = evaluate(*paths, EvaluateConfig(cell_eval=False, gene_col="index")).table
+    assert (by_row["pearson_delta"][:5] < expected["pearson_delta"][:5]).sum() >= 4  # genes are in different orders
+
+
+def test_files_without_control_cells_are_told_what_to_add(written: Callable[..., Written]) -> None:
+    def drop(cells: ad.AnnData) -> ad.AnnData:
+        del cells.uns["sest"]
+        return cells[cells.obs.target_gene != "control"].copy()
+
+    with pytest.raises(InputError, match=r"predicted\.h5ad: No control cells: .*add control cells to this file"):
+        evaluate(*written(change_predicted=drop), EvaluateConfig(cell_eval=False))

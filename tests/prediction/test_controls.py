@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 from conftest import Demo
 
+import sest.prediction.controls
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.demo_cells import CONTROL, SMALL, Predict, rows_of
@@ -170,3 +171,53 @@ def test_pools_of_the_cache_join_the_files_of_a_cell_type(tmp_path: Path) -> Non
         pool_of(pools, None)
     with pytest.raises(InputError, match=r"No control cells of cell type 'yy'\. There are: x, y, z\. Did you mean 'y'"):
         pool_of(pools, "yy")
+
+
+def test_controls_of_several_contexts_are_not_pooled(
+    predicted: Predict, real: ad.AnnData, names: list[str], tmp_path: Path
+) -> None:
+    """`context` names the cell type; a cell predicted from alpha's controls does not depend on beta's being there."""
+    cells = real[real.obs["target_gene"] == CONTROL].copy()
+    cells.obs = cells.obs.rename(columns={"cell_type": "context"})[["target_gene", "context"]]
+    cells.write_h5ad(tmp_path / "controls.h5ad")
+    both = predicted(controls=str(tmp_path / "controls.h5ad"), only=names[0], n_cells=9)
+    assert both.obs.groupby(["cell_type", "target_gene"], observed=True).size().to_dict() == {
+        ("alpha", names[0]): 9,
+        ("alpha", CONTROL): 80,
+        ("beta", names[0]): 9,
+        ("beta", CONTROL): 80,
+    }
+    cells[cells.obs["context"] == "alpha"].write_h5ad(tmp_path / "controls.h5ad")
+    alone = predicted(controls=str(tmp_path / "controls.h5ad"), only=names[0], n_cells=9)
+    np.testing.assert_array_equal(both[alone.obs_names].X.toarray(), alone.X.toarray())
+
+
+def test_what_can_be_refused_is_refused_before_controls_are_embedded(
+    refusal: Callable[..., str], real: ad.AnnData, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embedded(*_: object) -> None:
+        pytest.fail("embedded")
+
+    monkeypatch.setattr(sest.prediction.controls, "_embed", embedded)
+    monkeypatch.setattr(sest.prediction.controls, "open_cells", embedded)
+    path = tmp_path / "new.h5ad"
+    real.write_h5ad(path)
+    asked = {"controls": str(path)}
+    assert "say what to predict" in refusal(**asked)
+    assert "No control cells of cell type 'betta'" in refusal(**asked, only=names[0], cell_type="betta")
+    assert "no features for 1 of 1" in refusal(**asked, only="nobody")
+    assert f"'{CONTROL}' is the control" in refusal(**asked, only=CONTROL)
+    cells = real.copy()
+    del cells.obs["target_gene"]
+    cells.write_h5ad(path)
+    line = refusal(**asked, only=names[0])
+    assert "has no perturbation column" in line and "add a column 'target_gene'" in line
+
+
+def test_genes_of_new_cells_are_found_by_name_where_the_index_is_row_numbers(
+    demo: Demo, real: ad.AnnData, tmp_path: Path
+) -> None:
+    cells = real[:, ::-1].copy()
+    cells.var = pd.DataFrame({"symbol": cells.var_names.to_numpy()}, index=list(map(str, range(cells.n_vars))))
+    cells.write_h5ad(tmp_path / "new.h5ad")
+    assert_same_cells(*controls_of(demo.run, controls=str(tmp_path / "new.h5ad")))

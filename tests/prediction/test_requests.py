@@ -218,3 +218,22 @@ def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: D
     table = join_tables([controls, cells, cells])
     assert table.index.is_unique and len(table) == 6
     assert list(table["gene"].cat.categories) == ["P", "ctrl"]
+
+
+def test_a_template_without_controls_is_told_what_works(
+    refusal: Callable[..., str], template: ad.AnnData, tmp_path: Path
+) -> None:
+    path = tmp_path / "template.h5ad"
+    template[template.obs["gene"] != "ctrl"].write_h5ad(path)
+    for options in ({}, {"control": CONTROL}):
+        line = refusal(template=str(path), **options)
+        assert str(path) in line and f"add rows with the label '{CONTROL}' for every cell type" in line
+        assert "--list or --only" in line
+
+
+def test_new_controls_of_several_cell_types_start_the_predictions_of_each(tiny_data: Dataset) -> None:
+    requests, _ = make_requests(PredictConfig(), {"S": 5}, tiny_data, cached_pools(tiny_data))
+    assert summary(requests)[:2] == [("x", "S", False, 5, 7), ("x", "ctrl", True, 7, 7)]
+    assert [r.pool.cell_type for r in requests] == ["x", "x", "y", "y"]
+    one, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5}, tiny_data, cached_pools(tiny_data))
+    assert [r.pool.cell_type for r in one] == ["y", "y"]
