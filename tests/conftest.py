@@ -37,6 +37,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Inputs that went wrong once; never part of this repository."""
+    return _folder("SEST_CASES", "cases")
+
+
+@pytest.fixture(scope="session")
 def shared_reference() -> Path:
     """Numbers computed by upstream (arc-state 0.11.1), see shared/reference/README.md."""
     return _folder("SEST_REFERENCE", "reference")

@@ -42,7 +42,7 @@ METRICS = 1e-5  # relative: 2e-7
 EMBEDDINGS = 0.016  # up to 8.8, in float16, which is two of its steps there: 5e-4
 PROJECTION = 1e-5  # 6e-8
 
-WRITERS = "anndata numcodecs numpy pandas zarr".split()  # packages that make the bytes of a store's files
+WRITERS = "anndata numcodecs numpy pandas zarr".split()  # packages that make the bytes of a cache's files
 PACKAGES = [*WRITERS, *"h5py numba safetensors scipy torch".split()]
 THREADS = {"OMP_NUM_THREADS": "1"}
 KERNELS = {
@@ -60,12 +60,12 @@ UNSET = (
 
 MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes")  # of a log line
 TENSORS = ("model.safetensors", "optimizer.safetensors", "projection.safetensors")
-COMPUTED = re.compile(  # files of a store whose bytes come from the PCA
+COMPUTED = re.compile(  # files of a cache whose bytes come from the PCA
     r"COMPLETE|journal\.jsonl|projection/zarr\.json|projection/\w+/c/.*|cells/obsm/X_sest/c/.*"
 )
 EMBED = "embed splits.toml --encoder pca --dim 6 --seed 3 --cache".split()
 FEATURES = "--perturbations features.safetensors".split()
-STORE = "--cache cache".split()
+CACHE = "--cache cache".split()
 
 
 def processor() -> dict[str, str]:
@@ -129,7 +129,7 @@ def info(folder: Path, path: str) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file in a folder but a store's lock."""
+    """The sha256 of every file in a folder but a cache's lock."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"]
     return {file.relative_to(folder).as_posix(): sha256(file.read_bytes()) for file in files}
 
@@ -168,8 +168,8 @@ def assert_weights(found: Path, expected: Path, tolerance: float) -> None:
         assert_close(made[name], values, tolerance)
 
 
-def assert_store(found: Path, exact: bool) -> None:
-    """A store is as the earlier version wrote it."""
+def assert_cache(found: Path, exact: bool) -> None:
+    """A cache is as the earlier version wrote it."""
     expected, made, before = BEFORE / "cache", hashes(found), EXPECTED["cache"]
     assert made.keys() == before.keys()
     if SAME_WRITERS:
@@ -178,7 +178,7 @@ def assert_store(found: Path, exact: bool) -> None:
         assert not [name for name in different if exact or not COMPUTED.fullmatch(name)]
     root, root_before = (json.loads((s / "zarr.json").read_text())["attributes"]["sest"] for s in (found, expected))
     assert root | {"sest_version": ""} == root_before | {"sest_version": ""}
-    cells, cells_before = (ad.read_zarr(store / "cells") for store in (found, expected))
+    cells, cells_before = (ad.read_zarr(cache / "cells") for cache in (found, expected))
     pd.testing.assert_frame_equal(cells.obs, cells_before.obs)
     assert list(cells.var_names) == list(cells_before.var_names)
     assert cells.X.dtype == cells_before.X.dtype and not (cells.X != cells_before.X).nnz
@@ -192,7 +192,7 @@ def assert_store(found: Path, exact: bool) -> None:
         assert_close(np.asarray(now[:]), np.asarray(values[:]), PROJECTION)
 
 
-# --- stores
+# --- caches
 
 
 def test_the_files_are_those_that_the_earlier_version_wrote() -> None:
@@ -200,7 +200,7 @@ def test_the_files_are_those_that_the_earlier_version_wrote() -> None:
     assert hashes(BEFORE / "cache") == EXPECTED["cache"]
 
 
-def test_a_store_of_an_earlier_version_opens_complete_and_sound(copy: Path) -> None:
+def test_a_cache_of_an_earlier_version_opens_complete_and_sound(copy: Path) -> None:
     facts = info(copy, "cache")
     assert (facts["kind"], facts["complete"], facts["verified"]) == ("cache", True, True)
     assert (facts["n_cells"], facts["dim"], facts["encoder"]) == (160, 6, "pca")
@@ -209,30 +209,30 @@ def test_a_store_of_an_earlier_version_opens_complete_and_sound(copy: Path) -> N
 
 def test_embedding_again_writes_the_bytes_of_an_earlier_version(copy: Path) -> None:
     sest(copy, *EMBED, "again")
-    assert_store(copy / "again", SAME_COMPUTER)
+    assert_cache(copy / "again", SAME_COMPUTER)
 
 
-same_version = pytest.mark.skipif(not SAME_VERSION, reason="a store is continued by the version that began it")
+same_version = pytest.mark.skipif(not SAME_VERSION, reason="a cache is continued by the version that began it")
 
 
 @same_version
-def test_a_finished_store_of_an_earlier_version_is_found_finished(copy: Path) -> None:
+def test_a_finished_cache_of_an_earlier_version_is_found_finished(copy: Path) -> None:
     sest(copy, *EMBED, "cache")
     assert hashes(copy / "cache") == EXPECTED["cache"]
 
 
 @same_version
-def test_an_unfinished_store_of_an_earlier_version_is_finished(copy: Path) -> None:
+def test_an_unfinished_cache_of_an_earlier_version_is_finished(copy: Path) -> None:
     """It lacks its embeddings, and gets them by the projection it has."""
-    store, shard = copy / "cache", "cells/obsm/X_sest/c/0/0"
-    (store / "COMPLETE").unlink()
-    (store / shard).unlink()
-    lines = (store / "journal.jsonl").read_text().splitlines(keepends=True)
-    (store / "journal.jsonl").write_text("".join(line for line in lines if shard not in line))
+    cache, shard = copy / "cache", "cells/obsm/X_sest/c/0/0"
+    (cache / "COMPLETE").unlink()
+    (cache / shard).unlink()
+    lines = (cache / "journal.jsonl").read_text().splitlines(keepends=True)
+    (cache / "journal.jsonl").write_text("".join(line for line in lines if shard not in line))
     assert info(copy, "cache")["complete"] is False
     sest(copy, *EMBED, "cache")
     assert info(copy, "cache")["complete"] is True
-    assert_store(store, SAME_COMPUTER)
+    assert_cache(cache, SAME_COMPUTER)
 
 
 # --- runs
@@ -273,7 +273,7 @@ def test_a_run_of_an_earlier_version_resumes_to_the_same_bytes(copy: Path, exact
     found = tensor_hashes(copy / "run")
     assert found.keys() == expected["files"].keys()
     for name, digest in expected["files"].items():
-        if exact or name.endswith(TENSORS[2]):  # the projection is the store's
+        if exact or name.endswith(TENSORS[2]):  # the projection is the cache's
             assert found[name] == digest, name
     for name in ("best", "last"):
         assert_weights(copy / "run" / name / TENSORS[0], BEFORE / "resumed.safetensors", WEIGHTS)
@@ -293,11 +293,11 @@ def test_the_configuration_of_an_earlier_version_trains_the_same_run(copy: Path,
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["paths given", "paths of the run"])
 def test_a_run_of_an_earlier_version_predicts_the_same_cells(copy: Path, exact: bool, recorded: bool) -> None:
-    """The store and the features are found by the options, or by what config.toml says, moved to where they are now."""
+    """The cache and the features are found by the options, or by what config.toml says, moved to where they are now."""
     if recorded:
         config = copy / "run" / "config.toml"
         config.write_text(config.read_text().replace(EXPECTED["folder"], str(copy)))
-    paths = () if recorded else (*STORE, *FEATURES)
+    paths = () if recorded else (*CACHE, *FEATURES)
     sest(copy, "predict", "run", "--out", "p.h5", "--device", "cpu", *paths)
     expected, cells, before = EXPECTED["prediction"], ad.read_h5ad(copy / "p.h5"), ad.read_h5ad(BEFORE / "predicted.h5")
     assert list(cells.var_names) == expected["var_names"]

@@ -364,10 +364,8 @@ def test_values_normalised_without_log_are_no_log1p(total: float) -> None:
         ("labels_scales_genes/10-delta-prediction/e_delta.h5ad", None, "2,097 values below zero"),
     ],
 )
-def test_the_cases_are_what_they_are(shared_data: Path, case: str, layer: str | None, words: str) -> None:
-    path = shared_data.parent / "cases" / case
-    if not path.exists():
-        pytest.skip("the cases are not here")
+def test_the_cases_are_what_they_are(shared_cases: Path, case: str, layer: str | None, words: str) -> None:
+    path = shared_cases / case
     with CellFile(path, layer) as file:
         scan = file.scan()
         if layer == "raw" or "1e6" in case:

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.caches import SIZES, small_screen, write_cache
 from helpers.configs import small_config
+from helpers.datasets import TWO_SCREENS, two_screens
 from helpers.notes import Notes
 from sest.cache import open_cache
 from sest.cells.split_file import TEST, TRAIN, VAL
@@ -18,31 +19,16 @@ from sest.data.labels import Labels
 from sest.errors import InputError
 from sest.progress import reporting
 
-SPLITS = """
-[datasets]
-screen = "screen.h5ad"
-other = "other.h5ad"
-[training]
-screen = "train"
-other = "train"
-[zeroshot]
-"other.y" = "test"
-[fewshot."screen.x"]
-val = ["P"]
-"""
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two count files with the cell types x and y each."""
-    groups = [small_screen("screen"), small_screen("other", control="nt", seed=1)]
-    return write_cache(tmp_path_factory.mktemp("cache") / "s.zarr", groups)
+    return write_cache(tmp_path_factory.mktemp("cache") / "s.zarr", two_screens())
 
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("splits") / "splits.toml"
-    path.write_text(SPLITS)
+    path.write_text(TWO_SCREENS)
     return str(path)
 
 

@@ -8,27 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.caches import GENES, CellGroup, small_screen, write_cache
-from sest.cache import Cache, open_cache
+from helpers.caches import small_screen
+from helpers.datasets import Opened, open_three_files, opened
 from sest.data.labels import CONTROL, read_embeddings, read_labels
 from sest.errors import InputError
-
-Opened = tuple[Cache, list[CellGroup]]
-
-
-def opened(folder: Path, *groups: CellGroup) -> Cache:
-    return open_cache(write_cache(folder / "s.zarr", groups))
 
 
 @pytest.fixture(scope="module")
 def three_files(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """Files with other genes, orders of genes, control labels and scales."""
-    groups = [
-        small_screen("a", genes=GENES, cell_types=("x", "y")),
-        small_screen("b/one", genes=GENES[4:][::-1], control="nt", sizes={"Q": 3, "Z": 2}, seed=1),
-        small_screen("b/two", genes=(*GENES[2:8], "only", *GENES[8:]), scale="log1p", cell_types=("y",), seed=2),
-    ]
-    return opened(tmp_path_factory.mktemp("three"), *groups), groups
+    return open_three_files(tmp_path_factory.mktemp("three"))
 
 
 def test_labels_name_what_every_cell_is_over_all_files(three_files: Opened) -> None:

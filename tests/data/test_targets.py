@@ -12,9 +12,10 @@ import pytest
 import scipy.sparse
 
 import sest.data.targets
-from helpers.caches import GENES, CellGroup, small_screen, write_cache
+from helpers.caches import GENES, small_screen
+from helpers.datasets import Opened, open_three_files, opened
 from helpers.notes import Notes
-from sest.cache import Cache, open_cache
+from sest.cache import Cache
 from sest.data.targets import (
     SCRATCH_MARK,
     compare_scales,
@@ -27,22 +28,10 @@ from sest.errors import InputError
 from sest.machine.memory import available_bytes
 from sest.progress import reporting
 
-Opened = tuple[Cache, list[CellGroup]]
-
-
-def opened(folder: Path, *groups: CellGroup) -> Cache:
-    return open_cache(write_cache(folder / "s.zarr", groups))
-
 
 @pytest.fixture(scope="module")
 def three_files(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """Files with other genes, orders of genes, control labels and scales."""
-    groups = [
-        small_screen("a", genes=GENES, cell_types=("x", "y")),
-        small_screen("b/one", genes=GENES[4:][::-1], control="nt", sizes={"Q": 3, "Z": 2}, seed=1),
-        small_screen("b/two", genes=(*GENES[2:8], "only", *GENES[8:]), scale="log1p", cell_types=("y",), seed=2),
-    ]
-    return opened(tmp_path_factory.mktemp("three"), *groups), groups
+    return open_three_files(tmp_path_factory.mktemp("three"))
 
 
 def test_targets_are_the_genes_all_files_have_in_the_first_files_order(three_files: Opened) -> None:

@@ -5,34 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from helpers.caches import SIZES, small_screen, write_cache
-from helpers.configs import small_config
+from helpers.caches import SIZES
+from helpers.datasets import TWO_SCREENS, dataset_of, two_screens
 from sest.cells.split_file import TEST, TRAIN
-from sest.data.dataset import Dataset, read_dataset
+from sest.data.dataset import Dataset
 from sest.evaluation.means import pseudobulks, split_pairs, training_means
-
-SPLITS = """
-[datasets]
-screen = "screen.h5ad"
-other = "other.h5ad"
-[training]
-screen = "train"
-other = "train"
-[zeroshot]
-"other.y" = "test"
-[fewshot."screen.x"]
-val = ["P"]
-"""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Two count files with the cell types x and y each: other/y tests, P of screen/x validates."""
-    folder = tmp_path_factory.mktemp("means")
-    (folder / "splits.toml").write_text(SPLITS)
-    groups = [small_screen("screen"), small_screen("other", control="nt", seed=1)]
-    cache = write_cache(folder / "s.zarr", groups)
-    return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
+    return dataset_of(tmp_path_factory.mktemp("means"), two_screens(), TWO_SCREENS)
 
 
 def test_pseudobulks_are_means_of_log1p_cells(data: Dataset) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.caches import SIZES, small_screen, write_cache
+from helpers.caches import SIZES, small_screen
 from helpers.configs import small_config
+from helpers.datasets import dataset_of
 from sest.cells.split_file import VAL
-from sest.data.dataset import Dataset, read_dataset
+from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
 from sest.evaluation.means import Pairs, split_pairs, training_means
@@ -33,10 +34,7 @@ PAIRS = [("x", "P"), ("x", "T"), ("y", "P"), ("y", "R")]  # 8, 9, 8 and 1 cells:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / "splits.toml").write_text(SPLITS)
-    cache = write_cache(folder / "s.zarr", [small_screen()])
-    return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
+    return dataset_of(tmp_path_factory.mktemp("pairs"), [small_screen()], SPLITS)
 
 
 @pytest.fixture(scope="module")

@@ -362,10 +362,8 @@ def test_a_misspelt_name_is_refused_where_zeros_stand_in_and_a_known_one_is_said
     assert any(note.endswith("get the same prediction: P, R.") for note in notes.notes)
 
 
-def test_the_case_of_a_misspelt_name(tmp_path: Path) -> None:
-    case = Path(__file__).parents[3] / "shared" / "cases" / "labels_scales_genes" / "01-predict-typo-zero"
-    if not case.is_dir():
-        pytest.skip(f"{case} is not there")
+def test_the_case_of_a_misspelt_name(shared_cases: Path, tmp_path: Path) -> None:
+    case = shared_cases / "labels_scales_genes" / "01-predict-typo-zero"
     cache, run = tmp_path / "c", tmp_path / "run"
     embed([case / "s08_combo.h5ad"], cache, EmbedConfig(encoder="pca", dim="16"))
     options = {**SMALL, "perturbations": str(case / "feat.safetensors"), "missing_perturbations": "zero"}

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.caches import SIZES, small_screen, write_cache
+from helpers.caches import SIZES, small_screen
 from helpers.configs import small_config
+from helpers.datasets import dataset_of
 from sest.cells.split_file import VAL
 from sest.config import TrainConfig
-from sest.data.dataset import Dataset, read_dataset
+from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.evaluation.baselines import perturbation_mean
 from sest.evaluation.means import split_pairs, training_means
@@ -39,20 +40,17 @@ val = ["R"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """P, Q and T (8, 5 and 9 cells: 2, 2 and 3 sets of 4) of x and R (1 cell) of y validate."""
-    folder = tmp_path_factory.mktemp("validate")
-    (folder / "splits.toml").write_text(SPLITS)
-    store = write_cache(folder / "s.zarr", [small_screen()])
-    return read_dataset(store, small_config(splits=str(folder / "splits.toml")))
+    return dataset_of(tmp_path_factory.mktemp("validate"), [small_screen()], SPLITS)
 
 
 @pytest.fixture(scope="module")
-def store(data: Dataset) -> ResidentCells:
+def resident(data: Dataset) -> ResidentCells:
     return resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
 
 
-def validator(data: Dataset, store: ResidentCells, criterion: Any = energy_distance, **changes: Any) -> Validator:
+def validator(data: Dataset, resident: ResidentCells, criterion: Any = energy_distance, **changes: Any) -> Validator:
     config: TrainConfig = small_config(**changes)
-    return Validator(data, store, config, CPU, criterion)
+    return Validator(data, resident, config, CPU, criterion)
 
 
 def head(data: Dataset) -> nn.Module:
@@ -72,9 +70,9 @@ def head(data: Dataset) -> nn.Module:
 
 @pytest.mark.parametrize("criterion", [energy_distance, mean_squared_error])
 def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
-    data: Dataset, store: ResidentCells, criterion: Any
+    data: Dataset, resident: ResidentCells, criterion: Any
 ) -> None:
-    checked, model = validator(data, store, criterion), head(data)
+    checked, model = validator(data, resident, criterion), head(data)
     got = checked.run(model, nullcontext)
     sets, labels = checked.sets, data.labels
     assert len(sets["targets"]) == 2 + 2 + 3 + 1
@@ -84,8 +82,8 @@ def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
     cells: dict[tuple[int, int], list[np.ndarray]] = {}
     for targets, controls, p in zip(sets["targets"], sets["controls"], sets["perturbation"], strict=True):
         with torch.no_grad():
-            predicted = model(store.basal(controls)[None], features[p][None])
-        losses.append(float(criterion(predicted, store.expression(targets)[None])))
+            predicted = model(resident.basal(controls)[None], features[p][None])
+        losses.append(float(criterion(predicted, resident.expression(targets)[None])))
         key = (int(labels.context[targets[0]]), int(p))
         cells.setdefault(key, []).append(predicted[0].double().numpy())
     assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # float32, other batches
@@ -107,9 +105,9 @@ def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
 
 
 def test_baselines_are_the_controls_and_the_controls_moved_by_the_training_effect(
-    data: Dataset, store: ResidentCells
+    data: Dataset, resident: ResidentCells
 ) -> None:
-    checked = validator(data, store)
+    checked = validator(data, resident)
     pairs, train, names = split_pairs(data, VAL), training_means(data), data.labels.perturbations
     moved = np.stack(
         [perturbation_mean(train, names[p], c) for p, c in zip(pairs.perturbation, pairs.control, strict=True)]
@@ -123,16 +121,16 @@ def test_baselines_are_the_controls_and_the_controls_moved_by_the_training_effec
         k = [(c, q) for c, q in zip(pairs.context, pairs.perturbation, strict=True)].index(
             (data.labels.context[targets[0]], p)
         )
-        cells = store.expression(controls)
+        cells = resident.expression(controls)
         shifted = (cells + torch.from_numpy(moved[k] - pairs.control[k]).float()).clamp_min(0)
         for name, predicted in (("controls", cells), ("perturbation_mean", shifted)):
-            losses[name].append(float(energy_distance(predicted[None], store.expression(targets)[None])))
+            losses[name].append(float(energy_distance(predicted[None], resident.expression(targets)[None])))
     for name, values in losses.items():
         assert checked.baselines[f"val_loss_{name}"] == pytest.approx(np.mean(values), rel=1e-5)
 
 
-def test_every_metric_stands_beside_both_baselines(data: Dataset, store: ResidentCells) -> None:
-    got = validator(data, store).run(head(data), nullcontext)
+def test_every_metric_stands_beside_both_baselines(data: Dataset, resident: ResidentCells) -> None:
+    got = validator(data, resident).run(head(data), nullcontext)
     metrics = ("val_loss", "pearson_delta", "mae", "pds")
     assert set(got) == {f"{m}{b}" for m in metrics for b in ("", "_controls", "_perturbation_mean")}
     assert all(isinstance(value, float) and np.isfinite(value) for value in got.values())
@@ -151,35 +149,37 @@ class Perfect(nn.Module):
         return means.unsqueeze(1).expand(-1, basal.shape[1], -1)
 
 
-def test_a_head_that_predicts_the_real_pseudobulks_scores_one(data: Dataset, store: ResidentCells) -> None:
+def test_a_head_that_predicts_the_real_pseudobulks_scores_one(data: Dataset, resident: ResidentCells) -> None:
     pairs = split_pairs(data, VAL)  # every code is in one context only
     model = Perfect(dict(zip(pairs.perturbation.tolist(), pairs.observed, strict=True)))
-    got = validator(data, store).run(model, nullcontext)
+    got = validator(data, resident).run(model, nullcontext)
     assert got["pearson_delta"] == pytest.approx(1) and got["pds"] == 1.0 and got["mae"] == pytest.approx(0, abs=1e-6)
 
 
 def test_batch_size_changes_nothing_beyond_rounding_and_the_model_trains_on(
-    data: Dataset, store: ResidentCells
+    data: Dataset, resident: ResidentCells
 ) -> None:
     model = head(data)
-    results = [validator(data, store, batch_size=size).run(model, nullcontext) for size in (1, 3, 100)]
+    results = [validator(data, resident, batch_size=size).run(model, nullcontext) for size in (1, 3, 100)]
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
     assert model.training  # dropout is on again
-    assert results[0] == validator(data, store, batch_size=1).run(model, nullcontext)  # no randomness
+    assert results[0] == validator(data, resident, batch_size=1).run(model, nullcontext)  # no randomness
 
 
-def test_val_sets_limits_the_sets_but_keeps_every_perturbation(data: Dataset, store: ResidentCells) -> None:
+def test_val_sets_limits_the_sets_but_keeps_every_perturbation(data: Dataset, resident: ResidentCells) -> None:
     for asked, expected in ((0, 8), (1, 4), (4, 4), (6, 6), (99, 8)):
-        checked = validator(data, store, val_sets=asked)
+        checked = validator(data, resident, val_sets=asked)
         assert len(checked.sets["targets"]) == expected
         assert set(checked.sets["perturbation"].tolist()) == {data.labels.perturbations.index(p) for p in "PQTR"}
         assert all(np.isfinite(value) for value in checked.run(head(data), nullcontext).values())
 
 
-def test_validation_looks_at_validation_cells_and_their_own_controls_only(data: Dataset, store: ResidentCells) -> None:
+def test_validation_looks_at_validation_cells_and_their_own_controls_only(
+    data: Dataset, resident: ResidentCells
+) -> None:
     for controls in ("context", "batch"):
-        sets = validator(data, store, match_controls=controls).sets
+        sets = validator(data, resident, match_controls=controls).sets
         assert data.in_split(VAL)[sets["targets"]].all() and data.in_split(VAL)[sets["controls"]].all()
         assert not data.labels.is_control[sets["targets"]].any()
         assert set(sets["targets"].ravel().tolist()) == set(
@@ -189,8 +189,8 @@ def test_validation_looks_at_validation_cells_and_their_own_controls_only(data: 
 
 
 def test_predictions_that_are_not_finite_give_a_val_loss_that_is_not_finite(
-    data: Dataset, store: ResidentCells
+    data: Dataset, resident: ResidentCells
 ) -> None:
     pairs = split_pairs(data, VAL)
     bad = {int(p): np.full(len(data.targets.genes), np.nan) for p in pairs.perturbation}
-    assert np.isnan(validator(data, store).run(Perfect(bad), nullcontext)["val_loss"])
+    assert np.isnan(validator(data, resident).run(Perfect(bad), nullcontext)["val_loss"])
