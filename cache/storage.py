@@ -220,8 +220,8 @@ class RemoteStorage:
     def reached(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, CacheError, ValueError, KeyError):
-            raise  # no such object; damage
+        except (FileNotFoundError, CacheError, ValueError, KeyError, MemoryError):
+            raise  # no such object; damage; not the storage's
         except Exception as error:  # packages for object stores have no error in common
             words = " ".join(str(error).split()) or type(error).__name__
             raise CacheError(f"{self.url} cannot be reached: {words}.") from error

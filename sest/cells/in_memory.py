@@ -52,6 +52,8 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
         path = Path(folder) / f"{name}.h5ad"
         try:
             part.write_h5ad(path)
+        except MemoryError:
+            raise
         except Exception as error:  # of many kinds, none of them promised
             raise InputError(f"The {name} cells cannot be written as an .h5ad: {one_line(error)}.") from error
         yield path

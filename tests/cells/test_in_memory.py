@@ -74,3 +74,12 @@ def test_what_cannot_be_a_file_is_one_line() -> None:
     ):
         with pytest.raises(InputError, match=message), file_of(given, "new", layer):
             pass
+
+
+def test_memory_that_runs_out_is_not_called_a_fault_of_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ad.AnnData, path: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", full)
+    with pytest.raises(MemoryError), file_of(cells(), "new", None):
+        pass
