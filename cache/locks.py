@@ -10,9 +10,10 @@ from contextlib import ExitStack, closing, contextmanager
 
 from sest.cache import schema
 from sest.cache.schema import CacheError
-from sest.cache.storage import Held, LocalStorage, Storage
+from sest.cache.storage import Held, LocalStorage, Lock, Storage
 
 _BETWEEN_TRIES = 0.05  # seconds
+_TRIES = 10
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
             raise CacheError(f"{storage} is being written by process {held}. Wait for it or stop it.") from held
         if not alone:
             try:
-                locks.callback(storage.hold(_lock_of(rank), alone=True, text=f"{os.getpid()} of {world_size}").close)
+                locks.callback(_hold_rank(storage, rank, f"{os.getpid()} of {world_size}").close)
             except Held as held:
                 raise CacheError(
                     f"{storage} is being written by a process with --rank {rank} already ({held})."
@@ -61,6 +62,15 @@ def _lock_of(rank: int) -> str:
     return f"{schema.SPOOL}/lock-{rank}"
 
 
+def _hold_rank(storage: Storage, rank: int, text: str) -> Lock:
+    """The lock of this rank. Another rank that looks who writes holds it for an instant: that is waited out."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(Held):
+            return storage.hold(_lock_of(rank), alone=True, text=text)
+        time.sleep(_BETWEEN_TRIES)
+    return storage.hold(_lock_of(rank), alone=True, text=text)
+
+
 def _held_by_others(storage: Storage, rank: int) -> Iterator[tuple[int, str]]:
     """Other ranks that write now, and what their locks say."""
     if not isinstance(storage, LocalStorage):
@@ -75,10 +85,20 @@ def _held_by_others(storage: Storage, rank: int) -> Iterator[tuple[int, str]]:
 
 
 def _refuse_other_size(storage: Storage, rank: int, world_size: int) -> None:
-    for other, lock in _held_by_others(storage, rank):
-        process, _, size = lock.partition(" of ")
-        if size != str(world_size):
-            raise CacheError(
-                f"{storage} is being written with --world-size {size} (rank {other}, process {process}), not "
-                f"{world_size}. Wait for that, or give the same --world-size."
-            )
+    """What a lock says follows the lock itself by an instant, so what does not fit is looked at again."""
+    others: list[tuple[int, str]] = []
+    for _ in range(_TRIES):
+        others = [(other, says) for other, says in _held_by_others(storage, rank) if not _fits(says, world_size)]
+        if not others:
+            return
+        time.sleep(_BETWEEN_TRIES)
+    other, says = others[0]
+    process, _, size = says.partition(" of ")
+    raise CacheError(
+        f"{storage} is being written with --world-size {size} (rank {other}, process {process}), not {world_size}. "
+        "Wait for that, or give the same --world-size."
+    )
+
+
+def _fits(says: str, world_size: int) -> bool:
+    return says.partition(" of ")[2] == str(world_size)

@@ -56,6 +56,28 @@ def test_locks_are_let_go_at_the_end_and_after_an_error(storage: LocalStorage) -
         assert locks.other_ranks(storage, 0) == []
 
 
+def test_a_rank_waits_for_what_the_lock_of_another_has_not_said_yet(storage: LocalStorage) -> None:
+    """A lock is taken before its text is written: until then it is empty, or says what an earlier process wrote."""
+    for said in ("", "100 of 7"):
+        with locks.writing(storage, 1, 2):
+            file = storage.root / schema.SPOOL / "lock-1"
+            file.write_text(said)
+            later = threading.Timer(0.1, file.write_text, [f"{os.getpid()} of 2"])
+            later.start()
+            with locks.writing(storage, 0, 2):
+                pass
+            later.join()
+
+
+def test_a_rank_whose_lock_is_looked_at_waits_for_the_instant_that_takes(storage: LocalStorage) -> None:
+    looked_at = storage.hold(locks._lock_of(1), alone=False, text="")
+    later = threading.Timer(0.1, looked_at.close)
+    later.start()
+    with locks.writing(storage, 1, 2):
+        assert locks.other_ranks(storage, 0) == [1]
+    later.join()
+
+
 def test_an_object_store_has_no_locks() -> None:
     storage = storage_at("memory://bucket/cache.zarr")
     with locks.writing(storage, 0, 1), locks.writing(storage, 0, 1), locks.finishing(storage):
