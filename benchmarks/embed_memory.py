@@ -35,7 +35,7 @@ class Clock(Silent):
     def begin(self, *_): self.before = self.before or status("VmRSS")
 encoder, cells, out = sys.argv[1:4]
 if encoder != "pca":
-    from sest.encoder.weights import load_encoder
+    from sest.se.weights import load_encoder
     load_encoder(Path(encoder))
 with reporting(Clock()) as clock:
     sest.embed(cells, out, encoder=encoder, dim=32, device="cpu")

@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from encoders import SE_600M, Size, random_cells, write_cells, write_encoder
 
 import sest
-from sest.encoder.model import StateEncoder
-from sest.encoder.weights import load_encoder
 from sest.machine.devices import DTYPES, choose_device
+from sest.se.model import StateEncoder
+from sest.se.weights import load_encoder
 
 # `sest embed` in a process of its own, so that its peak memory is its own.
 OURS = r"""

@@ -127,7 +127,7 @@ def data_folder() -> Path:
 def write_random_se(folder: Path, genes: Sequence[str], seed: int = 0) -> Path:
     """Write a State Embedding folder of random weights: 2 layers, width 128, 4 heads, 256 slots, DIM outputs."""
     width, token_dim, hidden, bins, n_layers = 128, 64, 256, 10, 2
-    linear = {  # name -> (rows, columns), the state_dict of sest.encoder.weights
+    linear = {  # name -> (rows, columns), the state_dict of sest.se.weights
         "encoder.0": (width, token_dim),
         "count_encoder.0": (64, 1),
         "count_encoder.2": (bins, 64),

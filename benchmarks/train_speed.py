@@ -44,10 +44,10 @@ from sest.data.batches import BatchSource
 from sest.data.dataset import read_dataset
 from sest.data.resident import resident_cells
 from sest.data.sampler import SetSampler
-from sest.encoder.model import StateEncoder
-from sest.encoder.weights import load_encoder
 from sest.head.model import HeadSizes, n_parameters, new_model
 from sest.machine.devices import DTYPES, choose_device, choose_precision
+from sest.se.model import StateEncoder
+from sest.se.weights import load_encoder
 from sest.training.limit import measure_limit
 
 OURS = r"""

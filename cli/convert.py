@@ -40,7 +40,7 @@ def convert(
 
     `sest embed` and `sest predict` read the copy from then on, while the .ckpt is unchanged.
     """
-    from sest.encoder.weights import convert_encoder
+    from sest.se.weights import convert_encoder
 
     copy, made = convert_encoder(encoder, options.get("weights"))
     size = f"{copy.stat().st_size / 1e9:.2f} GB"

@@ -18,8 +18,8 @@ import anndata
 import pandas as pd
 
 from sest.cache import Cache, open_cache
-from sest.cells.in_memory import file_of
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
+from sest.files.in_memory import file_of
 from sest.notebook import shown_in_notebooks
 from sest.outputs import check_output
 

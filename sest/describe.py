@@ -20,7 +20,7 @@ from sest.errors import Error, InputError, shown
 from sest.runs.curves import read_lines
 
 if TYPE_CHECKING:
-    from sest.cells.h5ad import CellFile
+    from sest.files.h5ad import CellFile
 
 Facts = dict[str, Any]
 CACHE_FACTS = (
@@ -189,8 +189,8 @@ def _run(path: Path, metrics: Path, verify: bool) -> Facts:
 
 
 def _encoder(path: Path) -> Facts:
-    from sest.encoder.model import sizes
-    from sest.encoder.weights import load_encoder
+    from sest.se.model import sizes
+    from sest.se.weights import load_encoder
 
     weights = load_encoder(path)
     return {
@@ -206,8 +206,9 @@ def _encoder(path: Path) -> Facts:
 
 
 def _cells(path: Path) -> Facts:
-    from sest.cells.columns import detect_columns, gene_names, labels
-    from sest.cells.h5ad import CellFile
+    from sest.cells.columns import detect_columns, labels
+    from sest.cells.genes import gene_names
+    from sest.files.h5ad import CellFile
 
     with CellFile(path) as file:
         facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.choices)}

@@ -40,9 +40,9 @@ from sest.cli.main import app, main
 from sest.compat.ancestor import FIXED, KEYS, Key
 from sest.config import EmbedConfig, TrainConfig
 from sest.embedding.embed import embed
-from sest.encoder.weights import save_safetensors_copy
 from sest.head.model import HeadSizes, new_model
 from sest.runs.curves import read_lines
+from sest.se.weights import save_safetensors_copy
 from sest.training.train import train
 
 README = ROOT / "README.md"

@@ -17,13 +17,14 @@ import scipy.sparse
 
 from sest import progress
 from sest.cache.schema import RESERVED
-from sest.cells.columns import INDEX, Columns, GeneNames, detect_columns, gene_names, labels
-from sest.cells.h5ad import CellFile
-from sest.cells.scale import Normalisation, Scan, decide_scale
+from sest.cells.columns import Columns, detect_columns, labels
+from sest.cells.genes import INDEX, GeneNames, gene_names
+from sest.cells.scale import Normalisation, Scan, decide_scale, scan_file
 from sest.cells.split_file import SUFFIXES, SplitFile, read_splits
 from sest.cells.splits import GroupCells, group_cells
 from sest.config import EmbedConfig
 from sest.errors import InputError, shown
+from sest.files.h5ad import CellFile
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
         stack: closes the files.
 
     Raises:
-        InputError: for every kind of unusable file (see `sest.cells.h5ad` and `sest.cells.columns`).
+        InputError: for every kind of unusable file (see `sest.files.h5ad` and `sest.cells.columns`).
     """
     files = [stack.enter_context(CellFile(source.path, config.layer)) for source in sources]
     columns = [
@@ -170,7 +171,7 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     result = []
     progress.begin("Reading", sum(file.n_cells for file in files), "cells")
     for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
-        scan = file.scan(progress.advance)
+        scan = scan_file(file, progress.advance)
         scale = decide_scale(scan, config.counts, file.path, file.choices)
         result.append(Cells(source, file, scan, scale, found, obs))
     for cells in result:

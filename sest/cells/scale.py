@@ -16,6 +16,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from sest.errors import InputError, nearest, shown
+from sest.files.h5ad import CellFile
+from sest.files.matrix import rows_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,13 @@ class Scan:
         """Whether the values are z-scores: many below zero, few whole, their mean near 0."""
         n_values = max(int(self.indptr[-1]), 1)
         return self.n_negative > 0.2 * n_values and self.n_fractional > 0.9 * n_values and abs(self.mean) < 0.25
+
+
+def scan_file(file: CellFile, on_rows: Callable[[int], None] | None = None) -> Scan:
+    """Read all values of a file once; `on_rows(n)` is told after each block that n more cells are done."""
+    n, step = file.n_cells, rows_at_once(file.n_genes)
+    blocks = (file.rows(start, min(start + step, n)) for start in range(0, n, step))
+    return scan_blocks(blocks, n, list(file.var.index), on_rows)
 
 
 def scan_blocks(

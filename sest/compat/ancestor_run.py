@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sest.cache import Cache, CacheError, open_cache
 from sest.cache.schema import COMPLETE
-from sest.cells.h5ad import CellFile
 from sest.cells.inputs import resolve_inputs
 from sest.compat.ancestor import (
     CHECKPOINT,
@@ -25,10 +24,11 @@ from sest.compat.ancestor import (
 )
 from sest.config import TrainConfig
 from sest.data.features import load_features
-from sest.encoder.weights import COPY_SUFFIX
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 from sest.runs.checkpoint import find_checkpoint, resumable
 from sest.runs.run_folder import resumed_config
+from sest.se.weights import COPY_SUFFIX
 
 logger = logging.getLogger(__name__)
 

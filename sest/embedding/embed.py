@@ -27,7 +27,6 @@ from sest.cache import CacheWriter, journal, schema
 from sest.cache.layout import GroupPlan
 from sest.cache.storage import storage_at
 from sest.cache.writer import refuse_foreign
-from sest.cells.h5ad import CellFile
 from sest.cells.inputs import ROWS_PER_READ, open_cells, resolve_inputs
 from sest.config import EmbedConfig
 from sest.embedding.plan import (
@@ -40,12 +39,13 @@ from sest.embedding.plan import (
 )
 from sest.embedding.rows import Piece, RowEncoder
 from sest.encoder.choose import check_encoder
-from sest.encoder.hub import with_local_encoder
-from sest.encoder.pca import Projection, fit_pca
+from sest.encoder.projection import Projection, fit_pca
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 from sest.machine.memory import resident_bytes
 from sest.machine.ranks import SINGLE, Ranks
 from sest.machine.signals import StopRequest, stop_requests
+from sest.se.hub import with_local_encoder
 
 logger = logging.getLogger(__name__)
 

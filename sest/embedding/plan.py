@@ -21,9 +21,11 @@ from sest.cells.scale import differing_scales
 from sest.cells.split_file import TRAIN, SplitFile
 from sest.cells.splits import assign_splits
 from sest.config import EmbedConfig, TrainConfig
+from sest.encoder.align import hash_names, name_genes_as
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import make_encoder
-from sest.encoder.pca import PCA, PCA_TARGET_SUM, PcaEncoder, Projection, hash_names, name_genes_as
+from sest.encoder.pca import PCA, PCA_TARGET_SUM, PcaEncoder
+from sest.encoder.projection import Projection
 from sest.errors import InputError
 
 logger = logging.getLogger(__name__)

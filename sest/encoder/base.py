@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 
 from sest.cells.inputs import Cells
-from sest.encoder.pca import Projection
+from sest.encoder.projection import Projection
 
 
 class CellEncoder(Protocol):

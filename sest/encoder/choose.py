@@ -8,12 +8,13 @@ from pathlib import Path
 
 from sest.cells.inputs import Cells
 from sest.config import EmbedConfig
+from sest.encoder.align import common_genes, name_genes
 from sest.encoder.base import CellEncoder
-from sest.encoder.pca import PCA, PcaEncoder, common_genes, name_genes
+from sest.encoder.pca import PCA, PcaEncoder
 from sest.encoder.state import SeEncoder
-from sest.encoder.weights import find_encoder, load_encoder
 from sest.errors import InputError
 from sest.machine.devices import choose_device, choose_precision, faster_precision
+from sest.se.weights import find_encoder, load_encoder
 
 logger = logging.getLogger(__name__)
 

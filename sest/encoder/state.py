@@ -11,13 +11,14 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from sest.cells.columns import GeneMatch, match_genes
+from sest.cells.genes import GeneMatch, match_genes
 from sest.cells.inputs import Cells, unique_names
-from sest.encoder.model import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
-from sest.encoder.pca import Projection, hash_names
-from sest.encoder.weights import EncoderWeights
+from sest.encoder.align import hash_names
+from sest.encoder.projection import Projection
 from sest.errors import InputError
 from sest.machine.devices import DTYPES
+from sest.se.model import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
+from sest.se.weights import EncoderWeights
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ ACTIVATION_BUDGET = 2**25
 
 
 class SeEncoder:
-    """A State Embedding model (sest.encoder.model) and the genes each file shares with it.
+    """A State Embedding model (sest.se.model) and the genes each file shares with it.
 
     Raises:
         InputError: a file whose genes the model does not know, or cannot tell apart.

@@ -18,8 +18,6 @@ import pandas as pd
 
 import sest
 from sest import progress
-from sest.cells.h5ad import CellFile
-from sest.cells.in_memory import file_of
 from sest.config import EvaluateConfig
 from sest.errors import shown
 from sest.evaluation.cell_eval_scores import (
@@ -35,6 +33,8 @@ from sest.evaluation.metrics import discrimination_score, mean_absolute_error, p
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
 from sest.evaluation.sides import Comparison, align, differing_sides, prediction_columns, real_columns, target_sums
+from sest.files.h5ad import CellFile
+from sest.files.in_memory import file_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -14,18 +14,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from sest import progress
-from sest.cells.columns import (
-    INDEX,
-    Columns,
-    NoControlError,
-    detect_columns,
-    gene_names,
-    labels,
-    names_as_known,
-    unnamed_genes,
-    usual_columns,
-)
-from sest.cells.h5ad import CellFile
+from sest.cells.columns import Columns, NoControlError, detect_columns, labels, usual_columns
+from sest.cells.genes import INDEX, gene_names, names_as_known, unnamed_genes
 from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
@@ -35,11 +25,13 @@ from sest.cells.scale import (
     log1p_rows,
     normalisation_of,
     normalised_to,
+    scan_file,
     total_counts,
 )
 from sest.errors import InputError, shown
 from sest.evaluation.cell_eval_scores import LabelledCells
 from sest.evaluation.record import Record
+from sest.files.h5ad import CellFile
 
 TARGET_SUM = 10_000.0  # counts a cell, where a foreign prediction does not say
 BLOCK = 2048  # cells read at once
@@ -252,7 +244,7 @@ def target_sums(
 def _scale(file: CellFile, counts: str, what: str, *, is_predicted: bool = False) -> str:
     """ "counts" or "log1p"; `counts` is auto, raw or log1p."""
     progress.begin(f"Checking {what}", file.n_cells, "cells")
-    scan = file.scan(progress.advance)
+    scan = scan_file(file, progress.advance)
     if is_predicted and scan.n_negative:
         raise InputError(_effects(file.path, scan.n_negative))
     return decide_scale(scan, counts, file.path, file.choices)

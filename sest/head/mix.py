@@ -1,4 +1,4 @@
-"""The hash behind dropout masks and, in `sest.encoder`, behind the order of genes with equal counts."""
+"""The hash behind dropout masks and, in `sest.se`, behind the order of genes with equal counts."""
 
 from __future__ import annotations
 

@@ -18,19 +18,21 @@ import scipy.sparse
 
 from sest import progress
 from sest.cells.columns import detect_columns, labels, usual_columns
-from sest.cells.h5ad import CellFile
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
 from sest.cells.split_file import SUFFIXES
 from sest.config import EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
 from sest.data.targets import normalisations
+from sest.encoder.align import name_genes_as
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import make_encoder
-from sest.encoder.hub import with_local_encoder
-from sest.encoder.pca import PCA, PcaEncoder, Projection, name_genes_as
+from sest.encoder.pca import PCA, PcaEncoder
+from sest.encoder.projection import Projection
 from sest.errors import InputError, nearest, shown
+from sest.files.h5ad import CellFile
 from sest.runs.checkpoint import Checkpoint
+from sest.se.hub import with_local_encoder
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from sest import progress
 from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
 from sest.cells.split_file import TRAIN
-from sest.cells.write_h5ad import H5adWriter
 from sest.config import PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.features import ONE_HOT, absent_hint, equal_vectors, load_features
 from sest.data.targets import remove_scratch
 from sest.errors import InputError, nearest, shown
+from sest.files.write_h5ad import H5adWriter
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_device, choose_precision
 from sest.outputs import check_output

@@ -12,13 +12,13 @@ import numpy as np
 from sest import __version__
 from sest.cache import Cache
 from sest.cells.columns import Columns
-from sest.cells.h5ad import CellFile
 from sest.data.dataset import Dataset
 from sest.data.features import ONE_HOT
 from sest.data.targets import compare_scales
 from sest.errors import InputError
 from sest.evaluation.baselines import predict_baselines
 from sest.evaluation.means import training_means
+from sest.files.h5ad import CellFile
 from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request

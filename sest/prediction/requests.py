@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from sest.cells.columns import Columns, NoControlError, detect_columns, labels, usual_columns
-from sest.cells.h5ad import CellFile
 from sest.cells.split_file import TEST
 from sest.config import PredictConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError, shown
+from sest.files.h5ad import CellFile
 from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from scipy import sparse
 
 from sest import progress
 from sest.cache.disk import file_aside
-from sest.cells.write_h5ad import H5adWriter
 from sest.errors import InputError, nearest, shown
+from sest.files.write_h5ad import H5adWriter
 from sest.outputs import Place, check_output
 from sest.simulation.model import (
     HOLD_OUT,

@@ -15,9 +15,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sest.cells.matrix
+import sest.files.matrix
 from helpers.damaged_h5ad import FORMS, counts, write
-from sest.cells.h5ad import CellFile
 from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
@@ -30,9 +29,11 @@ from sest.cells.scale import (
     normalisation_of,
     normalised_to,
     scan_blocks,
+    scan_file,
     total_counts,
 )
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 
 # --- scan
 
@@ -42,7 +43,7 @@ def test_scan_hash_is_the_same_for_every_storage_form_and_differs_with_content(t
 
     def digest(name: str, stored: object, **options: Any) -> str:
         with CellFile(write(tmp_path / name, stored, **options)) as file:
-            return file.scan().sha256
+            return scan_file(file).sha256
 
     with_zeros = sp.csr_matrix(values)
     with_zeros.data[:3] = 0
@@ -64,7 +65,7 @@ def test_scan_hash_is_the_same_for_every_storage_form_and_differs_with_content(t
     with h5py.File(tmp_path / "a.h5ad", "r+") as file:
         file["var/_index"][0] = "another gene"
     with CellFile(tmp_path / "a.h5ad") as file:
-        assert file.scan().sha256 not in same
+        assert scan_file(file).sha256 not in same
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -74,10 +75,10 @@ def test_scan_hash_does_not_depend_on_the_block_size(
     path = write(tmp_path / "a.h5ad", FORMS[form](counts()))
     seen = set()
     for read, window in ((10**6, 10**6), (90, 200), (64, 64)):
-        monkeypatch.setattr(sest.cells.matrix, "READ_VALUES", read)
-        monkeypatch.setattr(sest.cells.matrix, "WINDOW_VALUES", window)
+        monkeypatch.setattr(sest.files.matrix, "READ_VALUES", read)
+        monkeypatch.setattr(sest.files.matrix, "WINDOW_VALUES", window)
         with CellFile(path) as file:
-            scan = file.scan()
+            scan = scan_file(file)
             seen.add((scan.sha256, tuple(scan.indptr), scan.n_raw_cells))
     assert len(seen) == 1
 
@@ -93,7 +94,7 @@ def test_scan_counts_cells_by_what_their_values_can_be(tmp_path: Path) -> None:
     values[7] = [-1.5, 0, 0, -2]  # below zero
     done: list[int] = []
     with CellFile(write(tmp_path / "a.h5ad", values)) as file:
-        scan = file.scan(done.append)
+        scan = scan_file(file, done.append)
     assert scan.indptr.tolist() == [0, 0, 3, 5, 7, 9, 11, 13, 15]
     assert scan.indptr.dtype == np.int64
     assert (scan.n_raw_cells, scan.n_log1p_cells, scan.n_negative) == (3, 3, 2)
@@ -103,7 +104,7 @@ def test_scan_counts_cells_by_what_their_values_can_be(tmp_path: Path) -> None:
 
 def test_scan_of_a_file_without_any_value_says_so(tmp_path: Path) -> None:
     with CellFile(write(tmp_path / "a.h5ad", sp.csr_matrix((3, 5), dtype=np.float32))) as file:
-        scan = file.scan()
+        scan = scan_file(file)
     assert (scan.max_value, scan.all_integer, scan.indptr.tolist()) == (0, True, [0, 0, 0, 0])
 
 
@@ -120,7 +121,7 @@ def test_real_cells_are_read_and_their_scale_is_found(shared_data: Path, shared_
         with CellFile(path, layer) as file:
             rows = sp.vstack([file.rows(i, min(i + 1024, file.n_cells)) for i in range(0, file.n_cells, 1024)])
             assert (rows != truth).nnz == 0
-            scan = file.scan()
+            scan = scan_file(file)
             assert scan.indptr[-1] == truth.nnz
             assert decide_scale(scan, "auto", path, file.layers) == scale
 
@@ -130,7 +131,7 @@ def test_real_cells_are_read_and_their_scale_is_found(shared_data: Path, shared_
 
 def scan_of(values: list[list[float]], tmp_path: Path) -> Scan:
     with CellFile(write(tmp_path / "s.h5ad", np.array(values, dtype=np.float32))) as file:
-        return file.scan()
+        return scan_file(file)
 
 
 WHOLE: list[list[float]] = [[1, 3, 0], [0, 0, 1], [2, 1, 0]]
@@ -367,7 +368,7 @@ def test_values_normalised_without_log_are_no_log1p(total: float) -> None:
 def test_the_cases_are_what_they_are(shared_cases: Path, case: str, layer: str | None, words: str) -> None:
     path = shared_cases / case
     with CellFile(path, layer) as file:
-        scan = file.scan()
+        scan = scan_file(file)
         if layer == "raw" or "1e6" in case:
             assert decide_scale(scan, "auto", path, file.choices) == "log1p"
             assert re.match(words, str(scan.normalisation))

@@ -18,7 +18,7 @@ from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.config import EmbedConfig
 from sest.embedding.embed import embed
-from sest.encoder.weights import find_encoder, load_encoder
+from sest.se.weights import find_encoder, load_encoder
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.cache.schema import COMPLETE, SPOOL
 from sest.cells.inputs import Cells
-from sest.encoder.model import Staged
 from sest.encoder.state import SeEncoder
+from sest.se.model import Staged
 
 CONTROL = "non-targeting"
 

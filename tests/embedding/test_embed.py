@@ -18,10 +18,10 @@ import pytest
 import scipy.sparse
 
 import sest.cells.inputs
-import sest.cells.matrix
 import sest.embedding.embed
 import sest.embedding.plan
 import sest.embedding.rows
+import sest.files.matrix
 from helpers.caches import hashes, small_shards
 from helpers.h5ad_files import FORMS, counts, gene_names, write_cells
 from helpers.notes import Notes
@@ -541,7 +541,7 @@ def test_memory_does_not_grow_with_the_expression_of_more_cells(
     """Peaks of 600 and 2,400 cells differ by labels and row starts only, a tenth of a cell's values."""
     n_genes, peaks, rng = 1000, {}, np.random.default_rng(0)
     model = write_se(tmp_path / "se", gene_names(150), pad_length=4)
-    monkeypatch.setattr(sest.cells.matrix, "READ_VALUES", 2**16)  # blocks and shards of some 100 cells: 600 are many
+    monkeypatch.setattr(sest.files.matrix, "READ_VALUES", 2**16)  # blocks and shards of some 100 cells: 600 are many
     for module in (sest.cells.inputs, sest.embedding.embed, sest.embedding.rows):
         monkeypatch.setattr(module, "ROWS_PER_READ", 64)
     monkeypatch.setattr(schema, "ROWS_PER_CHUNK", 64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,120 +10,15 @@ import pandas as pd
 import pytest
 
 import sest.encoder.pca
+from helpers.fitted_pca import fitted
 from helpers.h5ad_files import counts, gene_names, write_cells
-from helpers.notes import Notes
 from sest.cells.inputs import Cells
-from sest.encoder.pca import PcaEncoder, Projection, common_genes, fit_pca, hash_names, name_genes, name_genes_as
-from sest.errors import InputError
-from sest.progress import reporting
+from sest.encoder.pca import PcaEncoder
 
 Opened = Callable[..., list[Cells]]
 
-SPREAD = np.array([9.0, 6.0, 4.0, 2.5, 1.5, 1.0, 0.5, 0.2])  # standard deviations: well apart, so vectors are stable
-
-
-def spread(n: int = 300, seed: int = 0) -> np.ndarray:
-    """(n, 8) float32 rows far from zero, with directions that are not the axes."""
-    rng = np.random.default_rng(seed)
-    rotation, _ = np.linalg.qr(rng.normal(size=(8, 8)))
-    return ((rng.normal(size=(n, 8)) * SPREAD) @ rotation.T + rng.normal(size=8) * 20).astype(np.float32)
-
-
-def test_projection_equals_numpys_svd_up_to_sign() -> None:
-    x = spread()
-    found = fit_pca([x], 5)
-    centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
-    _, s, vt = np.linalg.svd(centred, full_matrices=False)
-    np.testing.assert_allclose(found.mean, x.mean(0, dtype=np.float64), rtol=1e-6)
-    np.testing.assert_allclose(found.explained_variance, (s**2 / (s**2).sum())[:5], rtol=1e-6)
-    signs = np.sign((found.basis * vt[:5].T).sum(0))
-    # stored as float32: 6e-8 of numbers up to 1
-    np.testing.assert_allclose(found.basis, vt[:5].T * signs, atol=1e-6)
-    # x is up to 60 and stored with 24 bits: 4e-6 each
-    np.testing.assert_allclose(found.apply(x), centred @ vt[:5].T * signs, atol=5e-5)
-    assert found.basis.dtype == found.mean.dtype == found.apply(x).dtype == np.float32
-
-
-def test_projection_does_not_depend_on_the_blocks_or_the_order_of_cells() -> None:
-    x = spread()
-    whole = fit_pca([x], 8)
-    shuffled = x[np.random.default_rng(1).permutation(len(x))]
-    empty = np.zeros((0, 8), np.float32)  # a file without sampled cells
-    for blocks in (
-        [x[:1], x[1:7], x[7:]],
-        [empty, x[:100], empty, x[100:]],
-        [shuffled],
-        [shuffled[:17], shuffled[17:]],
-    ):
-        other = fit_pca(blocks, 8)
-        np.testing.assert_allclose(other.basis, whole.basis, atol=1e-6)  # float32
-        np.testing.assert_allclose(other.mean, whole.mean, rtol=1e-6)
-
-
-def test_every_component_points_to_its_largest_entry() -> None:
-    basis = fit_pca([spread()], 8).basis
-    assert (basis[np.abs(basis).argmax(0), np.arange(8)] > 0).all()
-    np.testing.assert_array_equal(fit_pca([-spread()], 8).basis.argmax(0), basis.argmax(0))  # also of mirrored cells
-
-
-def test_width_is_the_rank_where_none_is_asked_and_never_more() -> None:
-    flat = spread(40)
-    flat[:, 5:] = flat[:, :3] @ np.ones((3, 3), np.float32)  # 3 columns follow from others, up to float32 rounding
-    assert fit_pca([flat.round()], None).basis.shape == (8, 6)  # exact in float32: five free columns and one sum
-    assert fit_pca([spread(5)], None).basis.shape == (8, 4)  # n cells span n - 1 directions
-    assert fit_pca([spread()], None, at_most=3).basis.shape == (8, 3)
-    assert fit_pca([spread()], 3, at_most=2).basis.shape == (8, 3)  # asked for: at_most is only the default
-
-
-def test_a_direction_of_a_thousandth_of_the_spread_is_structure_and_one_of_rounding_is_not() -> None:
-    x = np.random.default_rng(0).normal(size=(300, 4))
-    assert fit_pca([x * [1, 1, 1, 1e-3]], None).basis.shape == (4, 4)
-    assert fit_pca([x * [1, 1, 1, 1e-6]], None).basis.shape == (4, 3)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "dim", "message"),
-    [
-        ([spread(5)], 5, r"--dim 5 is above the rank of the data \(4, from 5 cells\). Use --dim 4 or less."),
-        ([spread()], 9, "above the rank of the data"),
-        ([np.full((50, 8), 3.3, np.float32)], None, "all sampled cells are the same"),
-        ([np.zeros((50, 8), np.float32)], 1, "all sampled cells are the same"),
-        ([spread(1)], 1, "at least two cells"),
-        ([], None, "at least two cells"),
-        ([np.zeros((0, 8), np.float32)], None, "at least two cells"),
-    ],
-)
-def test_what_has_no_pca_is_refused(blocks: list[np.ndarray], dim: int | None, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        fit_pca(blocks, dim)
-
-
-def test_the_hash_knows_mean_and_basis() -> None:
-    projection = fit_pca([spread()], 4)
-    assert projection.sha256 == Projection(**projection.arrays()).sha256
-    for name in ("mean", "basis"):
-        changed = {key: value.copy() for key, value in projection.arrays().items()}
-        changed[name].flat[0] += 1
-        assert Projection(**changed).sha256 != projection.sha256
-
 
 # --- the encoder
-
-
-def shared(cells: Sequence[Cells]) -> list[str]:
-    return common_genes(cells, name_genes(cells, None))
-
-
-def everything(cells: Sequence[Cells]) -> list[np.ndarray]:
-    return [np.arange(c.file.n_cells) for c in cells]
-
-
-def fitted(cells: Sequence[Cells], dim: int) -> PcaEncoder:
-    """An encoder of the files' common genes, fitted on all their cells."""
-    names = name_genes(cells, None)
-    encoder = PcaEncoder(common_genes(cells, names), names)
-    encoder.prepare(cells, everything(cells), dim, dim)
-    return encoder
 
 
 def encoded(encoder: PcaEncoder, cells: Cells) -> np.ndarray:
@@ -192,74 +86,9 @@ def test_several_files_are_encoded_by_the_genes_they_share_by_name(tmp_path: Pat
     np.testing.assert_allclose(parts, encoded(fitted(whole, 4), whole[0]), atol=2e-5)
 
 
-def test_genes_that_not_all_files_have_are_left_out_and_said(tmp_path: Path, opened: Opened) -> None:
-    one = write_cells(tmp_path / "a.h5ad", counts())
-    other = write_cells(tmp_path / "b.h5ad", counts(), var=pd.DataFrame(index=[f"G{i}" for i in range(10, 40)]))
-    third = write_cells(tmp_path / "c.h5ad", counts(), var=pd.DataFrame(index=[f"H{i}" for i in range(30)]))
-    cells, notes = opened(one, other, third), Notes()
-    with reporting(notes):
-        assert shared(cells[:2]) == [f"G{i}" for i in range(10, 30)]
-        assert shared(cells[:1]) == gene_names(30)
-    assert notes.notes == ["The PCA uses the 20 genes that all files have."]
-    with pytest.raises(InputError, match=r"no gene in common: a.h5ad has G0, G1, G2.* c.h5ad has "):
-        shared([cells[0], cells[2]])
-
-
 def test_a_stored_pca_encodes_new_cells_as_it_did_the_first(tmp_path: Path, opened: Opened) -> None:
     cells = opened(write_cells(tmp_path / "a.h5ad", counts()))
     encoder = fitted(cells, 4)
     assert encoder.fitted is not None
     again = PcaEncoder.from_projection(encoder.projection_attributes()["genes"], encoder.fitted)
     np.testing.assert_array_equal(encoded(again, cells[0]), encoded(encoder, cells[0]))
-
-
-def test_the_hash_of_names_knows_their_order() -> None:
-    assert hash_names(["A", "B"]) == hashlib.sha256(b"A\nB").hexdigest() != hash_names(["B", "A"])
-    one, other = PcaEncoder(["A", "B"]), PcaEncoder(["B", "A"])
-    assert one.gene_table_sha256() == hash_names(["A", "B"]) and one.sha256 != other.sha256
-
-
-def test_files_whose_index_is_row_numbers_are_aligned_by_the_column_that_names_genes(
-    tmp_path: Path, opened: Opened
-) -> None:
-    """The same cells with their genes in opposite order."""
-    values, rows = counts(), [str(i) for i in range(30)]
-    symbols = pd.DataFrame({"gene_name": gene_names(30)}, index=rows)
-    a = write_cells(tmp_path / "a.h5ad", values, var=symbols)
-    b = write_cells(tmp_path / "b.h5ad", values[:, ::-1], var=symbols[::-1].set_index(pd.Index(rows)))
-    notes = Notes()
-    with reporting(notes):
-        cells = opened(a, b)
-        encoder = fitted(cells, 4)
-    assert encoder.genes == encoder.gene_names(cells[0]) == encoder.gene_names(cells[1])[::-1] == gene_names(30)
-    assert "b.h5ad: genes are named by gene_name (G29, G28, G27)." in notes.notes
-    first, second = (encoder.encode(c, c.read(np.arange(40)), np.arange(40)) for c in cells)
-    np.testing.assert_allclose(first, second, rtol=1e-6)
-    b = write_cells(tmp_path / "c.h5ad", values, var=pd.DataFrame(index=rows))
-    with pytest.raises(InputError, match=r"c\.h5ad does not name its genes.* --gene-col"):
-        fitted(opened(a, b), 4)
-    with reporting(notes):
-        assert fitted(opened(b), 4).genes == rows
-    assert "c.h5ad: its genes have no names, only numbers: no other file can be used with it." in notes.notes
-
-
-def test_genes_without_a_name_of_their_own_are_never_those_of_another_file(tmp_path: Path, opened: Opened) -> None:
-    names = ["", "G1", *gene_names(30)[1:29]]  # G1 twice
-    var = pd.DataFrame({"symbol": names}, index=[str(i) for i in range(30)])
-    files = [write_cells(tmp_path / f"{name}.h5ad", counts(), var=var) for name in "ab"]
-    found = name_genes(opened(*files), None)
-    assert found["a"][:3] == ["a-0", "G1-1", "G1-2"] and found["b"][:3] == ["b-0", "G1-1", "G1-2"]
-
-
-def test_new_files_have_the_genes_of_a_stored_pca_by_name(tmp_path: Path, opened: Opened) -> None:
-    ids = [f"ENSG{i:011d}" for i in range(30)]
-    var = pd.DataFrame({"feature_name": gene_names(30)}, index=[f"{name}.3" for name in ids])
-    cells = opened(write_cells(tmp_path / "a.h5ad", counts(), var=var))
-    for known in (gene_names(30)[5:], ids):
-        assert name_genes_as(cells, known, "the PCA", None)["a"][-1] == known[-1]
-    with pytest.raises(InputError, match=r"lacks 1 of the 2 genes of the PCA: X. Its genes are G0, G1, G2; tried"):
-        name_genes_as(cells, ["G1", "X"], "the PCA", None)
-    rows = opened(write_cells(tmp_path / "b.h5ad", counts(), var=pd.DataFrame(index=[str(i) for i in range(30)])))
-    with pytest.raises(InputError, match="does not name its genes"):
-        name_genes_as(rows, ["0", "1"], "the PCA", None)
-    assert name_genes_as(rows, ["0", "1"], "the PCA", "index")["b"][1] == "1"

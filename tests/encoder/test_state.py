@@ -14,11 +14,11 @@ import sest.encoder.state
 from helpers.h5ad_files import counts, gene_names, write_cells
 from helpers.notes import Notes
 from sest.cells.inputs import Cells
-from sest.encoder.model import KeptGenes, Staged, StateEncoder
 from sest.encoder.state import SeEncoder
-from sest.encoder.weights import load_encoder
 from sest.errors import InputError
 from sest.progress import reporting
+from sest.se.model import KeptGenes, Staged, StateEncoder
+from sest.se.weights import load_encoder
 
 Opened = Callable[..., list[Cells]]
 

@@ -29,7 +29,7 @@ from helpers.se_model import write_se
 from sest.cache import CacheError, open_cache, schema
 from sest.cache.storage import LocalStorage
 from sest.config import EmbedConfig
-from sest.encoder.model import StateEncoder
+from sest.se.model import StateEncoder
 
 CHANGES = ("replace", "unlink", "truncate")  # of the os module; Zarr and pathlib use them too
 

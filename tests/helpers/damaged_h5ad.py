@@ -1,4 +1,4 @@
-"""Small .h5ad files for the tests of sest.cells, and what can be wrong with one."""
+"""Small .h5ad files for the tests of sest.files, and what can be wrong with one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from sest.cells.h5ad import CellFile
+from sest.cells.scale import scan_file
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 
 FORMS: dict[str, Callable[[np.ndarray], object]] = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}
 
@@ -74,7 +75,7 @@ def check_refused(path: Path, damage: Callable[[Path], object], words: str) -> N
     write(path, sp.csr_matrix(counts()))
     damage(path)
     with pytest.raises(InputError, match=words) as caught, CellFile(path) as file:  # noqa: PT012
-        file.scan()
+        scan_file(file)
         assert len(file.obs) == file.n_cells
     assert "\n" not in str(caught.value)
     assert path.name in str(caught.value)

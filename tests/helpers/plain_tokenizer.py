@@ -1,4 +1,4 @@
-"""A second implementation of sest/encoder/tokenize.py, one cell at a time, in plain Python."""
+"""A second implementation of sest/se/tokenize.py, one cell at a time, in plain Python."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.config import EmbedConfig
 from sest.embedding.embed import embed
-from sest.encoder.hub import with_local_encoder
 from sest.errors import InputError
+from sest.se.hub import with_local_encoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NO_SERVER = "http://127.0.0.1:9"  # the port of "discard", on which nothing listens

@@ -1,4 +1,4 @@
-"""The sentences of `sest.encoder.tokenize` on a CPU: from CSR rows straight to positions, compiled by numba.
+"""The sentences of `sest.se.tokenize` on a CPU: from CSR rows straight to positions, compiled by numba.
 
 Nothing is made dense. An expressed gene costs one hash and its part of a radix sort; unexpressed genes are hashed only
 where a cell has fewer expressed genes than slots, and of them only those above a threshold are sorted.
@@ -151,7 +151,7 @@ def tokenize(
     pool: ThreadPoolExecutor,
     n_parts: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `sest.encoder.tokenize.tokenize` gives for the dense form of CSR rows, from any thread.
+    """What `sest.se.tokenize.tokenize` gives for the dense form of CSR rows, from any thread.
 
     Args:
         indptr: (B + 1,) int64; genes: (nnz,) int32 columns of the file, each at most once a row.

@@ -1,7 +1,7 @@
 """The values of an .h5ad in any form on disk (CSR, CSC, dense; any real dtype) as float32 CSR rows.
 
 N cells, G genes. What the files say of themselves is checked before SciPy sees it; the order of a row's indices,
-repeats and the values themselves are left to `sest.cells.h5ad`.
+repeats and the values themselves are left to `sest.files.h5ad`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 import scipy.sparse as sp
 
-from sest.cells.hdf5 import attribute, bad, check_numbers, child
 from sest.errors import shown
+from sest.files.hdf5 import attribute, bad, check_numbers, child
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-import sest.cells.hdf5
+import sest.files.hdf5
 from helpers.damaged_h5ad import as_anndata_07, check_refused, counts, edit, replace, write
-from sest.cells.h5ad import CellFile
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 
 
 def test_obs_and_var_are_what_anndata_reads(tmp_path: Path) -> None:
@@ -188,6 +188,6 @@ def test_a_file_that_leads_elsewhere_or_is_damaged_is_refused_in_one_line(tmp_pa
 
 
 def test_a_chunk_too_large_to_decompress_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sest.cells.hdf5, "CHUNK_LIMIT", 100)
+    monkeypatch.setattr(sest.files.hdf5, "CHUNK_LIMIT", 100)
     with pytest.raises(InputError, match="X/indptr has chunks of more than"):
         CellFile(write(tmp_path / "a.h5ad", sp.csr_matrix(counts()), compression="gzip"))

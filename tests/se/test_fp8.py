@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sest.encoder.fp8 import Fp8Matrix, linear
+from sest.se.fp8 import Fp8Matrix, linear
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""encoder/tokenize.py: sentences follow from (seed, cell index, values, tokens) as in plain Python."""
+"""se/tokenize.py: sentences follow from (seed, cell index, values, tokens) as in plain Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.plain_tokenizer import plain_counts, plain_key, plain_sentence
-from sest.encoder.tokenize import cell_keys, sentences, tokenize
+from sest.se.tokenize import cell_keys, sentences, tokenize
 
 SEED = 11
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.pickles import Pickled, pretend_module
-from sest.encoder.weights import find_encoder, load_encoder, save_safetensors_copy
 from sest.errors import InputError
+from sest.se.weights import find_encoder, load_encoder, save_safetensors_copy
 from sest.untrusted.tensors import read_vectors
 
 TOKEN_DIM, WIDTH, HIDDEN, OUT = 6, 8, 12, 5

@@ -13,8 +13,9 @@ import pytest
 import scipy.sparse as sp
 
 from helpers.damaged_h5ad import FORMS, check_refused, counts, edit, replace, set_value, write
-from sest.cells.h5ad import CellFile
+from sest.cells.scale import scan_file
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -107,14 +108,14 @@ def test_nan_is_named_by_its_first_cell_in_every_form(tmp_path: Path, form: str)
     values[7, 30] = values[9, 2] = np.nan
     path = write(tmp_path / "a.h5ad", FORMS[form](values))
     with CellFile(path) as file, pytest.raises(InputError, match=r"cell 'cell7' \(row 7\), gene 'G30'"):
-        file.scan()
+        scan_file(file)
 
 
 def test_a_value_too_large_for_float32_is_refused(tmp_path: Path) -> None:
     values = counts().astype(np.float64)
     values[4, 2] = 1e300
     with CellFile(write(tmp_path / "a.h5ad", values)) as file, pytest.raises(InputError, match="infinite value"):
-        file.scan()
+        scan_file(file)
 
 
 def test_a_file_without_cells_and_folders_are_refused(tmp_path: Path) -> None:

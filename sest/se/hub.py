@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 from sest.config import EmbedConfig
-from sest.encoder.weights import CONFIG_FILE, GENES_FILE
 from sest.errors import InputError, nearest, shown
+from sest.se.weights import CONFIG_FILE, GENES_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ CSR, float32, int32 sorted column indices, no explicit zeros, no duplicates, fin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from sest.cells.hdf5 import (
+from sest.errors import InputError, nearest, shown
+from sest.files.hdf5 import (
     attribute,
     bad,
     child,
@@ -25,9 +25,7 @@ from sest.cells.hdf5 import (
     read_table,
     table_length,
 )
-from sest.cells.matrix import open_matrix, rows_at_once
-from sest.cells.scale import Scan, scan_blocks
-from sest.errors import InputError, nearest, shown
+from sest.files.matrix import open_matrix
 
 
 class CellFile:
@@ -104,12 +102,6 @@ class CellFile:
             pieces.append(block[start - first : min(stop, last) - first].copy())
             start = min(stop, last)
         return pieces[0] if len(pieces) == 1 else sp.vstack(pieces, format="csr")
-
-    def scan(self, on_rows: Callable[[int], None] | None = None) -> Scan:
-        """Read all values once; `on_rows(n)` is told after each block that n more cells are done."""
-        step = rows_at_once(self.n_genes)
-        blocks = (self.rows(start, min(start + step, self.n_cells)) for start in range(0, self.n_cells, step))
-        return scan_blocks(blocks, self.n_cells, list(self.var.index), on_rows)
 
     def _check(self, layer: str | None) -> None:
         if missing := [name for name in ("obs", "var") if name not in self._file]:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-import sest.cells.matrix
+import sest.files.matrix
 from helpers.damaged_h5ad import FORMS, check_refused, counts, edit, replace, set_value, write
-from sest.cells.h5ad import CellFile
+from sest.cells.scale import scan_file
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -76,7 +77,7 @@ def test_a_csc_file_that_fits_the_window_is_passed_through_once(
 @pytest.mark.usefixtures("small_blocks")
 def test_many_passes_through_a_csc_file_are_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with CellFile(write(tmp_path / "a.h5ad", sp.csc_matrix(counts()))) as file, caplog.at_level(logging.WARNING):
-        file.scan()
+        scan_file(file)
     assert len(caplog.records) == 1
     assert "stored by gene (CSC)" in caplog.text
 
@@ -87,8 +88,8 @@ def test_memory_is_bounded_by_the_window_and_not_by_the_file(
 ) -> None:
     # Windows of 50,000 values of 8 bytes (index and float32), and temporaries of the same order; the files have 100,000
     # and 400,000 stored values (0.8 and 3.2 MB as CSR). Four times the file may not cost noticeably more.
-    monkeypatch.setattr(sest.cells.matrix, "READ_VALUES", 10_000)
-    monkeypatch.setattr(sest.cells.matrix, "WINDOW_VALUES", 50_000)
+    monkeypatch.setattr(sest.files.matrix, "READ_VALUES", 10_000)
+    monkeypatch.setattr(sest.files.matrix, "WINDOW_VALUES", 50_000)
     peaks = []
     for n_cells in (1_000, 4_000):
         values = sp.random(n_cells, 400, density=0.25, random_state=0, dtype=np.float32, format="csr")
@@ -96,7 +97,7 @@ def test_memory_is_bounded_by_the_window_and_not_by_the_file(
         with CellFile(write(tmp_path / f"{n_cells}.h5ad", stored)) as file:
             assert len(file.obs) == n_cells  # the tables are read whole: not what is measured
             tracemalloc.start()
-            scan = file.scan()
+            scan = scan_file(file)
             for start in range(0, n_cells, 100):
                 file.rows(start, start + 100)
             peaks.append(tracemalloc.get_traced_memory()[1])
@@ -150,7 +151,7 @@ def test_a_csc_file_with_bad_indices_is_refused(tmp_path: Path, at: int, value: 
     with h5py.File(path, "r+") as file:
         file["X/indices"][at] = file["X/indices"][0] if value is None else value
     with CellFile(path) as file, pytest.raises(InputError, match=words):
-        file.scan()
+        scan_file(file)
 
 
 def test_a_csc_row_with_more_values_than_genes_is_refused(tmp_path: Path) -> None:

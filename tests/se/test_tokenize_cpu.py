@@ -1,4 +1,4 @@
-"""encoder/tokenize_cpu.py: the compiled tokenizer gives the sentences of the dense one and of plain Python."""
+"""se/tokenize_cpu.py: the compiled tokenizer gives the sentences of the dense one and of plain Python."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import scipy.sparse
 import torch
 
 from helpers.plain_tokenizer import plain_mix, plain_sentence
-from sest.encoder import tokenize_cpu
-from sest.encoder.tokenize import cell_keys, tokenize
+from sest.se import tokenize_cpu
+from sest.se.tokenize import cell_keys, tokenize
 
 SEED = 11
 
@@ -124,7 +124,7 @@ def test_the_compiled_tokenizer_takes_any_number_of_cells_for_any_number_of_thre
 
 def test_numba_is_imported_by_nothing_but_tokenizing_on_a_cpu() -> None:
     code = (
-        "import sys, sest.cli.main, sest.encoder.model, sest.encoder.choose, sest.embedding.embed; "
+        "import sys, sest.cli.main, sest.se.model, sest.encoder.choose, sest.embedding.embed; "
         "print('numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from sest.cells.h5ad import CellFile
-from sest.cells.in_memory import file_of
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
+from sest.files.in_memory import file_of
 
 
 def cells() -> ad.AnnData:

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from sest.cells.write_h5ad import SPARE, H5adWriter
 from sest.errors import InputError
+from sest.files.write_h5ad import SPARE, H5adWriter
 
 VAR = pd.DataFrame({"symbol": list("abcde")}, index=[f"g{i}" for i in range(5)])
 

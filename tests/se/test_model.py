@@ -1,4 +1,4 @@
-"""sest/encoder/model.py against upstream's numbers, and against docs/design.md written out plainly in float64."""
+"""sest/se/model.py against upstream's numbers, and against docs/design.md written out plainly in float64."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from helpers.h5ad_files import counts, gene_names
 from helpers.plain_tokenizer import plain_counts, plain_sentence
 from helpers.se_model import HEADS, OUT, write_se
-from sest.cells.h5ad import CellFile
-from sest.encoder.model import SparseRows, StateEncoder, densify, sizes
-from sest.encoder.tokenize import cell_keys
-from sest.encoder.weights import EncoderWeights, load_encoder
 from sest.errors import InputError
+from sest.files.h5ad import CellFile
+from sest.se.model import SparseRows, StateEncoder, densify, sizes
+from sest.se.tokenize import cell_keys
+from sest.se.weights import EncoderWeights, load_encoder
 
 CPU = torch.device("cpu")
 SEED = 5

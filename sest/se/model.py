@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sest.encoder import fp8
-from sest.encoder.tokenize import cell_keys, tokenize
-from sest.encoder.weights import EncoderWeights
 from sest.errors import InputError
+from sest.se import fp8
+from sest.se.tokenize import cell_keys, tokenize
+from sest.se.weights import EncoderWeights
 
 N_DATASET_COLUMNS = 10
 LAYER_NORM_EPS = 1e-5
@@ -193,7 +193,7 @@ class StateEncoder:
         self, indptr: np.ndarray, genes: Tensor, values: Tensor, keys: Tensor, scale: str, kept: KeptGenes
     ) -> Sentences:
         """CSR arrays to sentences, on a CPU."""
-        from sest.encoder import tokenize_cpu  # imports numba, which nothing else needs
+        from sest.se import tokenize_cpu  # imports numba, which nothing else needs
 
         # NumPy's log1p, a float32 step from torch's at most, since torch's would wait for the cores that are in `run`
         logs = np.log1p(np.maximum(values.numpy(), 0.0)) if scale == "counts" else values.numpy()

@@ -6,7 +6,7 @@ breaks ties at random; here the order is a hash of (seed, cell index, gene), so 
 
 Genes are ordered by the values of the file, and log1p of counts serves the shares alone: the last bit of a float32
 log1p differs between a CPU and a GPU, and counts above half a million can share one. This is the form for GPUs;
-`sest.encoder.tokenize_cpu` gives the same sentences on a CPU and makes nothing dense.
+`sest.se.tokenize_cpu` gives the same sentences on a CPU and makes nothing dense.
 """
 
 from __future__ import annotations
