@@ -216,7 +216,11 @@ class EmbedConfig(Config):
 class TrainConfig(Config):
     """`sest train`."""
 
-    perturbations: str = option("onehot", f"{FEATURES}: a .pt, .npz or .safetensors file (name -> vector), or 'onehot'")
+    perturbations: str = option(
+        "onehot",
+        f"{FEATURES}: 'onehot', 'genes' (from the control cells), a file (name -> vector: .pt, .npz, .safetensors, "
+        ".pickle, .csv, .tsv), an SE folder (its proteins), or several joined by +",
+    )
     splits: str | None = option(
         None, f"{SPLITS}: has [datasets], [training], [zeroshot], [fewshot]; default: all cells train"
     )

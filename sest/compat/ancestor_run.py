@@ -23,7 +23,7 @@ from sest.compat.ancestor import (
     checkpoint_folder,
 )
 from sest.config import TrainConfig
-from sest.data.features import load_features
+from sest.data.vectors import read_source
 from sest.errors import InputError
 from sest.files.h5ad import CellFile
 from sest.runs.checkpoint import find_checkpoint, resumable
@@ -132,7 +132,7 @@ def check_features(request: Request) -> None:
     source = request.train.get("perturbations", ONE_HOT)
     if source == ONE_HOT:
         return
-    width = len(next(iter(load_features(Path(source)).values())))
+    width = read_source(Path(source)).width
     asked = request.sizes.get(PERT_DIM, width)
     if asked != width:
         raise _other_size(PERT_DIM, asked, f"{source} has features of width {width}", width)

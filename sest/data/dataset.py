@@ -14,9 +14,11 @@ from sest.cache import Cache, open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, read_splits
 from sest.cells.splits import SplitRow, assign_splits, split_table
 from sest.config import TrainConfig
-from sest.data.features import ONE_HOT, Features, make_features
+from sest.data.features import Features, StoredFeatures, make_features
+from sest.data.gene_loadings import gene_loadings
 from sest.data.labels import Labels, read_embeddings, read_labels
 from sest.data.targets import Targets, read_targets
+from sest.data.vectors import GENES, ONE_HOT, read_sources, sources_of
 from sest.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -53,15 +55,8 @@ class Dataset:
         return [self.labels.perturbations[code] for code in codes if code]
 
     def never_learned(self) -> list[str]:
-        """Perturbations that training can say nothing about.
-
-        With one-hot features those without training cells in any context, as their column gets no gradient; else those
-        for which a vector of zeros stands in.
-        """
-        if self.features.source != ONE_HOT:
-            return list(self.features.missing)
-        trained = set(self.perturbations_in(TRAIN))
-        return [name for name in self.labels.perturbations[1:] if name not in trained]
+        """Perturbations that training can say nothing about; see `Features.never_learned`."""
+        return self.features.never_learned(self.perturbations_in(TRAIN))
 
     def contexts_with_one(self, bit: int) -> list[str]:
         """Contexts with one perturbation in a split: none can be told from others there."""
@@ -75,14 +70,14 @@ def read_dataset(
     cache: Cache | str | os.PathLike[str],
     config: TrainConfig,
     *,
-    feature_names: tuple[str, ...] | None = None,
+    stored: StoredFeatures | None = None,
     scratch: Path | None = None,
 ) -> Dataset:
     """Read what training, prediction and validation need from a cache.
 
     Args:
         cache: opened, or its path or URL.
-        feature_names: the perturbations of a one-hot run, in its order (a resumed run or a prediction).
+        stored: what the checkpoint to go on from, or to predict with, keeps of its features.
         scratch: folder for the targets where memory does not hold them, or config.data_device is "disk".
 
     Raises:
@@ -102,13 +97,16 @@ def read_dataset(
     for note in splits.notes:
         logger.info(note)
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
-    features = _features(labels, mask, config.perturbations, config.missing_perturbations, feature_names)
+    where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
+    targets = None
+    if GENES in sources_of(config.perturbations) and (stored is None or stored.loadings is None):
+        targets = read_targets(cache, config.target_sum, where=where, scratch=scratch)
+    features = _features(labels, mask, config, targets, stored)
     if config.missing_perturbations == "drop":
         mask = _without(features.missing, labels, mask)
     of_group = {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
     table = split_table(groups, dataclasses.replace(splits, masks=of_group))
-    where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
-    targets = read_targets(cache, config.target_sum, where=where, scratch=scratch)
+    targets = targets or read_targets(cache, config.target_sum, where=where, scratch=scratch)
     embeddings, embedding_row = read_embeddings(cache, labels)
     return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
 
@@ -118,18 +116,29 @@ def holds_out_in_one_context(val_contexts: str, source: str) -> bool:
     return val_contexts == "one" or (val_contexts == "auto" and source == ONE_HOT)
 
 
-def _features(labels: Labels, mask: np.ndarray, source: str, missing: str, names: tuple[str, ...] | None) -> Features:
+def _features(
+    labels: Labels, mask: np.ndarray, config: TrainConfig, targets: Targets | None, stored: StoredFeatures | None
+) -> Features:
     """Features of the perturbations of the data; those no split uses need none.
 
-    `source` and `missing` as in TrainConfig; `names` see `read_dataset`.
+    `targets` where the vectors of genes are to be made from them; `stored` see `read_dataset`.
     """
+    loadings = stored.loadings if stored is not None else None
+    if targets is not None:
+        rows = np.flatnonzero(labels.is_control & ((mask & TRAIN) > 0))
+        loadings = gene_loadings(targets, rows, labels.context[rows], config.seed)
+    names, columns = (stored.names, stored.columns) if stored is not None else (None, None)
+    names = names or labels.perturbations
+    if stored is not None and stored.names and not columns:  # one column a perturbation
+        columns = names[1:]
+    vectors = read_sources(config.perturbations, names[1:], columns=columns, loadings=loadings)
     used = np.unique(labels.perturbation[mask > 0])
     needed = {labels.perturbations[code] for code in used if code}
-    features = make_features(source, names or labels.perturbations, missing, needed=needed)
+    features = make_features(vectors, names, config.missing_perturbations, needed=needed)
     if features.names != labels.perturbations:
         raise InputError("The run was trained with one-hot features of other perturbations than this cache has.")
     if features.missing:
-        what = "their cells are left out" if missing == "drop" else "zero vectors stand in"
+        what = "their cells are left out" if config.missing_perturbations == "drop" else "zero vectors stand in"
         logger.info(f"No features for {len(features.missing)} perturbations, {what}: {shown(features.missing)}.")
     return features
 

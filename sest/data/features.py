@@ -1,18 +1,15 @@
-"""Perturbation features: one vector a perturbation, from a file or one-hot."""
+"""Perturbation features: one vector a perturbation of the data, from the sources that `--perturbations` names."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from sest.errors import InputError, nearest, shown
-from sest.untrusted.tensors import read_vectors
-
-ONE_HOT = "onehot"
+from sest.data.vectors import Source, Vectors, absent_hint
+from sest.errors import InputError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +17,15 @@ class Features:
     """Feature vectors of the perturbations of a run; row 0 is the control."""
 
     names: tuple[str, ...]  # (R,) names[0] is the control
-    matrix: np.ndarray  # (R, P) float32; the control's row is zero unless the file has one for it
+    matrix: np.ndarray  # (R, P) float32; the control's row is zero unless a file has one for it
     missing: tuple[str, ...]  # perturbations of the data without a vector (dropped, or zero)
     sha256: str  # of names and vectors
-    source: str  # "onehot" or the file's name
+    vectors: Vectors  # where they are from, which may have more
+
+    @property
+    def source(self) -> str:
+        """What the sources are called: "onehot", "genes", the file's name, or several joined by "+"."""
+        return self.vectors.label
 
     @property
     def width(self) -> int:
@@ -33,31 +35,28 @@ class Features:
         """Name -> (P,), without the control."""
         return dict(zip(self.names[1:], self.matrix[1:], strict=True))
 
+    def never_learned(self, trained: Sequence[str]) -> list[str]:
+        """Perturbations that training on those in `trained` can say nothing about.
 
-def load_features(path: Path) -> dict[str, np.ndarray]:
-    """Read vectors by name, each (P,) float32, from `.pt` (a dict), `.npz` or `.safetensors`, in the file's order.
+        Those for which a vector of zeros stands in, and those of which only one-hot columns are known, some of which no
+        trained perturbation has: these get no gradient.
+        """
+        seen = {column for name in trained for column in self.vectors.columns_of(name)}
+        return [
+            name
+            for name in self.names[1:]
+            if name in self.missing
+            or (self.vectors.has_only_a_column(name) and not seen.issuperset(self.vectors.columns_of(name)))
+        ]
 
-    Raises InputError unless all are one-dimensional, equally long and finite.
-    """
-    names, vectors = read_vectors(path)
-    return dict(zip(names, vectors.numpy(), strict=True))
 
+@dataclass(frozen=True)
+class StoredFeatures:
+    """What a checkpoint keeps of its features, as it cannot be had again from a file."""
 
-def absent_hint(absent: Sequence[str], vectors: Mapping[str, object]) -> str:
-    """What to do about perturbations that `vectors` lacks: a sentence with a space before it, or nothing.
-
-    Combinations such as A+B of perturbations that it has could be built from these; else the nearest names.
-    """
-    parts = {name: [part.strip() for part in name.split("+")] for name in absent}
-    built = [name for name in absent if len(parts[name]) > 1 and all(part in vectors for part in parts[name])]
-    if not built:
-        return nearest(absent[0], vectors)
-    first = built[0]
-    return (
-        f" {len(built)} of them {'is a combination' if len(built) == 1 else 'are combinations'} of perturbations that "
-        f"have vectors: {first} could be built from {' and '.join(parts[first])}, for example as their sum, and added "
-        "to the file."
-    )
+    names: tuple[str, ...] | None  # of a run with one-hot columns: its perturbations, the control first
+    columns: tuple[str, ...] | None  # what these columns stand for, where that is not one perturbation each
+    loadings: Source | None  # vectors of the genes
 
 
 def equal_vectors(names: Iterable[str], vectors: Iterable[np.ndarray]) -> list[list[str]]:
@@ -68,37 +67,34 @@ def equal_vectors(names: Iterable[str], vectors: Iterable[np.ndarray]) -> list[l
     return [group for group in alike.values() if len(group) > 1]
 
 
-def make_features(source: str, names: Sequence[str], missing: str, *, needed: Set[str] | None = None) -> Features:
+def make_features(vectors: Vectors, names: Sequence[str], missing: str, *, needed: Set[str] | None = None) -> Features:
     """Features for `names` (the first is the control).
 
     Args:
-        source: "onehot" (one column a perturbation, in the given order), or a .pt, .npz or .safetensors file.
+        vectors: where they are from.
         names: control and perturbations, as the data names them.
-        missing: "error", "drop" or "zero": what to do with perturbations the file does not have.
+        missing: "error", "drop" or "zero": what to do with perturbations no source has.
         needed: the perturbations that must have a vector; all of `names` without it.
 
     Raises:
         InputError: vectors missing (listed, with the nearest names).
     """
-    if source == ONE_HOT:
-        matrix = np.zeros((len(names), len(names) - 1), np.float32)
-        matrix[np.arange(1, len(names)), np.arange(len(names) - 1)] = 1.0
-        absent: list[str] = []
-    else:
-        vectors = load_features(Path(source))
-        wanted = names[1:] if needed is None else [name for name in names[1:] if name in needed]
-        absent = [name for name in wanted if name not in vectors]
-        if absent and missing == "error":
-            raise InputError(
-                f"{source} has no features for {len(absent)} of {len(wanted)} perturbations: {shown(absent)}."
-                f"{absent_hint(absent, vectors)} Pass --missing-perturbations drop (leave their cells out) or zero."
-            )
-        if absent and len(absent) == len(wanted):
-            raise InputError(
-                f"{source} has features for none of the {len(absent)} perturbations. "
-                f"It has, for example: {shown(vectors)}; the data has: {shown(absent)}."
-            )
-        zero = np.zeros_like(next(iter(vectors.values())))
-        matrix = np.stack([vectors.get(name, zero) for name in names]).astype(np.float32)
+    found = {name: vectors.find(name) for name in names}
+    wanted = [name for name in names[1:] if needed is None or name in needed]
+    absent = [name for name in wanted if found[name] is None]
+    if absent and missing == "error":
+        raise InputError(
+            f"{vectors.label} has no features for {len(absent)} of {len(wanted)} perturbations: {shown(absent)}."
+            f"{absent_hint(absent, vectors.names)} Pass --missing-perturbations drop (leave their cells out) or zero."
+        )
+    if absent and len(absent) == len(wanted):
+        raise InputError(
+            f"{vectors.label} has features for none of the {len(absent)} perturbations. "
+            f"It has, for example: {shown(vectors.names)}; the data has: {shown(absent)}."
+        )
+    vectors.say_what_is_made([name for name in wanted if found[name] is not None])
+    zero = np.zeros(vectors.width, np.float32)
+    rows = [found[name] for name in names]
+    matrix = np.stack([zero if row is None else row for row in rows]).astype(np.float32)
     digest = hashlib.sha256("\n".join(names).encode() + matrix.tobytes()).hexdigest()
-    return Features(tuple(names), matrix, tuple(absent), digest, source if source == ONE_HOT else Path(source).name)
+    return Features(tuple(names), matrix, tuple(absent), digest, vectors)

@@ -25,8 +25,9 @@ from sest.cells.scale import LARGEST_PREDICTED_LOG1P
 from sest.cells.split_file import TRAIN
 from sest.config import PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import ONE_HOT, absent_hint, equal_vectors, load_features
+from sest.data.features import equal_vectors
 from sest.data.targets import remove_scratch
+from sest.data.vectors import ONE_HOT, Vectors, absent_hint, label_of, read_sources
 from sest.errors import InputError, nearest, shown
 from sest.files.write_h5ad import H5adWriter
 from sest.head.model import StateTransition
@@ -38,7 +39,7 @@ from sest.prediction.record import baselines, is_source, provenance
 from sest.prediction.requests import Request, Wanted, join_tables, make_requests, obs_of, read_wanted
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.provenance import check_data, check_width, files_of, find_data, saw_the_same_split
-from sest.runs.run_folder import SCRATCH, one_hot_names
+from sest.runs.run_folder import SCRATCH, stored_features
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS_PER_BLOCK = 4096  # real control cells written at once
+TRAIN_WITH_FEATURES = (
+    "Train with --perturbations FILE (a vector a perturbation) or genes (of measured genes) to predict unseen ones."
+)
+WITH_FILE = "Pass --perturbations with a file that has them too."
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def predict_cells(
 def _read(cache: Path, config: TrainConfig, checkpoint: Checkpoint, out: Path) -> Dataset:
     """The cells of the cache, which must be the checkpoint's."""
     scratch = Path(config.scratch or out.with_name(f".{out.name}.{SCRATCH}"))  # only if memory is too small
-    data = read_dataset(cache, config, feature_names=one_hot_names(checkpoint), scratch=scratch)
+    data = read_dataset(cache, config, stored=stored_features(checkpoint), scratch=scratch)
     if not config.scratch:
         remove_scratch(scratch)  # mapped files stay readable
     check_data(checkpoint, data)
@@ -170,53 +175,57 @@ def _read(cache: Path, config: TrainConfig, checkpoint: Checkpoint, out: Path) -
 def _vectors(
     names: Sequence[str], source: str, missing: str, checkpoint: Checkpoint, data: Dataset
 ) -> dict[str, np.ndarray]:
-    """Features (P,) of the perturbations to predict; a file may have more than the run was trained on.
+    """Features (P,) of the perturbations to predict; their sources may have more than the run was trained on.
 
     `missing` as in TrainConfig.missing_perturbations.
     """
-    known = data.features.as_mapping() if source == ONE_HOT else load_features(Path(source))
-    absent = [name for name in names if name not in known]
-    if source == ONE_HOT:
-        _refuse_untrained(names, absent, checkpoint, data)
-    elif absent and missing != "zero":
+    known = data.features.vectors
+    if label_of(source) != known.label:  # an imported checkpoint's
+        known = read_sources(source, ())
+    check_width(known.label, known.width, checkpoint)
+    found = {name: known.find(name) for name in names}
+    absent = [name for name in names if found[name] is None]
+    found_nothing = f"{known.label} has no features for"
+    if known.label == ONE_HOT:
+        found_nothing = "The run has one-hot features and never saw"
+    if absent and (missing != "zero" or known.label == ONE_HOT):
         raise InputError(
-            f"{source} has no features for {len(absent)} of {len(names)} perturbations: {shown(absent)}."
-            f"{absent_hint(absent, known)} Pass --perturbations with a file that has them too."
+            f"{found_nothing} {len(absent)} of {len(names)} perturbations: {shown(absent)}."
+            f"{absent_hint(absent, known.names)} {TRAIN_WITH_FEATURES if known.label == ONE_HOT else WITH_FILE}"
         )
-    elif unknown := [name for name in absent if name not in data.labels.perturbations]:
+    if unknown := [name for name in absent if name not in data.labels.perturbations]:
         raise InputError(
-            f"Neither {source} nor the cache has {shown(unknown)}."
-            f"{absent_hint(unknown, dict.fromkeys([*known, *data.labels.perturbations[1:]]))} "
-            f"There are, for example: {shown(known)}. Pass --perturbations with a file that has them too."
+            f"Neither {known.label} nor the cache has {shown(unknown)}."
+            f"{absent_hint(unknown, dict.fromkeys([*known.names, *data.labels.perturbations[1:]]))} "
+            f"There are, for example: {shown(known.names)}. {WITH_FILE}"
         )
-    elif absent:
+    if absent:
         logger.info(f"No features for {shown(absent)}: predicted from zeros, as a perturbation without features.")
-    zero = np.zeros(checkpoint.sizes.n_features, np.float32)
-    vectors = {name: known.get(name, zero) for name in names}
-    check_width(source, len(next(iter(known.values()))), checkpoint)
-    _say_which_are_alike({name: vectors[name] for name in names if name in known}, data)
+    there = [name for name in names if name not in absent]
+    known.say_what_is_made(there)
+    _refuse_untrained(there, known, checkpoint, data)
+    zero = np.zeros(known.width, np.float32)
+    vectors = {name: zero if vector is None else vector for name, vector in found.items()}
+    _say_which_are_alike({name: vectors[name] for name in there}, data)
     return vectors
 
 
-def _refuse_untrained(names: Sequence[str], absent: Sequence[str], checkpoint: Checkpoint, data: Dataset) -> None:
-    """Of a one-hot run only what trained can be predicted; `absent` of the names are not in its cache at all."""
-    train = "Train with --perturbations FILE (a vector a perturbation) to predict unseen perturbations."
-    if absent:
-        raise InputError(
-            f"The run has one-hot features and never saw {shown(absent)}."
-            f"{nearest(absent[0], data.labels.perturbations[1:])} {train}"
-        )
+def _refuse_untrained(names: Sequence[str], known: Vectors, checkpoint: Checkpoint, data: Dataset) -> None:
+    """What has nothing but one-hot columns can only be predicted if these were trained."""
+    names = [name for name in names if known.has_only_a_column(name)]
+    if not names:
+        return
     if not saw_the_same_split(checkpoint, data):
         logger.info(
             "What this run with one-hot features was trained on is not known here: what it never saw, it guesses."
         )
         return
-    lost = set(data.never_learned())
-    never = [name for name in names if name in lost]
-    if never:
+    trained = data.perturbations_in(TRAIN)
+    targets = {target for name in trained for target in known.columns_of(name)}
+    if never := [name for name in names if not targets.issuperset(known.columns_of(name))]:
         raise InputError(
             f"The run has one-hot features and was never trained on {len(never)} of {len(names)} perturbations: "
-            f"{shown(never)}. It was on: {shown(data.perturbations_in(TRAIN))}. {train}"
+            f"{shown(never)}. It was on: {shown(trained)}. {TRAIN_WITH_FEATURES}"
         )
 
 

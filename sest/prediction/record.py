@@ -13,8 +13,8 @@ from sest import __version__
 from sest.cache import Cache
 from sest.cells.columns import Columns
 from sest.data.dataset import Dataset
-from sest.data.features import ONE_HOT
 from sest.data.targets import compare_scales
+from sest.data.vectors import ONE_HOT
 from sest.errors import InputError
 from sest.evaluation.baselines import predict_baselines
 from sest.evaluation.means import training_means

@@ -19,7 +19,6 @@ from sest.cache.schema import CacheError
 from sest.cells.split_file import SPLIT_NAMES, TEST, VAL
 from sest.cells.splits import SplitRow
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import ONE_HOT
 from sest.data.resident import resident_cells
 from sest.data.targets import remove_scratch
 from sest.errors import Error, InputError
@@ -28,8 +27,8 @@ from sest.evaluation.pairs import HeldOut, held_out, pair_metrics, predicted_mea
 from sest.machine.devices import autocast, choose_precision
 from sest.report.embedding_map import EmbeddingMap, map_cells
 from sest.report.run_facts import RunFacts
-from sest.runs.provenance import check_data
-from sest.runs.run_folder import one_hot_names
+from sest.runs.provenance import check_data, require_sources
+from sest.runs.run_folder import stored_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +98,9 @@ def _open(run: Path, cache: str) -> Cache:
 
 def _read_data(run: RunFacts, cache: str, scratch: Path) -> Dataset:
     config = run.config
-    if config.perturbations != ONE_HOT and not Path(config.perturbations).is_file():
-        raise InputError(
-            f"No file {config.perturbations} with the run's perturbation features. Pass --perturbations with it."
-        )
+    require_sources(config.perturbations)
     where = Path(config.scratch) if config.scratch else scratch
-    data = read_dataset(Path(cache), config, feature_names=one_hot_names(run.checkpoint), scratch=where)
+    data = read_dataset(Path(cache), config, stored=stored_features(run.checkpoint), scratch=where)
     if not config.scratch:
         remove_scratch(where)  # mapped files stay readable
     return data

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sest.config import TrainConfig
-from sest.data.features import ONE_HOT
+from sest.data.vectors import GENES, ONE_HOT
 from sest.report.cache_facts import CacheFacts
 from sest.report.embedding_map import LABELS, MOST_CELLS
 from sest.report.figures import MOST_POINTS, MOST_ROWS, embedding_map, log_curve, validation_curve
@@ -43,7 +43,7 @@ def sentence(run: RunFacts, cache: CacheFacts | None) -> str:
     if not state:
         return f"A State Transition head, {done}; it has no checkpoint that can be read."
     encoder, sizes, source = state["encoder"], state["sizes"], state["features"]["source"]
-    features = "one-hot features" if source == ONE_HOT else f"the features in {source}"
+    features = {ONE_HOT: "one-hot features", GENES: "the genes' own features"}.get(source, f"the features in {source}")
     cells = f" of {cache.map.n_cells:,} cells" if cache is not None and cache.map is not None else ""
     return (
         f"A State Transition head with {state['trainable_parameters']:,} parameters that predicts the expression of "

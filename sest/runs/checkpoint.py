@@ -2,6 +2,7 @@
 
     checkpoint-step-500/model.safetensors       the head alone
                         projection.safetensors  the PCA of the embeddings, for new cells (where there is one)
+                        features.safetensors    vectors of the genes, where these are the features
                         optimizer.safetensors   AdamW's moments (not in best/)
                         state.json              step, configuration, genes, hashes; sha256 of every file, also its own
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
@@ -32,9 +34,10 @@ from sest.errors import InputError, shown
 from sest.head.model import HeadSizes, StateTransition
 
 FORMAT_VERSION = 1
-FILES = MODEL, PROJECTION, OPTIMIZER, STATE = (
+FILES = MODEL, PROJECTION, FEATURES, OPTIMIZER, STATE = (
     "model.safetensors",
     "projection.safetensors",
+    "features.safetensors",
     "optimizer.safetensors",
     "state.json",
 )
@@ -82,6 +85,10 @@ class Checkpoint:
         """Mean, basis and explained variance of the embeddings' PCA, or None."""
         return _read(self.folder / PROJECTION) if PROJECTION in self.state["files"] else None
 
+    def gene_loadings(self) -> np.ndarray | None:
+        """(G, W) float32 vectors of the run's genes, where these are its features."""
+        return _read(self.folder / FEATURES)["genes"].numpy() if FEATURES in self.state["files"] else None
+
     def model(self) -> StateTransition:
         """The head in eval mode, on the CPU, float32."""
         with torch.device("meta"):
@@ -107,13 +114,14 @@ def save_checkpoint(
     *,
     optimizer: Mapping[str, Tensor] | None = None,
     projection: Mapping[str, Tensor] | None = None,
+    features: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint folder: aside, fsynced, renamed. An older folder of that name is replaced.
 
     Args:
         folder: where it will be.
         state: plain values; `sizes` (see HeadSizes) among them. The hashes of the files are added.
-        model, optimizer, projection: tensors by name.
+        model, optimizer, projection, features: tensors by name.
 
     Raises:
         OSError: the disk is full or not writable; the older folder is still there.
@@ -121,7 +129,12 @@ def save_checkpoint(
     with folder_aside(folder) as aside:
         files = {
             name: to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())})
-            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (PROJECTION, projection))
+            for name, tensors in (
+                (MODEL, model),
+                (OPTIMIZER, optimizer),
+                (PROJECTION, projection),
+                (FEATURES, features),
+            )
             if tensors is not None
         }
         for name, data in files.items():

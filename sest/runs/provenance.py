@@ -10,10 +10,10 @@ from sest.cache.storage import is_url
 from sest.cells.split_file import read_splits
 from sest.config import TrainConfig, read_toml
 from sest.data.dataset import Dataset
-from sest.data.features import ONE_HOT
+from sest.data.vectors import GENES, ONE_HOT, source_files, sources_of
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint, checkpoints
-from sest.runs.run_folder import CONFIG, METRICS, PATHS, SPLITS, read_run_config
+from sest.runs.run_folder import CONFIG, METRICS, SPLITS, read_run_config
 
 
 def files_of(run: Path) -> list[Path]:
@@ -27,8 +27,9 @@ def files_of(run: Path) -> list[Path]:
     with suppress(InputError):
         values = read_toml(folder / CONFIG)
         made, splits = values.get("provenance"), values.get("splits")
-        sources = [made.get("cache") if isinstance(made, dict) else None, *map(values.get, PATHS)]
-        files += [Path(source) for source in sources if isinstance(source, str) and source != ONE_HOT]
+        cache, features = made.get("cache") if isinstance(made, dict) else None, values.get("perturbations")
+        files += [Path(path) for path in (cache, splits) if isinstance(path, str)]
+        files += source_files(features) if isinstance(features, str) else []
         if isinstance(splits, str):
             files += [file for found in read_splits(Path(splits)).datasets.values() for file in found]
     return files
@@ -41,7 +42,7 @@ def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | No
         cache, perturbations: where the cache and the features file are now, if not where the run says.
 
     Returns:
-        Its configuration, the cache (a path or URL) and the source of its features (a file, or ONE_HOT). The
+        Its configuration, the cache (a path or URL) and the sources of its features. The
         configuration of an imported checkpoint says one-hot whatever the source: of its features only those of the
         perturbations to predict are needed, not those of a whole cache.
 
@@ -59,8 +60,9 @@ def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | No
     if perturbations is not None:
         values["perturbations"] = perturbations
     source = values.get("perturbations", ONE_HOT)
-    if source != ONE_HOT and not Path(source).is_file():
-        raise InputError(f"No file {source} with the run's perturbation features. Pass --perturbations.")
+    require_sources(source)
+    if GENES in sources_of(source) and checkpoint.gene_loadings() is None:
+        raise InputError(f"{checkpoint.folder} keeps no vectors of genes. Pass --perturbations with a file.")
     cache = cache or provenance.get("cache")
     if cache is None:
         raise InputError(f"{checkpoint.folder} does not say where its cache is. Pass --cache.")
@@ -69,6 +71,13 @@ def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | No
     if checkpoint.state["cache_sha256"] is None:  # imported
         values["perturbations"] = ONE_HOT
     return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache), source
+
+
+def require_sources(source: str) -> None:
+    """Raise InputError where a file of the features that `source` names is not there."""
+    for path in source_files(source):
+        if not path.is_file():
+            raise InputError(f"No file {path} with the run's perturbation features. Pass --perturbations with it.")
 
 
 def check_data(checkpoint: Checkpoint, data: Dataset) -> None:

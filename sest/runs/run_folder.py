@@ -19,7 +19,8 @@ from sest import __version__
 from sest.cache.disk import write_durably
 from sest.config import RESUMABLE, TrainConfig, read_toml, upgraded
 from sest.data.dataset import Dataset
-from sest.data.features import ONE_HOT
+from sest.data.features import StoredFeatures
+from sest.data.vectors import GENES, Source, resolved
 from sest.errors import InputError, shown
 from sest.runs.checkpoint import (
     Checkpoint,
@@ -86,9 +87,14 @@ def _refuse_to_mix(run: Path, start: Checkpoint, config: TrainConfig) -> None:
         )
 
 
-def one_hot_names(start: Checkpoint | None) -> tuple[str, ...] | None:
-    names = start.state["features"]["names"] if start is not None else None
-    return tuple(names) if names else None
+def stored_features(checkpoint: Checkpoint | None) -> StoredFeatures | None:
+    """What a checkpoint keeps of its features; None without one."""
+    if checkpoint is None:
+        return None
+    made, loadings = checkpoint.state["features"], checkpoint.gene_loadings()
+    names, columns = (tuple(made[key]) if made.get(key) else None for key in ("names", "columns"))
+    genes = {name: i for i, name in enumerate(checkpoint.state["genes"])}
+    return StoredFeatures(names, columns, None if loadings is None else Source(GENES, genes, loadings))
 
 
 def config_of(run: Path, options: dict[str, Any], resume: str | None, where: str) -> TrainConfig:
@@ -181,11 +187,9 @@ def _lock(folder: int, run: Path) -> None:
 def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> None:
     try:
         remove_unfinished(run)
-        paths = {
-            key: str(Path(getattr(config, key)).resolve())
-            for key in PATHS
-            if getattr(config, key) not in (None, ONE_HOT)
-        }
+        paths = {"perturbations": resolved(config.perturbations)}
+        if config.splits is not None:
+            paths["splits"] = str(Path(config.splits).resolve())
         provenance = {
             "cache": data.cache.storage.url,
             "sest_version": __version__,

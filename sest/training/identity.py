@@ -6,7 +6,8 @@ from typing import Any
 
 from sest.config import RESUMABLE, TrainConfig
 from sest.data.dataset import Dataset
-from sest.data.features import ONE_HOT
+from sest.data.features import Features
+from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, brief
 from sest.head.model import HeadSizes
 from sest.runs.checkpoint import Checkpoint, sizes_to_values
@@ -27,7 +28,7 @@ def identity_of(data: Dataset, config: TrainConfig, precision: str) -> dict[str,
             "source": data.features.source,
             "sha256": data.features.sha256,
             "width": data.features.width,
-            "names": list(data.features.names) if data.features.source == ONE_HOT else None,
+            **_one_hot(data.features),
         },
         "encoder": {
             "name": cache["encoder"],
@@ -43,6 +44,15 @@ def identity_of(data: Dataset, config: TrainConfig, precision: str) -> dict[str,
         "target_sum": data.targets.target_sum,
         "columns": next(iter(data.cache.groups.values())).attributes["columns"],
     }
+
+
+def _one_hot(features: Features) -> dict[str, Any]:
+    """The perturbations of a run with one-hot columns, and what these stand for where that is not one of them each."""
+    source = features.vectors.of(ONE_HOT)
+    if source is None:
+        return {"names": None}
+    columns = list(source.rows)
+    return {"names": list(features.names)} | ({"columns": columns} if columns != list(features.names[1:]) else {})
 
 
 def refuse_other_run(start: Checkpoint, identity: dict[str, Any], sizes: HeadSizes) -> None:

@@ -20,10 +20,11 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import ONE_HOT, equal_vectors
+from sest.data.features import StoredFeatures, equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetSampler
 from sest.data.targets import refuse_mixed_scales
+from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, shown
 from sest.head.loss import make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
@@ -31,7 +32,7 @@ from sest.machine.devices import DTYPES, autocast, choose_precision, faster_prec
 from sest.machine.team import Team
 from sest.runs.checkpoint import Checkpoint, tensors_to_optimizer
 from sest.runs.diagnose import GIVE_FEATURES
-from sest.runs.run_folder import one_hot_names
+from sest.runs.run_folder import stored_features
 from sest.runs.sinks import check_sinks
 from sest.training.identity import identity_of, refuse_other_run
 from sest.training.limit import measure_limit
@@ -64,10 +65,10 @@ def prepare(
     """
     precision = choose_precision(config.precision, device, training=True)
     _check(config, device, precision)
-    data = _read_in_turn(cache, config, one_hot_names(start), scratch, team)
+    data = _read_in_turn(cache, config, stored_features(start), scratch, team)
     _say_what_is_not_learned(data)
     sizes = _sizes(data, config)
-    model = (new_model(sizes, config.seed) if start is None else start.model()).to(device).train()
+    model = (_new_model(sizes, config.seed, data) if start is None else start.model()).to(device).train()
     # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
     gram = torch.float16 if device.type == "cuda" and precision != "fp32" else torch.float32
     criterion, cast = make_loss(config.loss, gram), partial(autocast, device, precision)
@@ -127,7 +128,7 @@ def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
 
 
 def _read_in_turn(
-    cache: Path, config: TrainConfig, feature_names: tuple[str, ...] | None, scratch: Path, team: Team
+    cache: Path, config: TrainConfig, stored: StoredFeatures | None, scratch: Path, team: Team
 ) -> Dataset:
     """Read the data; of several processes the first goes ahead, as it may write the files that the others map."""
 
@@ -135,7 +136,7 @@ def _read_in_turn(
         opened, target_sum = open_cache(os.fspath(cache)), config.target_sum
         if isinstance(target_sum, float):  # known before the values are read
             refuse_mixed_scales(opened, target_sum, config.mixed_scales)
-        data = read_dataset(opened, config, feature_names=feature_names, scratch=scratch)
+        data = read_dataset(opened, config, stored=stored, scratch=scratch)
         if not isinstance(target_sum, float):
             refuse_mixed_scales(opened, data.targets.target_sum, config.mixed_scales)
         return data
@@ -186,6 +187,15 @@ def _sizes(data: Dataset, config: TrainConfig) -> HeadSizes:
         n_decoder_layers=config.n_decoder_layers,
         dropout=config.dropout,
     )
+
+
+def _new_model(sizes: HeadSizes, seed: int, data: Dataset) -> StateTransition:
+    """A fresh head; one-hot columns start at zero, so that one which never trains has no effect."""
+    model, columns = new_model(sizes, seed), data.features.vectors.one_hot
+    if columns is not None:
+        with torch.no_grad():
+            model.pert_encoder.get_parameter("0.weight")[:, columns] = 0.0
+    return model
 
 
 def _optimizer(

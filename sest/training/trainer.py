@@ -21,6 +21,7 @@ from sest.cache.disk import flush
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset
+from sest.data.vectors import GENES
 from sest.errors import InputError, TrainingFailed, one_line
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
@@ -243,6 +244,7 @@ class Trainer:
         flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
         names = [parameter for parameter, _ in self.model.named_parameters()]
         projection = self.data.cache.projection
+        genes = self.data.features.vectors.of(GENES)
         save_checkpoint(
             self.run / name,
             {
@@ -258,6 +260,7 @@ class Trainer:
             self.model.state_dict(),
             optimizer=optimizer_to_tensors(self.optimizer, names) if with_optimizer else None,
             projection={k: torch.from_numpy(v) for k, v in projection.items()} if projection else None,
+            features={"genes": torch.from_numpy(genes.matrix)} if genes is not None else None,
         )
 
 

@@ -1,14 +1,16 @@
-"""Tensors and named vectors in files that nobody vouches for: .safetensors, .npz, .pt.
+"""Tensors and named vectors in files that nobody vouches for: .safetensors, .npz, .pt, .pickle, .csv, .tsv.
 
 Whatever is wrong with one becomes an InputError of one line. P: width of a vector.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sest.errors import InputError, shown
-from sest.untrusted.unpickle import DAMAGE, damaged, read_dictionary
+from sest.untrusted.unpickle import DAMAGE, damaged, read_dictionary, read_plain_pickle
 
 MAX_VECTOR_BYTES = 64 * 2**30
+TABLES = {".csv": ",", ".tsv": "\t"}  # ending -> what separates the columns
 
 
 def read_vectors(path: Path) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Names and vectors, one (n, P) float32 matrix, of a `.pt` (a dict), `.npz` or `.safetensors`, in the file's order.
+    """Names and vectors, one (n, P) float32 matrix, in the file's order.
+
+    Of a `.pt` or `.pickle` (a dict name -> vector), an `.npz` or `.safetensors` (an array a name), a `.csv` or `.tsv`
+    (a row a name, which comes first; a line of column names above them or not).
 
     Raises InputError unless all are one-dimensional, equally long and finite.
     """
@@ -67,7 +73,11 @@ def _dictionary(path: Path) -> Mapping[Any, Any]:
         return read_safetensors(path)
     if path.suffix == ".npz":
         return _npz(path)
-    raise InputError(f"{path.name}: vectors are read from .pt, .npz or .safetensors files.")
+    if path.suffix in (".pickle", ".pkl"):
+        return read_plain_pickle(path)
+    if path.suffix in TABLES:
+        return _table(path)
+    raise InputError(f"{path.name}: vectors are read from .pt, .pickle, .npz, .safetensors, .csv or .tsv files.")
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -89,8 +99,36 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     raise InputError(f"{path.name} unpacks to {size / 1e9:.0f} GB, more than features can be.")
 
 
+def _table(path: Path) -> dict[str, np.ndarray]:
+    """Rows of a table by the name in their first column."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file, delimiter=TABLES[path.suffix]) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise damaged(path, error) from error
+    if rows and (not rows[0][0] or not _all_numbers(rows[0][1:])):
+        rows = rows[1:]  # the names of the columns
+    names = [row[0].strip() for row in rows]
+    if twice := sorted({name for name, count in Counter(names).items() if count > 1}):
+        raise InputError(f"{path.name} has {len(twice)} names more than once: {shown(twice)}.")
+    bad = [name for name, row in zip(names, rows, strict=True) if not _all_numbers(row[1:]) or len(row) != len(rows[0])]
+    if bad:
+        raise InputError(f"{path.name}: every row must be a name and the same number of numbers. Not so: {shown(bad)}.")
+    return {name: np.array(row[1:], np.float32) for name, row in zip(names, rows, strict=True)}
+
+
+def _all_numbers(cells: Sequence[str]) -> bool:
+    try:
+        [float(cell) for cell in cells]
+    except ValueError:
+        return False
+    return True
+
+
 def _tensor(value: Any) -> torch.Tensor | None:
     """`value` as a tensor of real numbers, or None if it is nothing of the kind."""
+    if isinstance(value, list) and value and all(type(number) in (int, float) for number in value):
+        value = np.array(value, np.float64)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         with np.errstate(over="ignore"):  # infinite then, which is found later
             return torch.from_numpy(value.astype(np.float32))

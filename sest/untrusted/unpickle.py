@@ -166,6 +166,33 @@ def read_dictionary(path: Path) -> dict[Any, Any]:
     return decoded
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds containers, numbers and text; whatever else a pickle names is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise InputError(
+            f"a pickle that asks Python to import {ascii(module + '.' + name)[1:-1][:80]} is refused; only a dict of "
+            "name -> list of numbers is read. Save the vectors as .npz, with the program that wrote them"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise InputError("a pickle that refers to other files is refused")
+
+
+def read_plain_pickle(path: Path) -> dict[Any, Any]:
+    """Return the dictionary of lists of numbers in a plain pickle. Raises InputError if it is anything else."""
+    try:
+        with path.open("rb") as file:
+            content = _PlainUnpickler(file).load()
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}.") from None
+    except (*DAMAGE, RecursionError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} holds a {type(content).__name__}, not a dict of name -> vector.")
+    return content
+
+
 def _numpy_value(value: Any) -> Any:
     """Return the number, text or array of numbers that a NumPy stand-in was pickled from; anything else as it is.
 

@@ -15,6 +15,7 @@ from helpers.notes import Notes
 from sest.cache import open_cache
 from sest.cells.split_file import TEST, TRAIN, VAL
 from sest.data.dataset import Dataset, holds_out_in_one_context, read_dataset
+from sest.data.features import StoredFeatures
 from sest.data.labels import Labels
 from sest.errors import InputError
 from sest.progress import reporting
@@ -106,9 +107,10 @@ def test_perturbations_outside_all_splits_need_no_features(cache: Path, tmp_path
 
 def test_one_hot_names_of_another_cache_are_refused(cache: Path) -> None:
     names = ("ctrl", "P", "Q", "R", "S", "T")
-    assert read_dataset(cache, small_config(), feature_names=names).features.names == names
+    assert read_dataset(cache, small_config(), stored=StoredFeatures(names, None, None)).features.names == names
+    other = StoredFeatures((*names[:-1], "U"), None, None)
     with pytest.raises(InputError, match=r"one-hot features of other perturbations"):
-        read_dataset(cache, small_config(), feature_names=("ctrl", "P", "Q", "R", "S", "U"))
+        read_dataset(cache, small_config(), stored=other)
 
 
 def test_the_hash_of_a_cache_is_that_of_how_it_was_made(cache: Path, tmp_path: Path) -> None:

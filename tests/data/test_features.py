@@ -1,17 +1,20 @@
-"""Perturbation features: one-hot, or from a file; what is missing."""
+"""Perturbation features: a vector a perturbation, whatever they are from; what is missing."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
-from sest.data.features import ONE_HOT, absent_hint, equal_vectors, load_features, make_features
+from helpers.notes import Notes
+from sest.data.features import Features, equal_vectors
+from sest.data.features import make_features as features_of
+from sest.data.vectors import ONE_HOT, read_sources
 from sest.errors import InputError
+from sest.progress import reporting
 
 NAMES = ("ctrl", "STAT1", "JAK2", "MYC")
 VECTORS = {
@@ -19,6 +22,10 @@ VECTORS = {
     "JAK2": np.array([4, 5, 6], np.float32),
     "GATA1": np.array([7, 8, 9], np.float32),
 }
+
+
+def make_features(source: str, names: tuple[str, ...], missing: str, needed: set[str] | None = None) -> Features:
+    return features_of(read_sources(source, names[1:]), names, missing, needed=needed)
 
 
 def saved(folder: Path, vectors: dict[str, np.ndarray], suffix: str = ".npz") -> str:
@@ -92,28 +99,41 @@ def test_the_hash_tells_names_and_vectors_apart(tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
-def test_features_in_three_formats_are_the_same_float32_vectors(tmp_path: Path) -> None:
-    vectors: dict[str, Any] = {
-        name: np.arange(4) + i + 0.5 for i, name in enumerate(["TP53", "non-targeting"])
-    }  # float64
-    torch.save({name: torch.from_numpy(v) for name, v in vectors.items()}, tmp_path / "a.pt")
-    torch.save({np.str_(name): v.astype(np.float32) for name, v in vectors.items()}, tmp_path / "b.pt")
-    np.savez(tmp_path / "c.npz", **vectors)
-    save_file({name: v.astype(np.float16) for name, v in vectors.items()}, tmp_path / "d.safetensors")
-    for path in tmp_path.iterdir():
-        read = load_features(path)
-        assert set(read) == set(vectors)
-        assert all(type(name) is str for name in read)
-        for name, vector in read.items():
-            assert vector.dtype == np.float32 and vector.shape == (4,)
-            np.testing.assert_array_equal(vector, vectors[name])  # exact: halves of small integers fit float16
-
-
-def test_combinations_of_known_perturbations_could_be_built_and_equal_vectors_are_found(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"2 of them are combinations .* STAT1\+JAK2 could be built from STAT1 and JAK2"
-    ):
-        make_features(saved(tmp_path, VECTORS), (*NAMES[:3], "STAT1+JAK2", "GATA1+JAK2", "STAT1+NO"), "error")
-    assert "STAT1" in absent_hint(["STAT"], VECTORS) and "built" not in absent_hint(["STAT2+JAK2"], VECTORS)
+def test_equal_vectors_are_found() -> None:
     vectors = [np.array(v, np.float32) for v in ([0, 1], [2, 3], [-0.0, 1], [2, 3], [4, 5])]
     assert equal_vectors("ABCDE", vectors) == [["A", "C"], ["B", "D"]]
+
+
+def test_combinations_get_the_sum_of_their_targets_which_is_said(tmp_path: Path) -> None:
+    names, notes = (*NAMES[:3], "STAT1+JAK2", "JAK2+GATA1"), Notes()
+    with reporting(notes):
+        features = make_features(saved(tmp_path, VECTORS), names, "error")
+    np.testing.assert_array_equal(features.matrix[3:], [[5, 7, 9], [11, 13, 15]])
+    assert notes.notes == [
+        "2 combinations get the sum of their targets' vectors in features.npz: STAT1+JAK2, JAK2+GATA1."
+    ]
+    own = {**VECTORS, "STAT1+JAK2": np.array([0, 0, 1], np.float32)}
+    np.testing.assert_array_equal(make_features(saved(tmp_path, own), names, "error").matrix[3], [0, 0, 1])
+    with pytest.raises(InputError, match=r"1 of 2 .* STAT1\+JAK. Of STAT1\+JAK it lacks JAK. Did you mean 'J"):
+        make_features(saved(tmp_path, VECTORS), ("ctrl", "STAT1", "STAT1+JAK"), "error")
+
+
+def test_one_hot_columns_stand_for_targets_so_that_unseen_combinations_of_seen_ones_are_learned() -> None:
+    names = ("ctrl", "A", "B", "A+B", "A+C")
+    features = make_features(ONE_HOT, names, "error")
+    np.testing.assert_array_equal(features.matrix, [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1]])
+    assert features.never_learned(["A", "B"]) == ["A+C"]
+    assert features.never_learned(["A+B"]) == ["A+C"] and features.never_learned(["B"]) == ["A", "A+B", "A+C"]
+
+
+def test_what_one_source_lacks_is_zero_there_and_missing_only_where_no_other_has_it(tmp_path: Path) -> None:
+    notes = Notes()
+    with reporting(notes):
+        features = make_features(f"{ONE_HOT}+{saved(tmp_path, VECTORS)}", NAMES, "error")
+    assert features.source == "onehot+features.npz" and features.missing == ()
+    np.testing.assert_array_equal(features.matrix[:, :3], np.eye(4, 3, -1))
+    size = np.sqrt(np.mean(np.square(np.arange(1, 10))))  # of all numbers in the file
+    np.testing.assert_allclose(features.matrix[1, 3:], np.array([1, 2, 3]) / size, rtol=1e-3)  # four digits of it
+    assert not features.matrix[3, 3:].any()
+    assert notes.notes == ["features.npz has no vector for 1 perturbations, zeros there: MYC."]
+    assert features.never_learned(["JAK2"]) == ["MYC"]  # STAT1 has a vector, MYC only a column

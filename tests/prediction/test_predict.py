@@ -354,10 +354,11 @@ def test_a_misspelt_name_is_refused_where_zeros_stand_in_and_a_known_one_is_said
     train(cache, run, small_config(perturbations=str(given), missing_perturbations="zero", max_steps=1))
     line = refusal(run, cell_type="y", only="NOPE")
     assert "Neither" in line and "has NOPE" in line and "for example: P, Q, R, S" in line
-    assert "P+Q could be built from P and Q" in refusal(run, cell_type="y", only="P+Q")
+    assert "Of P+NOPE it lacks NOPE." in refusal(run, cell_type="y", only="P+NOPE")
     notes = Notes()
     with reporting(notes):
-        predict(run, tmp_path / "o.h5ad", PredictConfig(cell_type="y", only="T,P"))
+        predict(run, tmp_path / "o.h5ad", PredictConfig(cell_type="y", only="T,P,P+Q"))
+    assert "1 combinations get the sum of their targets' vectors in f.npz: P+Q." in notes.notes
     assert any(note.startswith("No features for T: predicted from zeros") for note in notes.notes)
     assert any(note.endswith("get the same prediction: P, R.") for note in notes.notes)
 
@@ -370,3 +371,21 @@ def test_the_case_of_a_misspelt_name(shared_cases: Path, tmp_path: Path) -> None
     train(cache, run, TrainConfig(**options))
     with pytest.raises(InputError, match="has NOPE"):
         predict(run, tmp_path / "o.h5ad", PredictConfig(only="NOPE", cell_type="alpha"))
+
+
+def test_a_run_with_features_of_genes_predicts_any_measured_gene_from_its_checkpoint_alone(
+    predicted: Predict, refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    names = ("P", "Q", "R", "S", "T", *(f"G{i}" for i in range(20)))
+    cache, run = write_cache(tmp_path / "cache.zarr", [small_screen("d", genes=names)]), tmp_path / "run"
+    train(cache, run, small_config(perturbations="genes", max_steps=2))
+    kept = load_file(run / "last" / "features.safetensors")["genes"]
+    assert kept.shape == (25, kept.shape[1])
+    cells = {name: predicted(run, cell_type="y", only=name) for name in ("G3", "G4", "P+G3")}
+    means = {name: np.asarray(c[c.obs["gene"] == name].X.mean(0)) for name, c in cells.items()}
+    assert len({mean.tobytes() for mean in means.values()}) == 3
+    assert "genes has no features for 1 of 1 perturbations: NOPE" in refusal(
+        run, tmp_path / "other.h5ad", cell_type="y", only="NOPE"
+    )
+    train(cache, run, small_config(perturbations="genes", max_steps=3), resume="auto")
+    np.testing.assert_array_equal(load_file(run / "last" / "features.safetensors")["genes"], kept)

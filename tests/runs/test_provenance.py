@@ -13,7 +13,7 @@ import pytest
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import ONE_HOT
+from sest.data.vectors import ONE_HOT
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint, open_checkpoint
 from sest.runs.provenance import check_data, check_width, files_of, find_data, saw_the_same_split

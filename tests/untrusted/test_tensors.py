@@ -46,8 +46,25 @@ def test_pt_files_that_are_no_named_vectors_are_refused(tmp_path: Path) -> None:
         read_vectors(path)
     with pytest.raises(InputError, match="No file at"):
         read_vectors(tmp_path / "gone.pt")
-    with pytest.raises(InputError, match=r"\.pt, \.npz or \.safetensors"):
+    with pytest.raises(InputError, match=r"read from \.pt, \.pickle, \.npz, \.safetensors, \.csv or \.tsv"):
         read_vectors(Path(__file__))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A,1,2\nB,1\n", r"the same number of numbers. Not so: B"),
+        ("gene,x,y\nA,1,2\nB,1,high\n", "Not so: B"),
+        ("A,1\nB,2\nA,3\n", "1 names more than once: A"),
+        ("gene,x\nA,nan\n", "NaN or infinite numbers in A"),
+        ("", "is empty"),
+        ("gene,x\n", "holds no vectors"),
+    ],
+)
+def test_tables_that_are_no_vectors_by_name_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_vectors(tmp_path / "x.csv")
 
 
 def test_vectors_keep_the_order_of_the_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from sest.untrusted.unpickle import (
     read_checkpoint,
     read_dictionary,
     read_pickle,
+    read_plain_pickle,
 )
 
 
@@ -44,6 +46,22 @@ def test_functions_off_the_short_list_are_refused_by_name(
     with pytest.raises(InputError, match=name):
         read_pickle(tmp_path / "x.pt", allowed)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("function", [eval, shutil.rmtree, np.zeros, dict.fromkeys])
+def test_a_plain_pickle_imports_nothing(function: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.pickle"
+    path.write_bytes(pickle.dumps({"A": [1.0], "B": Pickled(function, str(tmp_path))}))
+    with pytest.raises(InputError, match=r"x\.pickle: a pickle that asks Python to import .* is refused"):
+        read_plain_pickle(path)
+    path.write_bytes(pickle.dumps([1.0]))
+    with pytest.raises(InputError, match="holds a list, not a dict"):
+        read_plain_pickle(path)
+    whole = pickle.dumps({"A": [1.0, 2.0]})
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError):
+            read_plain_pickle(path)
 
 
 def test_listed_packages_are_never_imported_or_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,203 @@
+"""Where feature vectors come from: files, the genes of the cells, one-hot columns, or several of these side by side.
+
+W: width of one source, P: width of all of them together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sest.errors import InputError, nearest, shown
+from sest.untrusted.tensors import read_vectors
+
+logger = logging.getLogger(__name__)
+
+ONE_HOT, GENES = "onehot", "genes"
+WORDS = (ONE_HOT, GENES)  # sources that are no files
+PROTEINS = "protein_embeddings.pt"  # in the folder of an SE encoder
+
+
+def sources_of(text: str) -> list[str]:
+    """The sources that `--perturbations` names: one, or several joined by "+".
+
+    Raises:
+        InputError: one is named twice, or none at all.
+    """
+    parts = [text] if Path(text).exists() else [part.strip() for part in text.split("+")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise InputError(f"--perturbations {text!r} must name different sources, joined by +.")
+    return parts
+
+
+def source_files(text: str) -> list[Path]:
+    """The files that `--perturbations` names; of an SE folder its protein embeddings."""
+    paths = [Path(part) for part in sources_of(text) if part not in WORDS]
+    return [path / PROTEINS if path.is_dir() else path for path in paths]
+
+
+def resolved(text: str) -> str:
+    """The same sources with absolute paths."""
+    return "+".join(part if part in WORDS else str(Path(part).resolve()) for part in sources_of(text))
+
+
+def label_of(text: str) -> str:
+    """What the sources are called where it does not matter in which folder they lie."""
+    return "+".join(part if part in WORDS else Path(part).name for part in sources_of(text))
+
+
+def targets_of(name: str) -> list[str]:
+    """The targets of a combination such as A+B; of any other perturbation itself."""
+    return [part.strip() for part in name.split("+")]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Vectors of one source by name."""
+
+    name: str  # onehot, genes, or the file's name
+    rows: Mapping[str, int]  # name -> row of `matrix`
+    matrix: np.ndarray  # (n, W) float32
+
+    @property
+    def width(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def is_sum(self, name: str) -> bool:
+        """Whether a combination has no vector of its own, but all of its targets have one."""
+        parts = targets_of(name)
+        return name not in self.rows and len(parts) > 1 and all(part in self.rows for part in parts)
+
+    def find(self, name: str) -> np.ndarray | None:
+        """(W,): its vector, or of a combination the sum of its targets' vectors; None where there is neither."""
+        if name in self.rows:
+            return np.asarray(self.matrix[self.rows[name]])
+        if self.is_sum(name):
+            return np.asarray(self.matrix[[self.rows[part] for part in targets_of(name)]].sum(0))
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Vectors of all sources, side by side."""
+
+    label: str  # see `label_of`
+    sources: tuple[Source, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(source.width for source in self.sources)
+
+    @property
+    def names(self) -> list[str]:
+        """All names that have a vector of their own in a source."""
+        return list(dict.fromkeys(name for source in self.sources for name in source.rows))
+
+    def of(self, name: str) -> Source | None:
+        """The source of this name; None where there is none."""
+        return next((source for source in self.sources if source.name == name), None)
+
+    @property
+    def one_hot(self) -> slice | None:
+        """Which of the P columns are one-hot."""
+        at = 0
+        for source in self.sources:
+            if source.name == ONE_HOT:
+                return slice(at, at + source.width)
+            at += source.width
+        return None
+
+    def find(self, name: str) -> np.ndarray | None:
+        """(P,) with zeros for the sources that do not have the name; None where none has it."""
+        found = [source.find(name) for source in self.sources]
+        if all(vector is None for vector in found):
+            return None
+        pairs = zip(found, self.sources, strict=True)
+        return np.concatenate([np.zeros(s.width, np.float32) if v is None else v for v, s in pairs])
+
+    def columns_of(self, name: str) -> list[str]:
+        """What the one-hot columns of a perturbation stand for."""
+        source = self.of(ONE_HOT)
+        return [] if source is None else [name] if name in source.rows else targets_of(name)
+
+    def say_what_is_made(self, names: Sequence[str]) -> None:
+        """Say which of the names, all found, get a sum or zeros in a source."""
+        for source in self.sources:
+            sums = [name for name in names if source.is_sum(name)]
+            if sums and source.name != ONE_HOT:
+                logger.info(
+                    f"{len(sums)} combinations get the sum of their targets' vectors in {source.name}: {shown(sums)}."
+                )
+            if lacks := [name for name in names if source.find(name) is None]:
+                logger.info(f"{source.name} has no vector for {len(lacks)} perturbations, zeros there: {shown(lacks)}.")
+
+    def has_only_a_column(self, name: str) -> bool:
+        """Whether nothing is known of a name but which one it is."""
+        return all(source.name == ONE_HOT or source.find(name) is None for source in self.sources)
+
+
+def one_hot(names: Sequence[str], columns: Sequence[str] | None = None) -> Source:
+    """One column a target of the perturbations `names`, so that a combination has those of its targets.
+
+    Args:
+        columns: what the columns stand for instead, in their order.
+    """
+    if columns is None:
+        columns = list(dict.fromkeys(target for name in names for target in targets_of(name)))
+    return Source(ONE_HOT, {name: i for i, name in enumerate(columns)}, np.eye(len(columns), dtype=np.float32))
+
+
+def read_source(path: Path) -> Source:
+    """The vectors in a file: see `sest.untrusted.tensors.read_vectors`."""
+    names, matrix = read_vectors(path)
+    return Source(path.name, {name: i for i, name in enumerate(names)}, matrix.numpy())
+
+
+def read_sources(
+    text: str, names: Sequence[str], *, columns: Sequence[str] | None = None, loadings: Source | None = None
+) -> Vectors:
+    """The vectors of everything that `--perturbations` names.
+
+    Of several sources the vectors of each file are divided by the root mean square of their entries, so that none
+    drowns another; a single file is used as it is.
+
+    Args:
+        text: see `sources_of`.
+        names: the perturbations, for one-hot columns.
+        columns: the columns of a run that has them already.
+        loadings: what `genes` stands for.
+    """
+    parts, files = sources_of(text), iter(source_files(text))
+    made = []
+    for part in parts:
+        if part == ONE_HOT:
+            made.append(one_hot(names, columns))
+        elif part == GENES:
+            assert loadings is not None
+            made.append(loadings)
+        else:
+            made.append(read_source(next(files)))
+    if len(made) > 1:
+        made = [source if source.name in WORDS else _scaled(source) for source in made]
+    return Vectors(label_of(text), tuple(made))
+
+
+def _scaled(source: Source) -> Source:
+    """Entries of root mean square 1; the factor has four digits, so that it is the same on every machine."""
+    size = float(np.sqrt(np.mean(np.square(source.matrix, dtype=np.float64))))
+    return Source(source.name, source.rows, source.matrix / np.float32(f"{size:.3e}") if size else source.matrix)
+
+
+def absent_hint(absent: Sequence[str], names: Mapping[str, object] | Sequence[str]) -> str:
+    """The nearest names to the first of the absent ones: a sentence with a space before it, or nothing.
+
+    Of a combination, the targets that have no vector.
+    """
+    lost = [part for part in targets_of(absent[0]) if part not in names]
+    if 0 < len(lost) < len(targets_of(absent[0])):
+        return f" Of {absent[0]} it lacks {shown(lost)}.{nearest(lost[0], names)}"
+    return nearest(absent[0], names)
