@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STATE_KEY = "X_state"  # where `state emb transform` puts its embeddings
 GROUPS = {
-    "What the cells are": "cells counts layer mixed_scales pert_col cell_type_col batch_col control gene_col",
+    "What the cells are": "cells counts layer mixed_scales pert_col cell_type_col batch_col control labels gene_col",
     "The encoder and its embeddings": "weights max_tokens dim dtype seed",
     "Speed and memory": "batch_size precision device",
 }

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sest.cells.labels import PERTURBATION
 from sest.cli import console
+from sest.cli.options import options
 from sest.cli.train import show_splits, validation_rows
-from sest.config import SPLITS
+from sest.config import SPLITS, EmbedConfig
 from sest.errors import InputError
 
+MOST_LABELS = 20  # perturbations shown; --json has all
 
+
+@options(EmbedConfig, {"Of a file of cells": "layer pert_col cell_type_col batch_col control labels"})
 def info(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="cache, run folder, checkpoint folder, encoder folder or .h5ad file")
@@ -28,6 +33,7 @@ def info(
     splits: Annotated[
         Path | None, typer.Option(help=f"{SPLITS}: also show how it divides the cells of a cache; default: none")
     ] = None,
+    **given: Any,
 ) -> None:
     """Say what a path is, and whether it is sound.
 
@@ -35,13 +41,17 @@ def info(
     """
     from sest.describe import describe
 
-    facts, damaged = describe(path, verify=verify, splits=splits)
+    reading = EmbedConfig.from_values(given, "the command line")
+    facts, damaged = describe(path, verify=verify, splits=splits, columns=reading)
     if json:
         console.say_json(facts)
     else:
         groups, metrics = facts.pop("groups", None), facts.pop("metrics", None)
+        decisions = facts.pop("labels", None)
         table, notes = facts.pop("splits", None), facts.pop("split_notes", ())
         console.table(str(path), ["what", "value"], [[k.replace("_", " "), _text(v)] for k, v in facts.items()])
+        if decisions:
+            _show_labels(decisions)
         if groups:
             names = list(next(iter(groups.values())))
             rows = [[name, *(_text(group[n]) for n in names)] for name, group in groups.items()]
@@ -58,6 +68,25 @@ def info(
         raise InputError(
             f"{path} is damaged: {len(damaged)} files differ from their sha256, the first is {damaged[0]}."
         )
+
+
+def _show_labels(decisions: list[dict[str, Any]]) -> None:
+    """What labels are taken for: those that are not their own names, then the perturbations with most cells."""
+    decided = [row for row in decisions if row["kind"] != PERTURBATION or row["why"]]
+    plain = [row for row in decisions if row not in decided]
+    rows = [*decided[:MOST_LABELS], *plain[: max(MOST_LABELS - len(decided), 3)]]
+    columns = ["label", "cells", "is taken for", "why"]
+    said = [[repr(row["label"]), _text(row["n_cells"]), _taken_for(row), row["why"] or "-"] for row in rows]
+    console.table("labels", columns, said)
+    if len(rows) < len(decisions):
+        console.say(f"{len(decisions) - len(rows):,} more labels; --json has all.")
+
+
+def _taken_for(row: dict[str, Any]) -> str:
+    if row["kind"] == PERTURBATION:
+        drugs = " and ".join(f"{each['drug']} at {each['dose']:g} {each['unit']}" for each in row["treatments"])
+        return drugs or ("itself" if row["name"] == row["label"] else row["name"])
+    return "nothing: left out" if row["name"] is None else "the control"
 
 
 def _text(value: object) -> str:

@@ -51,7 +51,7 @@ def options(
 
         @functools.wraps(function)
         def command(*arguments: Any, **values: Any) -> Any:
-            return function(*arguments, **{name: value for name, value in values.items() if value is not None})
+            return function(*arguments, **{name: value for name, value in values.items() if value not in (None, [])})
 
         command.__signature__ = signature.replace(parameters=[*own.values(), *made, *moved])  # type: ignore[attr-defined]
         return command  # type: ignore[return-value]
@@ -93,8 +93,10 @@ def help_of(config: type[Config], name: str) -> str:
 
 
 def _kind(config: type[Config], name: str) -> type:
-    """What Typer reads for a field: text, where words and numbers may stand, or several words."""
+    """What Typer reads for a field: text, where words and numbers may stand, or several words; texts, where one may."""
     kinds = [kind for kind in config.kinds()[name] if kind is not type(None)]
+    if {str, tuple} <= set(kinds):
+        return list[str]
     return str if {str, tuple} & set(kinds) else kinds[0]
 
 

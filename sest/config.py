@@ -38,7 +38,10 @@ SEED = "seed of random numbers"
 PERT_COL = "obs column with the perturbation"
 CELL_TYPE_COL = "obs column with the cell type"
 GENE_COL = "var column with the names of the genes, or index"
-CONTROL = "label of control cells"
+CONTROL = "label of control cells, or a pattern such as 'NT*'"
+LABELS = (
+    "what labels are; auto: guides of controls are controls, A+ctrl is A, cells without a perturbation are left out"
+)
 LAYER = "layer to read instead of X; raw: raw/X"
 VALUES = "what the values are; auto: found out"
 ENCODER = "encoder"
@@ -125,10 +128,15 @@ class Config:
 
 
 def _plain(value: Any, kinds: tuple[type, ...]) -> Any:
-    """A value as what it stands for: a path as text, "1" as 1 where both may stand, 1 as 1.0, "a, b" as two words."""
+    """A value as what it stands for: a path as text, "1" as 1 where both may stand, 1 as 1.0, "a, b" as two words.
+
+    Where text may stand beside a list, commas in it mean nothing, and a list of one text is that text.
+    """
+    if {str, tuple} <= set(kinds) and isinstance(value, (list, tuple)):
+        return value[0] if len(value) == 1 else tuple(value) or None
     if isinstance(value, os.PathLike) and str in kinds:
         return os.fspath(value)
-    if isinstance(value, (str, list)) and tuple in kinds:
+    if isinstance(value, (str, list)) and tuple in kinds and str not in kinds:
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
     number = next((kind for kind in (int, float) if kind in kinds), None)
     is_text = isinstance(value, str) and str in kinds
@@ -191,12 +199,13 @@ class EmbedConfig(Config):
     cells: str = option("all", "which cells to embed; the others keep NaN", choices=("all", "controls"))
     counts: str = option("auto", VALUES, choices=COUNTS)
     layer: str | None = option(None, LAYER)
+    labels: str = option("auto", LABELS, choices=("auto", "as-is"))
     mixed_scales: str = option("refuse", MIXED, choices=("refuse", "allow"))
     pert_col: str | None = option(None, f"{PERT_COL}; default: detected")
     cell_type_col: str | None = option(None, f"{CELL_TYPE_COL}; default: detected")
     batch_col: str | None = option(None, "obs column with the batch; default: detected")
     gene_col: str | None = option(None, f"{GENE_COL}; default: the index, or where that has no names, detected")
-    control: str | None = option(None, f"{CONTROL}; default: detected")
+    control: str | tuple[str, ...] | None = option(None, f"{CONTROL}; may be given several times; default: detected")
     batch_size: int = option(0, "cells a forward pass; 0: from the device's memory", least=0)
     device: str = option("auto", DEVICE)
     precision: str = option(
@@ -297,7 +306,9 @@ class PredictConfig(Config):
     perturbations: str | None = option(None, f"{FEATURES}: a file that has the perturbations; default: the run's")
     template: str | None = option(None, ".h5ad whose obs says which cells to predict; rows are grouped, names kept")
     list: str | None = option(None, "csv with the columns target_gene,n_cells: what to predict")
-    only: str | None = option(None, "perturbations to predict, separated by commas")
+    only: str | tuple[str, ...] | None = option(
+        None, "perturbation to predict, or several separated by commas; may be given several times"
+    )
     n_cells: int = option(128, f"{N_CELLS}; with --only", least=1)
     cell_type: str | None = option(None, "cell type to predict; default: all, or with --list and --only the only one")
     controls: str | None = option(None, ".h5ad with new control cells, embedded with the run's encoder and projection")
@@ -309,7 +320,9 @@ class PredictConfig(Config):
     cell_type_col: str | None = option(
         None, f"{CELL_TYPE_COL}; of --template or --controls; default: the run's, or detected"
     )
-    control: str | None = option(None, f"{CONTROL}; of --template or --controls; default: detected")
+    control: str | tuple[str, ...] | None = option(
+        None, f"{CONTROL}; may be given several times; of --template or --controls; default: detected"
+    )
     gene_col: str | None = option(None, f"{GENE_COL}; of --controls; default: the one with most of the run's genes")
     device: str = option("auto", DEVICE)
     precision: str = option("auto", f"{PRECISION}; auto: bf16 on GPUs that have it, else fp32", choices=PRECISIONS)
@@ -322,7 +335,8 @@ class EvaluateConfig(Config):
 
     pert_col: str | None = option(None, f"{PERT_COL}; default: detected")
     cell_type_col: str | None = option(None, f"{CELL_TYPE_COL}; default: detected")
-    control: str | None = option(None, f"{CONTROL}; default: detected")
+    control: str | tuple[str, ...] | None = option(None, f"{CONTROL}; may be given several times; default: detected")
+    labels: str | None = option(None, f"{LABELS}; default: the prediction's, else auto", choices=("auto", "as-is"))
     gene_col: str | None = option(None, f"{GENE_COL}; of REAL; default: the one with most of the prediction's genes")
     layer: str | None = option(None, f"{LAYER}; of REAL")
     counts: str = option("auto", f"{VALUES}; of REAL", choices=COUNTS)

@@ -15,11 +15,12 @@ from sest.cache.schema import COMPLETE, ROOT
 from sest.cache.storage import Storage, is_url, storage_at
 from sest.cells.split_file import read_splits
 from sest.cells.splits import assign_splits, split_table
-from sest.config import TrainConfig
+from sest.config import EmbedConfig, TrainConfig
 from sest.errors import Error, InputError, shown
 from sest.runs.curves import read_lines
 
 if TYPE_CHECKING:
+    from sest.cells.labels import DecidedLabels
     from sest.files.h5ad import CellFile
 
 Facts = dict[str, Any]
@@ -33,7 +34,11 @@ RUN_FACTS = "trainable_parameters dim n_features n_genes val_loss best_val_loss 
 
 
 def describe(
-    path: str | os.PathLike[str], *, verify: bool = False, splits: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = False,
+    splits: str | os.PathLike[str] | None = None,
+    columns: EmbedConfig | None = None,
 ) -> tuple[Facts, list[str]]:
     """Return the facts about a path and the files found damaged (only with `verify`).
 
@@ -42,6 +47,7 @@ def describe(
         verify: read every file of a cache or a checkpoint and compare its sha256.
         splits: of a cache: also count its cells as this TOML divides them ("splits", one entry a table row, and
             "split_notes").
+        columns: of a file of cells: how its labels are to be read, and its layer.
 
     Raises:
         InputError, CacheError: nothing there, nothing sest knows, or something that cannot be used.
@@ -57,7 +63,9 @@ def describe(
         return facts, damaged
     if splits is not None:
         raise InputError(f"--splits counts the cells of a cache, and {path} is none. Pass the cache's path.")
-    found = _cells(path) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
+    found = (
+        _cells(path, columns or EmbedConfig()) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
+    )
     if found is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
         found = _encoder(path)
     if found is None:
@@ -205,16 +213,24 @@ def _encoder(path: Path) -> Facts:
     }
 
 
-def _cells(path: Path) -> Facts:
+def _cells(path: Path, config: EmbedConfig) -> Facts:
     from sest.cells.columns import detect_columns, labels
-    from sest.cells.genes import gene_names
+    from sest.cells.genes import all_names, gene_names
     from sest.files.h5ad import CellFile
 
-    with CellFile(path) as file:
+    with CellFile(path, config.layer) as file:
         facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.choices)}
         facts["obs_columns"] = list(map(str, file.obs.columns))
         try:
-            found = detect_columns(file.obs)
+            found = detect_columns(
+                file.obs,
+                pert_col=config.pert_col,
+                cell_type_col=config.cell_type_col,
+                batch_col=config.batch_col,
+                control=config.control,
+                rule=config.labels,
+                genes=all_names(file.var),
+            )
         except InputError as error:
             facts["columns"] = str(error)
         else:
@@ -224,10 +240,8 @@ def _cells(path: Path) -> Facts:
                 "batch_column": found.batch,
                 "control": found.control,
             }
-            if found.perturbation is not None:
-                codes, names = labels(file.obs, found.perturbation)
-                facts["perturbations"] = len(set(names) - {found.control})
-                facts["controls"] = sum(names[code] == found.control for code in codes)
+            if found.decided is not None:
+                facts |= _labels(found.decided)
             if found.cell_type is not None:
                 facts["cell_types"] = list(labels(file.obs, found.cell_type)[1])
         facts["values"], facts["scale"] = _values(file), _scale(file)
@@ -236,6 +250,22 @@ def _cells(path: Path) -> Facts:
         if genes.are_numbers:
             facts["gene_names"] += " (numbers: no column of var has the names)"
     return facts
+
+
+def _labels(decided: DecidedLabels) -> Facts:
+    """What the labels of the perturbation column are taken for."""
+    from sest.cells.labels import CONTROL, PERTURBATION, UNASSIGNED, treatments_of
+
+    decisions = [decision for kind in (CONTROL, UNASSIGNED, PERTURBATION) for decision in decided.of(kind)]
+    return {
+        "perturbations": len({decision.name for decision in decided.of(PERTURBATION)}),
+        "controls": sum(decision.n_cells for decision in decided.of(CONTROL)),
+        "left_out": decided.n_unassigned,
+        "labels": [
+            dataclasses.asdict(d) | {"treatments": [dataclasses.asdict(each) for each in treatments_of(d.label)]}
+            for d in decisions
+        ],
+    }
 
 
 def _scale(file: CellFile) -> str:

@@ -1,15 +1,16 @@
-"""Which obs columns of a file hold labels, and which label is the control."""
+"""Which obs columns of a file hold labels; what a label of the perturbation column is, sest.cells.labels decides."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from sest.cells.labels import AUTO, NOT_LABELS, DecidedLabels, decide
 from sest.errors import InputError, nearest, shown
 
 # Conventional names, preferred first; compared without case and with "_" for any punctuation.
@@ -28,12 +29,6 @@ PERTURBATION_COLUMNS = (
 CELL_TYPE_COLUMNS = ("cell_type", "celltype", "cell_line", "cellline")
 CONTEXT = ("context",)  # of the cell type too, where no column has one of the names above
 BATCH_COLUMNS = ("batch", "batch_var", "gem_group", "gem_batch", "sample", "replicate", "plate", "donor")
-# Conventional control labels; compared without case and punctuation.
-CONTROL_LABELS = frozenset(
-    "nontargeting nontargetingcontrol control ctrl nt ntc negativecontrol negctrl scramble scrambled safetargeting "
-    "vehicle dmso dmsotf unperturbed mock untreated".split()
-)
-NOT_LABELS = frozenset(("", "nan", "NaN", "<NA>"))  # what a missing value becomes when a column is turned into text
 
 
 @dataclass(frozen=True)
@@ -45,10 +40,13 @@ class Columns:
     batch: str | None
     control: str | None
     notes: tuple[str, ...]  # what was detected rather than given, one sentence each
+    decided: DecidedLabels | None = None  # what the perturbation labels are; None: every label is its own name
+    rule: str = AUTO  # --labels
 
-
-class NoControlError(InputError):
-    """No cell of a file has the control's label."""
+    def as_kept(self) -> dict[str, str | None]:
+        """The columns and the control as caches, checkpoints and predictions keep them."""
+        kept = {key: getattr(self, key) for key in ("perturbation", "cell_type", "batch", "control")}
+        return kept | ({"labels": self.rule} if self.rule != AUTO else {})
 
 
 def detect_columns(
@@ -57,25 +55,40 @@ def detect_columns(
     pert_col: str | None = None,
     cell_type_col: str | None = None,
     batch_col: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
+    rule: str = AUTO,
+    genes: Collection[str] = (),
 ) -> Columns:
     """Find the label columns by their conventional names, and the control; what is given is checked and used.
 
-    Raises InputError for a given name that does not exist, for several candidates that disagree, for cells without a
-    perturbation label, and for a perturbation column in which no label, or more than one, is a conventional control.
+    Args:
+        control: its label, or several, or patterns.
+        rule: "auto" or "as-is", see `sest.cells.labels`.
+        genes: names of the file's genes.
+
+    Raises:
+        InputError: a given name that does not exist, several candidates that disagree, or labels that
+            `sest.cells.labels.decide` refuses.
+        NoControlError: no cell has the control's label.
     """
     notes: list[str] = []
     perturbation = _find(obs, "perturbation", "--pert-col", pert_col, PERTURBATION_COLUMNS, notes)
     cell_type = _find(obs, "cell type", "--cell-type-col", cell_type_col, CELL_TYPE_COLUMNS, notes)
     cell_type = cell_type or _find(obs, "cell type", "--cell-type-col", None, CONTEXT, notes)
     batch = _find(obs, "batch", "--batch-col", batch_col, BATCH_COLUMNS, notes)
+    given = [control] if isinstance(control, str) else list(control or ())
     if perturbation is not None:
-        control = _find_control(obs, perturbation, control, notes)
-    elif control is not None:
+        codes, there = raw_labels(obs, perturbation)
+        counts = np.bincount(codes + 1, minlength=len(there) + 1).tolist()
+        of_label = {label: n for label, n in zip(("", *there), counts, strict=True) if n}
+        decided = decide(of_label, given, column=perturbation, rule=rule, genes=genes)
+        notes += decided.notes(detected=not given)
+        return Columns(perturbation, cell_type, batch, decided.control, tuple(notes), decided, rule)
+    if given:
         raise InputError(
-            f"--control {control!r} needs a perturbation column. Available: {shown(obs.columns)}. Pass --pert-col."
+            f"--control {given[0]!r} needs a perturbation column. Available: {shown(obs.columns)}. Pass --pert-col."
         )
-    return Columns(perturbation, cell_type, batch, control, tuple(notes))
+    return Columns(None, cell_type, batch, None, tuple(notes))
 
 
 def usual_columns(
@@ -84,21 +97,34 @@ def usual_columns(
     *,
     pert_col: str | None,
     cell_type_col: str | None,
-    control: str | None,
+    control: str | Sequence[str] | None,
 ) -> dict[str, Any]:
     """How `detect_columns` is to read a table: as given, else as the `usual` names say where the table has them.
 
     Args:
-        usual: perturbation, cell_type and control of the cells that `obs` belongs to.
+        usual: `Columns.as_kept` of the cells that `obs` belongs to.
 
     Returns:
-        pert_col, cell_type_col and control; None where they are to be detected.
+        pert_col, cell_type_col, control and rule; None where they are to be detected.
     """
     pert_col = pert_col or (usual["perturbation"] if usual["perturbation"] in obs else None)
     cell_type_col = cell_type_col or (usual["cell_type"] if usual["cell_type"] in obs else None)
-    if control is None and pert_col in obs and usual["control"] in labels(obs, str(pert_col))[1]:
+    if not control and pert_col in obs and usual["control"] in raw_labels(obs, str(pert_col))[1]:
         control = usual["control"]
-    return {"pert_col": pert_col, "cell_type_col": cell_type_col, "control": control}
+    rule = usual.get("labels") or AUTO
+    return {"pert_col": pert_col, "cell_type_col": cell_type_col, "control": control, "rule": rule}
+
+
+def perturbations(obs: pd.DataFrame, columns: Columns) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return (codes (N,) int32, names sorted): cell i is of names[codes[i]], the control among them; -1: left out."""
+    if columns.decided is None:
+        return labels(obs, str(columns.perturbation))
+    codes, there = raw_labels(obs, str(columns.perturbation))
+    taken_for = columns.decided.names
+    meant = [*(taken_for[label] for label in there), taken_for.get("")]  # code -1 is the last
+    names = sorted({name for name in meant if name is not None})
+    place = {name: i for i, name in enumerate(names)}
+    return np.array([-1 if name is None else place[name] for name in meant], np.int32)[codes], tuple(names)
 
 
 def labels(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -107,19 +133,28 @@ def labels(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]
     Categories, text, booleans and whole numbers are labels. Raises InputError for missing values (also "", "nan" and
     "<NA>" as text) and for fractional numbers.
     """
+    codes, names = raw_labels(obs, column)
+    if missing := int((codes < 0).sum()):
+        raise InputError(
+            f"Column {column!r} of obs has no label for {missing} of {len(obs)} cells. "
+            "Fill them in or remove these cells."
+        )
+    return codes, names
+
+
+def raw_labels(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The same, with code -1 for cells without a label.
+
+    Raises:
+        InputError: fractional numbers.
+    """
     codes, unique = pd.factorize(obs[column])  # -1: missing
     if fractional := [value for value in unique if isinstance(value, float) and not value.is_integer()]:
         raise InputError(f"Column {column!r} of obs holds numbers such as {fractional[0]:g}; labels are needed.")
     texts = [_text(value) for value in unique]
-    missing = (codes < 0) | np.isin(codes, [i for i, text in enumerate(texts) if text.strip() in NOT_LABELS])
-    if missing.any():
-        raise InputError(
-            f"Column {column!r} of obs has no label for {int(missing.sum())} of {len(obs)} cells. "
-            "Fill them in or remove these cells."
-        )
-    names = sorted(set(texts))
+    names = sorted({text for text in texts if text.strip() not in NOT_LABELS})
     place = {name: i for i, name in enumerate(names)}
-    return np.array([place[text] for text in texts], dtype=np.int32)[codes], tuple(names)
+    return np.array([*(place.get(text, -1) for text in texts), -1], dtype=np.int32)[codes], tuple(names)
 
 
 def _find(
@@ -145,29 +180,6 @@ def _find(
     same = f" {shown(map(repr, others))} {'has' if len(others) == 1 else 'have'} the same labels." if others else ""
     notes.append(f"The {what} is column {chosen!r} of obs.{same}")
     return str(chosen)
-
-
-def _find_control(obs: pd.DataFrame, column: str, given: str | None, notes: list[str]) -> str:
-    codes, names = labels(obs, column)
-    counts = np.bincount(codes, minlength=len(names))
-    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
-    likely = [any(word in text for word in CONTROL_LABELS if len(word) > 3) for text in plain]
-    order = sorted(range(len(names)), key=lambda i: (not likely[i], -counts[i], names[i]))
-    frequent = f"Labels in {column!r} (cells): {shown(f'{names[i]!r} ({counts[i]})' for i in order)}. Pass --control."
-    if given is not None:
-        if given not in names:
-            raise NoControlError(
-                f"No control cells: no cell has the label {given!r}.{nearest(given, names)} {frequent}"
-            )
-        return given
-    found = [i for i, text in enumerate(plain) if text in CONTROL_LABELS]
-    if not found:
-        raise NoControlError(f"No control cells: no label is a usual name for them. {frequent}")
-    if len(found) > 1:
-        both = shown(f"{names[i]!r} ({counts[i]})" for i in found)
-        raise InputError(f"Several labels in {column!r} may be the control (cells): {both}. Choose one with --control.")
-    notes.append(f"The control is {names[found[0]]!r} ({counts[found[0]]} of {len(obs)} cells).")
-    return names[found[0]]
 
 
 def _text(value: object) -> str:

@@ -78,6 +78,11 @@ def gene_names(var: pd.DataFrame, given: str | None = None) -> GeneNames:
     return next(filter(_may_name_genes, usual), index)
 
 
+def all_names(var: pd.DataFrame) -> frozenset[str]:
+    """Whatever a file may call its genes: the var index and all text columns."""
+    return frozenset(name for names in (gene_names(var, "index"), *_text_columns(var)) for name in names.names)
+
+
 def agreeing_names(tables: Sequence[pd.DataFrame], given: str | None = None) -> list[GeneNames]:
     """What several files call their genes, so that the same gene has the same name.
 

@@ -17,8 +17,8 @@ import scipy.sparse
 
 from sest import progress
 from sest.cache.schema import RESERVED
-from sest.cells.columns import Columns, detect_columns, labels
-from sest.cells.genes import INDEX, GeneNames, gene_names
+from sest.cells.columns import Columns, detect_columns, labels, perturbations
+from sest.cells.genes import INDEX, GeneNames, all_names, gene_names
 from sest.cells.scale import Normalisation, Scan, decide_scale, scan_file
 from sest.cells.split_file import SUFFIXES, SplitFile, read_splits
 from sest.cells.splits import GroupCells, group_cells
@@ -67,6 +67,12 @@ class Cells:
             return np.zeros(len(self.obs), bool)
         return (self.obs["perturbation"] == self.columns.control).to_numpy()
 
+    @property
+    def perturbations(self) -> list[str]:
+        """The names of its perturbations, without the control."""
+        names = self.obs["perturbation"].cat.categories if "perturbation" in self.obs else ()
+        return [name for name in names if name != self.columns.control]
+
     def read(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
         """Read chosen cells (sorted row numbers), never more than ROWS_PER_READ neighbours at once."""
         parts, i = [], 0
@@ -90,12 +96,7 @@ class Cells:
             "sha256": self.scan.sha256,
             "labels_sha256": labels_hash.hexdigest(),
             "scale": self.scale,
-            "columns": {
-                "perturbation": self.columns.perturbation,
-                "cell_type": self.columns.cell_type,
-                "batch": self.columns.batch,
-                "control": self.columns.control,
-            },
+            "columns": self.columns.as_kept(),
         }
 
     def as_group(self) -> GroupCells:
@@ -164,6 +165,8 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
             cell_type_col=config.cell_type_col,
             batch_col=config.batch_col,
             control=config.control,
+            rule=config.labels,
+            genes=all_names(file.var),
         )
         for file in files
     ]
@@ -218,7 +221,7 @@ def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
         ("batch", columns.batch),
     ):
         if column is not None:
-            codes, names = labels(file.obs, column)
+            codes, names = perturbations(file.obs, columns) if name == "perturbation" else labels(file.obs, column)
             table[name] = pd.Categorical.from_codes(codes, categories=list(names))
         elif name != "perturbation":
             table[name] = pd.Categorical.from_codes(np.zeros(file.n_cells, np.int32), categories=["unknown"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from sest.cells.labels import same_targets
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile
 from sest.errors import InputError, nearest, shown
 
@@ -126,6 +127,7 @@ def assign_splits(
         for table in tables:
             table.bits[:] = TRAIN
     else:
+        file = _spelled(file, tables)
         _check_names(tables, file)
         for table in tables:
             _apply(table, file)
@@ -154,6 +156,18 @@ def _apply(table: _Table, file: SplitFile) -> None:
                 listed = np.isin(table.group.perturbations, names)
                 bits[row, listed] = bit
                 bits[row, is_control] |= bit if names else 0
+
+
+def _spelled(file: SplitFile, tables: list[_Table]) -> SplitFile:
+    """The same file with perturbations as the cache spells them: A+ctrl as A, B+A as A+B."""
+    known = sorted({name for table in tables for name in table.group.perturbations})
+    listed = {name for splits in file.fewshot.values() for names in splits.values() for name in names}
+    spelled = same_targets(sorted(listed), known)
+    fewshot = {
+        context: {bit: tuple(dict.fromkeys(spelled[name] for name in names)) for bit, names in splits.items()}
+        for context, splits in file.fewshot.items()
+    }
+    return replace(file, fewshot=fewshot)
 
 
 def _check_names(tables: list[_Table], file: SplitFile) -> None:

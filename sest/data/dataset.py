@@ -129,7 +129,7 @@ def _features(
         loadings = gene_loadings(targets, rows, labels.context[rows], config.seed)
     names, columns = (stored.names, stored.columns) if stored is not None else (None, None)
     names = names or labels.perturbations
-    if stored is not None and stored.names and not columns:  # one column a perturbation
+    if not columns and (labels.as_is or (stored is not None and stored.names)):  # one column a perturbation
         columns = names[1:]
     vectors = read_sources(config.perturbations, names[1:], columns=columns, loadings=loadings)
     used = np.unique(labels.perturbation[mask > 0])

@@ -5,15 +5,16 @@ Shapes: N cells of all groups in the cache's order, E embedding width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sest.cache import Cache
+from sest.cells.labels import AS_IS, same_targets
 from sest.cells.splits import GroupCells, group_cells
 from sest.errors import InputError
 
-CONTROL = 0  # code of the control among the perturbations
+CONTROL, NOTHING = 0, -1  # codes among the perturbations: of the control, of cells that are left out
 ROWS_PER_READ = 16_384
 
 
@@ -24,10 +25,11 @@ class Labels:
     groups: tuple[str, ...]  # group paths, in the cache's order
     first: np.ndarray  # (groups + 1,) int64: where each group's cells begin
     perturbations: tuple[str, ...]  # code -> name; code 0 is the control, whatever each file calls it
-    perturbation: np.ndarray  # (N,) int32
+    perturbation: np.ndarray  # (N,) int32; -1 for cells of no known perturbation, which no split has
     contexts: tuple[tuple[str, str], ...]  # code -> (group path, cell type)
     context: np.ndarray  # (N,) int32
     batch: np.ndarray  # (N,) int32, unique over all files
+    as_is: bool = False  # whether each label stands for itself, and A+B for no set of targets
 
     @property
     def is_control(self) -> np.ndarray:
@@ -51,7 +53,9 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
                 f"{cache.path}: group {group.path} has no perturbation labels or no controls, so nothing can be "
                 "trained on it. Embed it with --pert-col and --control."
             )
+    as_is = any(g.attributes["columns"].get("labels") == AS_IS for g in groups)
     tables = [group_cells(g.path, g.dataset, g.obs, str(g.attributes["columns"]["control"])) for g in groups]
+    tables = tables if as_is else _spelled_alike(tables)
     control = tables[0].control
     names = sorted({name for t in tables for name in t.perturbations if name != t.control})
     if both := sorted({t.control for t in tables}.intersection(names)):
@@ -64,7 +68,8 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
     context_code = {pair: i for i, pair in enumerate(contexts)}
     perturbation, context, batch, n_batches = [], [], [], 0
     for t, g in zip(tables, groups, strict=True):
-        to_code = np.array([CONTROL if name == t.control else code[name] for name in t.perturbations], np.int32)
+        codes = [CONTROL if name == t.control else code[name] for name in t.perturbations]
+        to_code = np.array([*codes, NOTHING], np.int32)  # code -1 is the last
         perturbation.append(to_code[t.perturbation])
         to_context = np.array([context_code[t.path, name] for name in t.cell_types], np.int32)
         context.append(to_context[t.cell_type])
@@ -80,8 +85,20 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
         tuple(contexts),
         np.concatenate(context),
         np.concatenate(batch),
+        as_is,
     )
     return labels, tables
+
+
+def _spelled_alike(tables: list[GroupCells]) -> list[GroupCells]:
+    """The same labels with one spelling of each set of targets: B+A of a later file as A+B of an earlier one."""
+    known: dict[str, None] = {}
+    result = []
+    for table in tables:
+        spelled = same_targets([name for name in table.perturbations if name != table.control], known)
+        known |= dict.fromkeys(spelled.values())
+        result.append(replace(table, perturbations=tuple(spelled.get(name, name) for name in table.perturbations)))
+    return result
 
 
 def read_embeddings(cache: Cache, labels: Labels) -> tuple[np.ndarray, np.ndarray]:

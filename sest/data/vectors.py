@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from sest.cells.labels import targets_of
 from sest.errors import InputError, nearest, shown
 from sest.untrusted.tensors import read_vectors
 
@@ -50,11 +52,6 @@ def label_of(text: str) -> str:
     return "+".join(part if part in WORDS else Path(part).name for part in sources_of(text))
 
 
-def targets_of(name: str) -> list[str]:
-    """The targets of a combination such as A+B; of any other perturbation itself."""
-    return [part.strip() for part in name.split("+")]
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
     """Vectors of one source by name."""
@@ -67,15 +64,23 @@ class Source:
     def width(self) -> int:
         return int(self.matrix.shape[1])
 
+    @cached_property
+    def _by_targets(self) -> dict[frozenset[str], int]:
+        """The rows of combinations by their targets, so that B+A is A+B."""
+        return {frozenset(targets_of(name)): row for name, row in self.rows.items() if "+" in name}
+
+    def _row(self, name: str) -> int | None:
+        return self.rows.get(name, self._by_targets.get(frozenset(targets_of(name))))
+
     def is_sum(self, name: str) -> bool:
         """Whether a combination has no vector of its own, but all of its targets have one."""
         parts = targets_of(name)
-        return name not in self.rows and len(parts) > 1 and all(part in self.rows for part in parts)
+        return self._row(name) is None and parts not in ((), (name,)) and all(part in self.rows for part in parts)
 
     def find(self, name: str) -> np.ndarray | None:
         """(W,): its vector, or of a combination the sum of its targets' vectors; None where there is neither."""
-        if name in self.rows:
-            return np.asarray(self.matrix[self.rows[name]])
+        if (row := self._row(name)) is not None:
+            return np.asarray(self.matrix[row])
         if self.is_sum(name):
             return np.asarray(self.matrix[[self.rows[part] for part in targets_of(name)]].sum(0))
         return None
@@ -122,7 +127,7 @@ class Vectors:
     def columns_of(self, name: str) -> list[str]:
         """What the one-hot columns of a perturbation stand for."""
         source = self.of(ONE_HOT)
-        return [] if source is None else [name] if name in source.rows else targets_of(name)
+        return [] if source is None else [name] if name in source.rows else list(targets_of(name))
 
     def say_what_is_made(self, names: Sequence[str]) -> None:
         """Say which of the names, all found, get a sum or zeros in a source."""

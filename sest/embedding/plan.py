@@ -257,7 +257,9 @@ def group_plan(plan: EmbedPlan, c: Cells, selected: np.ndarray) -> GroupPlan:
         "n_cells": c.file.n_cells,
         "n_genes": c.file.n_genes,
         "n_embedded": len(selected),
-        "perturbations": len(set(c.obs["perturbation"]) - {c.columns.control}) if "perturbation" in c.obs else 0,
+        "perturbations": len(set(c.obs["perturbation"].cat.categories) - {c.columns.control})
+        if "perturbation" in c.obs
+        else 0,
         "controls": int(c.is_control.sum()),
     }
     return GroupPlan(

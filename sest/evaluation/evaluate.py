@@ -70,9 +70,8 @@ def evaluate(
     ):
         p.path, r.path = Path(p_name), Path(r_name)  # what messages call them
         record = read_record(p_path)
-        given = config.pert_col, config.cell_type_col, config.control
-        p_columns = prediction_columns(p, record, *given)
-        r_columns = real_columns(r, p_columns, *given)
+        p_columns = prediction_columns(p, record, config)
+        r_columns = real_columns(r, p_columns, config)
         notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
         sums = target_sums(p, r, record, config.counts, config.target_sum, notes)
         task = align(p, p_columns, r, r_columns, sums, config.gene_col, notes)

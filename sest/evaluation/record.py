@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from sest.cells.labels import same_targets
 from sest.errors import InputError, shown
 
 MAX_STORED = 2**32  # bytes of one array of uns that is read
@@ -36,7 +37,8 @@ class Record:
         if not self.baselines:
             return {}
         rows = pd.MultiIndex.from_arrays([np.asarray(self.pairs[key], str) for key in ("cell_type", "perturbation")])
-        at = rows.get_indexer(pd.MultiIndex.from_tuples(pairs))
+        spelled = same_targets({name for _, name in pairs}, rows.get_level_values(1))
+        at = rows.get_indexer(pd.MultiIndex.from_tuples([(kind, spelled[name]) for kind, name in pairs]))
         for name, values in self.baselines.items():
             if values.shape != (len(rows), n_genes) or values.dtype.kind != "f" or not np.isfinite(values).all():
                 what = f"{name!r} is not {len(rows)} x {n_genes} finite numbers"
@@ -69,7 +71,7 @@ def read_record(path: Path) -> Record | None:
         raise InputError(f"{path}: uns['sest'] has no {shown(absent)}. Run `sest predict` again.")
     is_log1p, target_sum = told.get("scale") == "log1p", told.get("target_sum")
     return Record(
-        columns={key: str(told["columns"][key]) for key in needed["columns"]},
+        columns={key: str(told["columns"][key]) for key in (*needed["columns"], "labels") if key in told["columns"]},
         is_log1p=is_log1p,
         target_sum=None if is_log1p or target_sum is None else float(target_sum),
         baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in NOT_STORED},

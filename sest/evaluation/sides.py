@@ -6,6 +6,7 @@ of counts normalised to target_sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from sest import progress
-from sest.cells.columns import Columns, NoControlError, detect_columns, labels, usual_columns
-from sest.cells.genes import INDEX, gene_names, names_as_known, unnamed_genes
+from sest.cells.columns import Columns, detect_columns, labels, perturbations, usual_columns
+from sest.cells.genes import INDEX, all_names, gene_names, names_as_known, unnamed_genes
+from sest.cells.labels import AS_IS, AUTO, NoControlError, same_targets
 from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
@@ -28,6 +30,7 @@ from sest.cells.scale import (
     scan_file,
     total_counts,
 )
+from sest.config import EvaluateConfig
 from sest.errors import InputError, shown
 from sest.evaluation.cell_eval_scores import LabelledCells
 from sest.evaluation.record import Record
@@ -35,6 +38,7 @@ from sest.files.h5ad import CellFile
 
 TARGET_SUM = 10_000.0  # counts a cell, where a foreign prediction does not say
 BLOCK = 2048  # cells read at once
+NOTHING = "\0"  # no label: those of cells that are left out
 ONE_CELL_TYPE = "unknown"  # the cell type of files that have no such column
 
 
@@ -144,7 +148,7 @@ def align(
         InputError: `r` lacks genes, pairs or controls of cell types of the prediction, or `p` has no perturbed cells.
     """
     p_keys = _keys(p, p_columns, ONE_CELL_TYPE)
-    pairs = sorted({key for key in p_keys.unique() if key[1] != ""})
+    pairs = sorted({key for key in p_keys.unique() if key[1] not in ("", NOTHING)})
     if not pairs:
         raise InputError(f"{p.path} has no perturbed cells: all are {p_columns.control!r}.")
     cell_types = sorted({cell_type for cell_type, _ in pairs})
@@ -154,7 +158,7 @@ def align(
         )
     genes, columns = _aligned_genes(p, r, gene_col, [] if notes is None else notes)
     groups = pd.MultiIndex.from_tuples([*((cell_type, "") for cell_type in cell_types), *pairs])
-    r_group = groups.get_indexer(_keys(r, r_columns, cell_types[0]))
+    r_group = groups.get_indexer(_keys(r, r_columns, cell_types[0], [name for _, name in pairs]))
     absent = groups[np.bincount(r_group[r_group >= 0], minlength=len(groups)) == 0]
     uncontrolled = [cell_type for cell_type, perturbation in absent if perturbation == ""]
     if uncontrolled:
@@ -170,27 +174,34 @@ def align(
     return Comparison(predicted, real, cell_types, pairs, genes)
 
 
-def prediction_columns(
-    file: CellFile, record: Record | None, pert_col: str | None, cell_type_col: str | None, control: str | None
-) -> Columns:
+def prediction_columns(file: CellFile, record: Record | None, config: EvaluateConfig) -> Columns:
     """The prediction's own record; for a foreign file the given names where it has them, or detection."""
     if record is not None:
         own = record.columns
-        return _detect(file, own["perturbation"], own["cell_type"], own["control"])
-    pert_col, cell_type_col = (name if name in file.obs else None for name in (pert_col, cell_type_col))
-    return _detect(file, pert_col, cell_type_col, control)
+        return _detect(file, own["perturbation"], own["cell_type"], own["control"], own.get("labels", AUTO))
+    pert_col, cell_type_col = (name if name in file.obs else None for name in (config.pert_col, config.cell_type_col))
+    return _detect(file, pert_col, cell_type_col, config.control, config.labels or AUTO)
 
 
-def real_columns(
-    file: CellFile, predicted: Columns, pert_col: str | None, cell_type_col: str | None, control: str | None
-) -> Columns:
+def real_columns(file: CellFile, predicted: Columns, config: EvaluateConfig) -> Columns:
     """The given names; where none are given those of the prediction if this file has them, else detection."""
-    own = vars(predicted)
-    usual = usual_columns(file.obs, own, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
-    return _detect(file, **usual)
+    usual = usual_columns(
+        file.obs,
+        predicted.as_kept(),
+        pert_col=config.pert_col,
+        cell_type_col=config.cell_type_col,
+        control=config.control,
+    )
+    return _detect(file, **usual | ({"rule": config.labels} if config.labels else {}))
 
 
-def _detect(file: CellFile, pert_col: str | None, cell_type_col: str | None, control: str | None) -> Columns:
+def _detect(
+    file: CellFile,
+    pert_col: str | None,
+    cell_type_col: str | None,
+    control: str | tuple[str, ...] | None,
+    rule: str,
+) -> Columns:
     try:
         columns = detect_columns(
             file.obs,
@@ -198,6 +209,8 @@ def _detect(file: CellFile, pert_col: str | None, cell_type_col: str | None, con
             cell_type_col=cell_type_col,
             batch_col=next(iter(file.obs.columns), None),  # any: batches are not used, so candidates are not compared
             control=control,
+            rule=rule,
+            genes=all_names(file.var),
         )
     except NoControlError as error:
         raise InputError(
@@ -278,13 +291,15 @@ def differing_sides(
     )
 
 
-def _keys(file: CellFile, columns: Columns, only: str) -> pd.MultiIndex:
-    """(cell type, perturbation) of each cell; the perturbation of controls is "", which is never a label.
+def _keys(file: CellFile, columns: Columns, only: str, known: Sequence[str] = ()) -> pd.MultiIndex:
+    """(cell type, perturbation) of each cell; that of controls is "", of cells that are left out NOTHING.
 
-    `only` is the cell type of a file without such a column.
+    `only` is the cell type of a file without such a column; `known` are perturbations as they are to be spelled.
     """
-    codes, names = labels(file.obs, str(columns.perturbation))
-    perturbation = np.array(["" if name == columns.control else name for name in names], dtype=object)[codes]
+    codes, names = perturbations(file.obs, columns)
+    spelled = same_targets(names, known) if columns.rule != AS_IS else {}
+    called = ["" if name == columns.control else spelled.get(name, name) for name in names]
+    perturbation = np.array([*called, NOTHING], dtype=object)[codes]
     cell_type = np.repeat(np.array([only], dtype=object), file.n_cells)
     if columns.cell_type is not None:
         codes, names = labels(file.obs, columns.cell_type)

@@ -17,7 +17,8 @@ import pandas as pd
 import scipy.sparse
 
 from sest import progress
-from sest.cells.columns import detect_columns, labels, usual_columns
+from sest.cells.columns import detect_columns, labels, perturbations, usual_columns
+from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
 from sest.cells.split_file import SUFFIXES
@@ -107,14 +108,14 @@ def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Po
     _check_encoder(config, checkpoint)
     path = _controls_file(config)
     with CellFile(path, config.layer) as file:
-        columns = detect_columns(file.obs, **_columns(file, checkpoint, config))
+        columns = detect_columns(file.obs, **_columns(file, checkpoint, config), genes=all_names(file.var))
         if columns.perturbation is None:
             raise InputError(
                 f"{path} has no perturbation column, so which of its cells are controls is not known. Columns of obs: "
                 f"{shown(file.obs.columns, 30)}. Pass --pert-col and --control, or add a column "
                 f"{checkpoint.state['columns']['perturbation']!r} with the label of controls."
             )
-        codes, names = labels(file.obs, columns.perturbation)
+        codes, names = perturbations(file.obs, columns)
         mine = np.flatnonzero(codes == names.index(str(columns.control)))
         cell_types = np.full(len(mine), "unknown")
         if columns.cell_type is not None:
@@ -168,6 +169,7 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
     _check_encoder(config, checkpoint)
     with CellFile(path) as file:
         columns = _columns(file, checkpoint, config)
+        columns["labels"] = columns.pop("rule")
     embed_config = EmbedConfig(
         encoder=PCA if made["name"] == PCA else str(config.encoder),
         layer=config.layer,

@@ -50,7 +50,7 @@ def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns) -> dict[
     if scale == "mixed" and compare_scales(data.cache, data.targets.target_sum) is None:
         scale = "counts"  # the log1p files are of the same total
     return {
-        "columns": {key: getattr(columns, key) for key in ("perturbation", "cell_type", "control")},
+        "columns": {key: value for key, value in columns.as_kept().items() if key != "batch"},
         "scale": scale,
         **({} if is_log1p else {"target_sum": data.targets.target_sum}),
         "provenance": {

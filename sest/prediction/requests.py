@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sest.cells.columns import Columns, NoControlError, detect_columns, labels, usual_columns
+from sest.cells.columns import Columns, detect_columns, labels, perturbations, usual_columns
+from sest.cells.genes import all_names
+from sest.cells.labels import AS_IS, AUTO, NoControlError, same_targets
 from sest.cells.split_file import TEST
 from sest.config import PredictConfig
 from sest.data.dataset import Dataset
@@ -39,7 +41,11 @@ class Request:
 
 
 def read_wanted(
-    wanted: Wanted | None, template: str | None, table: str | None, only: str | None, n_cells: int
+    wanted: Wanted | None,
+    template: str | None,
+    table: str | None,
+    only: str | tuple[str, ...] | None,
+    n_cells: int,
 ) -> dict[str, int] | None:
     """The perturbations to predict and how many cells of each; None where a template or the test split says it.
 
@@ -60,11 +66,36 @@ def read_wanted(
     if table is not None:
         return _read_table(Path(table))
     if only is not None:
-        names = [name.strip() for name in only.split(",") if name.strip()]
-        if not names or len(set(names)) < len(names):
-            raise InputError("--only takes perturbations separated by commas, each once.")
-        return dict.fromkeys(names, n_cells)
+        return dict.fromkeys([only] if isinstance(only, str) else only, n_cells)
     return None
+
+
+def named(wanted: Mapping[str, int], known: Sequence[str], *, split: bool, as_is: bool) -> dict[str, int]:
+    """The perturbations asked for, as they are spelled among the `known` ones.
+
+    Args:
+        wanted: see `read_wanted`.
+        known: names of the run's perturbations and of those that have features.
+        split: whether text with commas is several names, unless one is called so.
+        as_is: whether B+A is another than A+B.
+
+    Raises:
+        InputError: no name, or one twice.
+    """
+    names = [
+        (name, n)
+        for text, n in wanted.items()
+        for name in (
+            [part.strip() for part in text.split(",") if part.strip()] if split and text not in known else [text]
+        )
+    ]
+    spelled = {} if as_is else same_targets([name for name, _ in names], known)
+    result = {spelled.get(name, name): n for name, n in names}
+    if not names or len(result) < len(names):
+        raise InputError(
+            "Name at least one perturbation, and each once (B+A is A+B); --only takes several with commas."
+        )
+    return result
 
 
 def _checked(wanted: Wanted, n_cells: int) -> dict[str, int]:
@@ -117,13 +148,15 @@ def make_requests(
         InputError: nothing to predict, the control among the perturbations, or cell types without controls.
     """
     made = next(iter(data.cache.groups.values())).attributes["columns"]
-    control = str(made["control"])
+    control, rule = str(made["control"]), made.get("labels", AUTO)
+    known = [*data.labels.perturbations[1:], *data.features.vectors.names]
     if config.template is not None:
         obs, columns = _template(Path(config.template), made, config.pert_col, config.cell_type_col, config.control)
-        return _of_template(obs, columns, new or cached_pools(data), config.cell_type), columns
+        return _of_template(obs, columns, new or cached_pools(data), config.cell_type, known), columns
     perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
-    columns = Columns(perturbation, cell_type, batch, control, ())
+    columns = Columns(perturbation, cell_type, batch, control, (), rule=rule)
     if wanted is not None:
+        wanted = named(wanted, known, split=config.only is not None, as_is=rule == AS_IS)
         if control in wanted:
             raise InputError(f"'{control}' is the control: real control cells are added without being asked for.")
         requests = []
@@ -172,7 +205,11 @@ def _test_split(data: Dataset, control: str, only: str | None) -> list[Request]:
 
 
 def _template(
-    path: Path, made: Mapping[str, str | None], pert_col: str | None, cell_type_col: str | None, control: str | None
+    path: Path,
+    made: Mapping[str, str | None],
+    pert_col: str | None,
+    cell_type_col: str | None,
+    control: str | tuple[str, ...] | None,
 ) -> tuple[pd.DataFrame, Columns]:
     """The obs of a template, and what its columns are called; that of the cell types may yet have to be made.
 
@@ -181,11 +218,11 @@ def _template(
         pert_col, cell_type_col, control: as given; None where they are to be detected.
     """
     with CellFile(path) as file:
-        obs = file.obs.copy()
+        obs, genes = file.obs.copy(), all_names(file.var)
     batch = next(iter(obs.columns), None)  # any: the template's batches are not used, so candidates are not compared
     usual = usual_columns(obs, made, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
     try:
-        found = detect_columns(obs, batch_col=batch, **usual)
+        found = detect_columns(obs, batch_col=batch, **usual, genes=genes)
     except NoControlError as error:
         raise InputError(
             f"{path}: {str(error).removesuffix('Pass --control.')}If one of these is the control, pass --control. If "
@@ -194,32 +231,35 @@ def _template(
         ) from error
     if found.perturbation is None:
         raise InputError(f"{path} has no perturbation column. Columns: {shown(obs.columns, 30)}. Pass --pert-col.")
-    if set(_text(obs, found.perturbation)) == {found.control}:
+    if found.decided is not None and (n := found.decided.n_unassigned):
+        raise InputError(
+            f"{path} has {n} of {len(obs)} cells of no known perturbation: {found.decided.unassigned()}. "
+            "Take them out of the template."
+        )
+    if perturbations(obs, found)[1] == (found.control,):
         raise InputError(f"{path} has no perturbed cells: all are '{found.control}'.")
     cell_type = found.cell_type or made["cell_type"] or "cell_type"
-    return obs, Columns(found.perturbation, cell_type, made["batch"] or "batch", found.control, ())
+    return obs, replace(found, cell_type=cell_type, batch=made["batch"] or "batch", notes=())
 
 
 def _of_template(
-    obs: pd.DataFrame, columns: Columns, pools: Mapping[str, Pool], cell_type: str | None
+    obs: pd.DataFrame, columns: Columns, pools: Mapping[str, Pool], cell_type: str | None, known: Sequence[str]
 ) -> list[Request]:
     """One request for every (cell type, perturbation) of the template's obs; its controls become real ones.
 
-    `cell_type` is that of all cells where the template has no such column.
+    `cell_type` is that of all cells where the template has no such column; `known` are names as they are to be spelled.
     """
     if columns.cell_type not in obs:
         obs[columns.cell_type] = pool_of(pools, cell_type).cell_type
-    names, kinds = (_text(obs, str(column)) for column in (columns.perturbation, columns.cell_type))
+    codes, there = perturbations(obs, columns)
+    spelled = {} if columns.rule == AS_IS else same_targets(there, (str(columns.control), *known))
+    names = np.array([spelled.get(name, name) for name in there], dtype=object)[codes]
+    codes, there = labels(obs, str(columns.cell_type))
+    kinds = np.array(there, dtype=object)[codes]
     return [
         Request(pool_of(pools, str(kind)), str(name), name == columns.control, len(rows), rows)
         for (kind, name), rows in obs.groupby([kinds, names], sort=True)
     ]
-
-
-def _text(obs: pd.DataFrame, column: str) -> np.ndarray:
-    """(n,) str: the labels of a column, as every part of sest reads them."""
-    codes, names = labels(obs, column)
-    return np.array(names, dtype=object)[codes]
 
 
 def obs_of(request: Request, chosen: np.ndarray, columns: Columns) -> pd.DataFrame:

@@ -64,14 +64,20 @@ def test_columns_that_are_named_are_used_and_not_noted() -> None:
 def test_usual_columns_are_used_where_the_table_has_them_and_nothing_else_is_given() -> None:
     obs = table(guide=TARGETS, gene=["a"] * 6, line=["x"] * 6)
     usual = {"perturbation": "guide", "cell_type": "kind", "control": "MYC"}
-    nothing = {"pert_col": None, "cell_type_col": None, "control": None}
+    nothing, auto = {"pert_col": None, "cell_type_col": None, "control": None}, {"rule": "auto"}
     # no column "kind": the cell type is left to be detected
-    assert usual_columns(obs, usual, **nothing) == {"pert_col": "guide", "cell_type_col": None, "control": "MYC"}
+    assert usual_columns(obs, usual, **nothing) == {
+        "pert_col": "guide",
+        "cell_type_col": None,
+        "control": "MYC",
+        **auto,
+    }
     # the usual control is no label of the column that is given
     given = {"pert_col": "gene", "cell_type_col": "line", "control": None}
-    assert usual_columns(obs, usual, **given) == given
+    assert usual_columns(obs, usual, **given) == given | auto
     assert usual_columns(obs, usual, **(nothing | {"control": "JAK2"}))["control"] == "JAK2"
-    assert usual_columns(obs, dict.fromkeys(usual), **nothing) == nothing
+    assert usual_columns(obs, dict.fromkeys(usual), **nothing) == nothing | auto
+    assert usual_columns(obs, usual | {"labels": "as-is"}, **nothing)["rule"] == "as-is"
 
 
 @pytest.mark.parametrize(
@@ -145,10 +151,10 @@ def test_several_control_labels_are_an_error_until_one_is_named() -> None:
 
 
 def test_without_a_control_the_likely_then_the_most_frequent_labels_are_shown() -> None:
-    dmso = "[('DMSO_TF', 0.0, 'uM')]"
+    dmso = "[('DMSO_TF_x', 0.0, 'uM')]"
     obs = table(drug=["A", "B", "B", dmso, "C", "B"])
     with pytest.raises(
-        InputError, match=r"^No control cells: .*\"\[\('DMSO_TF'.*\]\" \(1\), 'B' \(3\), 'A' \(1\)"
+        InputError, match=r"^No control cells: .*\"\[\('DMSO_TF_x'.*\]\" \(1\), 'B' \(3\), 'A' \(1\)"
     ) as no:
         detect_columns(obs)
     assert str(no.value).endswith("Pass --control.")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import sest
 from helpers.caches import small_screen
+from helpers.configs import small_config
 from helpers.datasets import Opened, open_three_files, opened
-from sest.data.labels import CONTROL, read_embeddings, read_labels
+from sest.cache import open_cache
+from sest.data.dataset import read_dataset
+from sest.data.labels import CONTROL, NOTHING, Labels, read_embeddings, read_labels
 from sest.errors import InputError
 
 
@@ -98,3 +103,48 @@ def test_a_control_that_was_not_embedded_is_an_error_and_other_cells_need_no_emb
 
 def test_code_0_is_the_control() -> None:
     assert CONTROL == 0
+
+
+def of_case(shared_cases: Path, folder: Path, case: str, **options: Any) -> tuple[Labels, np.ndarray]:
+    """The labels of a case's cells in a cache, and their split masks."""
+    (path,) = (shared_cases / "labels_scales_genes" / case).glob("*.h5ad")
+    sest.embed(path, folder / "c.zarr", encoder="pca", dim=8, **options)
+    data = read_dataset(folder / "c.zarr", small_config())
+    return data.labels, data.mask
+
+
+def test_guides_of_the_control_are_controls_in_a_cache(shared_cases: Path, tmp_path: Path) -> None:
+    labels, _ = of_case(shared_cases, tmp_path, "02-nt-guides")
+    assert labels.perturbations == ("non-targeting", *(f"GENE{i}" for i in range(8)))
+    assert labels.is_control.sum() == 240
+
+
+def test_the_same_targets_are_one_perturbation_which_is_in_one_split(shared_cases: Path, tmp_path: Path) -> None:
+    labels, mask = of_case(shared_cases, tmp_path, "03-gears-labels")
+    assert labels.perturbations == ("ctrl", *(f"GENE{i}" for i in range(8)))
+    for context in range(2):
+        for code in range(1, 9):
+            mine = (labels.perturbation == code) & (labels.context == context)
+            assert mine.sum() > 0 and len(set(mask[mine].tolist())) == 1
+
+
+def test_cells_of_no_known_perturbation_are_in_no_split(shared_cases: Path, tmp_path: Path) -> None:
+    labels, mask = of_case(shared_cases, tmp_path, "05-unassigned")
+    left_out = labels.perturbation == NOTHING
+    assert left_out.sum() == 162 and not mask[left_out].any() and mask[~left_out].all()
+    assert labels.perturbations == ("non-targeting", *(f"GENE{i}" for i in range(8)))
+
+
+def test_labels_as_they_are_stay_and_the_cache_says_so(shared_cases: Path, tmp_path: Path) -> None:
+    labels, _ = of_case(shared_cases, tmp_path, "03-gears-labels", labels="as-is")
+    assert len(labels.perturbations) == 17
+    group = next(iter(open_cache(tmp_path / "c.zarr").groups.values()))
+    assert group.attributes["columns"]["labels"] == "as-is"
+
+
+def test_a_set_of_targets_has_one_spelling_over_all_files(tmp_path: Path) -> None:
+    sizes = {"A+B": 3, "C": 4}
+    cache = opened(tmp_path, small_screen("a", sizes=sizes), small_screen("b", sizes={"B+A": 2, "C": 4}, seed=1))
+    labels, tables = read_labels(cache)
+    assert labels.perturbations == ("ctrl", "A+B", "C")
+    assert all("B+A" not in table.perturbations for table in tables)

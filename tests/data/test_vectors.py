@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from sest.cells.labels import targets_of
 from sest.data.vectors import (
     PROTEINS,
     absent_hint,
@@ -24,7 +25,6 @@ from sest.data.vectors import (
     resolved,
     source_files,
     sources_of,
-    targets_of,
 )
 from sest.errors import InputError
 

@@ -23,7 +23,7 @@ from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
 from sest.prediction.controls import cached_pools
 from sest.prediction.predict import predict
-from sest.prediction.requests import Request, join_tables, make_requests, obs_of, read_wanted
+from sest.prediction.requests import Request, join_tables, make_requests, named, obs_of, read_wanted
 from sest.training.train import train
 
 
@@ -164,7 +164,8 @@ def test_there_is_one_way_at_a_time_to_say_what_to_predict() -> None:
         read_wanted(["A"], None, None, "B", 128)
     with pytest.raises(InputError, match="Pass one of --template, --list and --only"):
         read_wanted(None, "t.h5ad", "list.csv", None, 128)
-    assert read_wanted(None, None, None, " A , B,", 9) == {"A": 9, "B": 9}
+    assert read_wanted(None, None, None, "A,B", 9) == {"A,B": 9}
+    assert read_wanted(None, None, None, ("A,B", "C"), 9) == {"A,B": 9, "C": 9}
     assert read_wanted(None, "t.h5ad", None, None, 128) is None  # the template says it
 
 
@@ -237,3 +238,14 @@ def test_new_controls_of_several_cell_types_start_the_predictions_of_each(tiny_d
     assert [r.pool.cell_type for r in requests] == ["x", "x", "y", "y"]
     one, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5}, tiny_data, cached_pools(tiny_data))
     assert [r.pool.cell_type for r in one] == ["y", "y"]
+
+
+def test_names_with_commas_are_one_where_one_is_called_so_and_sets_have_one_spelling() -> None:
+    drug = "[('DMSO_TF', 0.0, 'uM')]"
+    known = ["A", "B", "A+C", drug]
+    assert named({" A , B,": 9}, known, split=True, as_is=False) == {"A": 9, "B": 9}
+    assert named({drug: 9, "C+A": 9}, known, split=True, as_is=False) == {drug: 9, "A+C": 9}
+    assert named({"C+A": 1, "x,y": 2}, known, split=False, as_is=True) == {"C+A": 1, "x,y": 2}
+    for wanted in ({"A,A": 1}, {" , ": 1}, {"A+C": 1, "C+A": 2}):
+        with pytest.raises(InputError, match="each once"):
+            named(wanted, known, split=True, as_is=False)
