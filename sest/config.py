@@ -312,6 +312,7 @@ class PredictConfig(Config):
     n_cells: int = option(128, f"{N_CELLS}; with --only", least=1)
     cell_type: str | None = option(None, "cell type to predict; default: all, or with --list and --only the only one")
     controls: str | None = option(None, ".h5ad with new control cells, embedded with the run's encoder and projection")
+    all_controls: bool = option(False, "all cells of --controls are unperturbed, as in an atlas")
     encoder: str | None = option(None, f"{ENCODER}: the run's, as SE folder or file of weights; with --controls")
     layer: str | None = option(None, f"{LAYER}; of --controls")
     mixed_scales: str = option("refuse", f"{MIXED}: --controls and the run's cells", choices=("refuse", "allow"))

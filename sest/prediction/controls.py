@@ -109,14 +109,21 @@ def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Po
     path = _controls_file(config)
     with CellFile(path, config.layer) as file:
         columns = detect_columns(file.obs, **_columns(file, checkpoint, config), genes=all_names(file.var))
-        if columns.perturbation is None:
+        if columns.perturbation is None and not config.all_controls:
             raise InputError(
                 f"{path} has no perturbation column, so which of its cells are controls is not known. Columns of obs: "
-                f"{shown(file.obs.columns, 30)}. Pass --pert-col and --control, or add a column "
-                f"{checkpoint.state['columns']['perturbation']!r} with the label of controls."
+                f"{shown(file.obs.columns, 30)}. Pass --all-controls if all are, or --pert-col and --control, or add a "
+                f"column {checkpoint.state['columns']['perturbation']!r} with the label of controls."
             )
-        codes, names = perturbations(file.obs, columns)
-        mine = np.flatnonzero(codes == names.index(str(columns.control)))
+        if columns.perturbation is not None and config.all_controls:
+            raise InputError(
+                f"{path} has perturbations in column {columns.perturbation!r} of obs, so not all of its cells are "
+                f"controls. Leave --all-controls out: the control is {columns.control!r}."
+            )
+        mine = np.arange(file.n_cells)
+        if columns.perturbation is not None:
+            codes, names = perturbations(file.obs, columns)
+            mine = np.flatnonzero(codes == names.index(str(columns.control)))
         cell_types = np.full(len(mine), "unknown")
         if columns.cell_type is not None:
             codes, names = labels(file.obs, columns.cell_type)
@@ -182,7 +189,8 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
     embed_config = with_local_encoder(embed_config)
     with ExitStack() as stack:
         cells = open_cells(resolve_inputs([path])[0], embed_config, stack)[0]
-        if not cells.is_control.any():
+        is_control = np.ones(cells.file.n_cells, bool) if config.all_controls else cells.is_control
+        if not is_control.any():
             raise InputError(f"{path} has no control cells. Pass --pert-col and --control.")
         if state["scale"] not in ("mixed", cells.scale):
             raise InputError(
@@ -194,7 +202,7 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
         encoder = _encoder(cells, embed_config, made, projection, data.targets.genes)
         names = encoder.gene_names(cells)
         _need_genes(path, names, data.targets.genes, "the run")
-        return _embed(cells, encoder, projection, names, data)
+        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, data)
 
 
 def _compare_scales(cells: Cells, data: Dataset, mixed_scales: str) -> None:
@@ -242,10 +250,15 @@ def _need_genes(path: Path, names: Sequence[str], genes: Sequence[str], whose: s
 
 
 def _embed(
-    cells: Cells, encoder: CellEncoder, projection: Projection | None, names: Sequence[str], data: Dataset
+    cells: Cells,
+    rows: np.ndarray,
+    encoder: CellEncoder,
+    projection: Projection | None,
+    names: Sequence[str],
+    data: Dataset,
 ) -> dict[str, Pool]:
-    """Embeddings and log1p values of a file's controls; `names` are its genes as the encoder names them."""
-    rows, size = np.flatnonzero(cells.is_control), encoder.batch_size(0)
+    """Embeddings and log1p values of a file's controls `rows`; `names` are its genes as the encoder names them."""
+    size = encoder.batch_size(0)
     place = {name: i for i, name in enumerate(names)}
     columns = np.array([place[name] for name in data.targets.genes])
     embeddings, expression = [], []

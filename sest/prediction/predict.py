@@ -98,6 +98,8 @@ def predict(
     train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
     if out.exists() and is_source(out, open_cache(os.fspath(cache))):
         raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
+    if config.all_controls and not config.controls:
+        raise InputError("--all-controls says that all cells of --controls are unperturbed. Pass --controls too.")
     planned = planned_pools(config, checkpoint) if config.controls else None
     data = _read(cache, train_config, checkpoint, out)
     genes, places = _genes(config.genes, data.targets.genes)

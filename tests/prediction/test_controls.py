@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 from conftest import Demo
 
+import sest
 import sest.prediction.controls
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
@@ -23,6 +24,7 @@ from sest.data.dataset import read_dataset
 from sest.embedding.embed import embed
 from sest.errors import InputError
 from sest.prediction.controls import Pool, cached_pool, cached_pools, new_pools, pool_of
+from sest.prediction.predict import predict
 from sest.runs.checkpoint import open_checkpoint
 from sest.runs.run_folder import read_run_config
 from sest.training.train import train
@@ -221,3 +223,33 @@ def test_genes_of_new_cells_are_found_by_name_where_the_index_is_row_numbers(
     cells.var = pd.DataFrame({"symbol": cells.var_names.to_numpy()}, index=list(map(str, range(cells.n_vars))))
     cells.write_h5ad(tmp_path / "new.h5ad")
     assert_same_cells(*controls_of(demo.run, controls=str(tmp_path / "new.h5ad")))
+
+
+def test_all_cells_of_an_atlas_are_controls_where_that_is_said(
+    demo: Demo, predicted: Predict, refusal: Callable[..., str], real: ad.AnnData, tmp_path: Path
+) -> None:
+    controls = real[real.obs["target_gene"] == CONTROL].copy()
+    controls.write_h5ad(tmp_path / "labelled.h5ad")
+    controls.obs = controls.obs.drop(columns="target_gene")
+    controls.write_h5ad(tmp_path / "atlas.h5ad")
+    name = next(gene for gene in real.obs["target_gene"].unique() if gene != CONTROL)
+    asked = {"only": name, "cell_type": "beta", "n_cells": 9}
+    line = refusal(**asked, controls=str(tmp_path / "atlas.h5ad"))
+    assert "has no perturbation column" in line and "Pass --all-controls if all are" in line
+    line = refusal(**asked, controls=str(tmp_path / "labelled.h5ad"), all_controls=True)
+    assert "has perturbations in column 'target_gene'" in line
+    assert "Pass --controls too" in refusal(**asked, all_controls=True)
+    atlas = predicted(**asked, controls=str(tmp_path / "atlas.h5ad"), all_controls=True)
+    labelled = predicted(**asked, controls=str(tmp_path / "labelled.h5ad"))
+    np.testing.assert_array_equal(atlas.X.toarray(), labelled.X.toarray())
+    assert (atlas.obs["target_gene"] == labelled.obs["target_gene"]).all()
+
+
+def test_the_case_of_cells_without_labels(shared_cases: Path, tmp_path: Path) -> None:
+    cells = shared_cases / "labels_scales_genes"
+    cache, run = tmp_path / "c.zarr", tmp_path / "run"
+    sest.embed(cells / "08-log1p-scales" / "base.h5ad", cache, encoder="pca", dim=8)
+    train(cache, run, small_config(max_steps=1))
+    (path,) = (cells / "13-new-cells").glob("n_nolabels.h5ad")
+    config = PredictConfig(controls=str(path), all_controls=True, only="GENE0", n_cells=4)
+    assert predict(run, tmp_path / "o.h5ad", config).n_predicted >= 4
