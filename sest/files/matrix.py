@@ -47,7 +47,7 @@ def open_matrix(matrix: h5py.Group | h5py.Dataset) -> Matrix:
         _check_gene_count(matrix, matrix.shape[1])
         return _Dense(matrix)
     form = attribute(matrix, "encoding-type")
-    shape = np.asarray(matrix.attrs.get("shape", ()))
+    shape = _whole(np.asarray(matrix.attrs.get("shape", ())), matrix)
     if form not in ("csr_matrix", "csc_matrix"):
         raise bad(matrix, f"is stored as {form!r}; expected csr_matrix, csc_matrix or a dense array")
     if shape.shape != (2,) or shape.dtype.kind not in "iu" or (shape.astype(np.int64) < 0).any():
@@ -168,21 +168,30 @@ def _compressed(group: h5py.Group, n_major: int, n_minor: int) -> tuple[np.ndarr
     if missing := [name for name in names if name not in group]:
         raise bad(group, f"has no {shown(missing)}: it is not a sparse matrix")
     indptr_set, indices, data = (child(group, name) for name in names)
-    for part in (indptr_set, indices, data):
+    for part, kinds in ((indptr_set, "iuf"), (indices, "iuf"), (data, "iufb")):
         check_numbers(part)
-        if len(part.shape) != 1 or (part is not data and part.dtype.kind not in "iu"):
+        if len(part.shape) != 1 or part.dtype.kind not in kinds:
             raise bad(part, f"has shape {part.shape} and type {part.dtype}; expected one row of numbers")
     if len(indptr_set) != n_major + 1:
         raise bad(indptr_set, f"has {len(indptr_set)} entries where the shape asks for {n_major + 1}")
     if len(indices) != len(data):
         raise bad(group, f"has {len(indices)} indices for {len(data)} values")
-    indptr = indptr_set[:].astype(np.int64)
+    indptr = _whole(indptr_set[:], indptr_set).astype(np.int64)
     steps = np.diff(indptr)
     if indptr[0] != 0 or indptr[-1] != len(data) or (steps < 0).any():
         raise bad(indptr_set, f"is damaged: it must rise from 0 to the number of values ({len(data)})")
     if (steps > n_minor).any():
         raise bad(indptr_set, f"is damaged: entry {int(np.argmax(steps > n_minor))} spans more than {n_minor} values")
     return indptr, indices, data
+
+
+def _whole(numbers: np.ndarray, where: h5py.HLObject) -> np.ndarray:
+    """Doubles, as R writes them, as the whole numbers they are; anything else as it is."""
+    if numbers.dtype.kind != "f":
+        return numbers
+    if not (np.all(np.abs(numbers) < 2**53) and (numbers == np.rint(numbers)).all()):
+        raise bad(where, "holds numbers that are not whole")
+    return numbers.astype(np.int64)
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
@@ -192,7 +201,7 @@ def _float32(values: np.ndarray) -> np.ndarray:
 
 def _indices(dataset: h5py.Dataset, start: int, stop: int, limit: int) -> np.ndarray:
     """Return stored indices [start, stop), all within [0, limit): SciPy would write outside its memory for others."""
-    indices = dataset[start:stop]
+    indices = _whole(dataset[start:stop], dataset)
     if len(indices) and (indices.min() < 0 or indices.max() >= limit):
         raise bad(
             dataset, f"is damaged: it runs from {indices.min()} to {indices.max()}, but only 0 to {limit - 1} exist"
