@@ -211,7 +211,8 @@ def _controls(
     )
     if given:
         found, control = _given(labels, given, frequent), ""
-        control = next((name for name in given if name in labels), "") or _stem(list(found), labels)
+        usual = [name for name in found if is_usual_control(name)]
+        control = next((name for name in (*given, *usual) if name in labels), "") or _stem(found, labels)
         family = None if control[-1:].isdigit() or rule == AS_IS else control
         if rule == AS_IS and len(found) > 1:
             raise InputError(

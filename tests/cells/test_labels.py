@@ -128,6 +128,7 @@ def test_several_controls_and_patterns_are_one_control() -> None:
     assert found.names == {"DMSO": "DMSO", "untreated": "untreated", "mock 1": "DMSO", "mock 2": "DMSO", "A": "A"}
     assert found.notes(detected=False)[0] == "No cell has the label 'absent', given as control."
     assert decided(*labels, given=("mock*",)).control == "mock"
+    assert decided("ctrl:1", "ctrlX:9", "A", given=("ctr*",)).control == "ctrl"  # a usual name before a stem
     assert decided("x[1]", "A", given=("x[1]",)).control == "x[1]"  # a label before a pattern
     with pytest.raises(NoControlError, match=r"no cell has the label 'DMS'. Did you mean 'DMSO'"):
         decided(*labels, given=("DMS",))
