@@ -139,6 +139,13 @@ def read_table(table: h5py.Group, n_rows: int) -> pd.DataFrame:
             frame = read_elem(table)
         except IORegistryError as error:  # an encoding newer than the installed AnnData
             raise bad(table, f"cannot be read: {one_line(error)}") from error
+        except ValueError as error:
+            for name in columns:
+                column = table.get(name)
+                if isinstance(column, h5py.Dataset) and column.ndim != 1:
+                    what = f"is a table of shape {column.shape} and no column; save it as one, or without it"
+                    raise bad(column, what) from error
+            raise
     frame.index = frame.index.astype(str)
     return frame
 

@@ -191,3 +191,14 @@ def test_a_chunk_too_large_to_decompress_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sest.files.hdf5, "CHUNK_LIMIT", 100)
     with pytest.raises(InputError, match="X/indptr has chunks of more than"):
         CellFile(write(tmp_path / "a.h5ad", sp.csr_matrix(counts()), compression="gzip"))
+
+
+def test_a_column_that_is_a_table_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5ad", counts())
+    with h5py.File(path, "r+") as file:
+        n = len(file["obs/_index"])
+        file["obs"].create_dataset("scores", data=np.ones((n, 2)))
+        file["obs/scores"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        file["obs"].attrs["column-order"] = [*file["obs"].attrs["column-order"], "scores"]
+    with CellFile(path) as cells, pytest.raises(InputError, match=r"/obs/scores is a table of shape \(\d+, 2\)"):
+        _ = cells.obs
