@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 STATE_KEY = "X_state"  # where `state emb transform` puts its embeddings
 GROUPS = {
-    "What the cells are": "cells counts layer mixed_scales pert_col cell_type_col batch_col control labels gene_col",
+    "What the cells are": (
+        "cells counts layer modality mixed_scales pert_col cell_type_col batch_col control labels gene_col"
+    ),
     "The encoder and its embeddings": "weights max_tokens dim dtype seed",
     "Speed and memory": "batch_size precision device",
 }
@@ -32,7 +34,11 @@ GROUPS = {
 @options(EmbedConfig, GROUPS)
 def embed(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help=".h5ad/.h5 files, or one cell-load style .toml")
+        list[Path],
+        typer.Argument(
+            metavar="INPUT...",
+            help="files of cells (.h5ad, .h5mu, .zarr), folders of them, URLs, or one cell-load style .toml",
+        ),
     ],
     encoder: Annotated[str, opt(EmbedConfig, "encoder")],
     cache: Annotated[
@@ -84,15 +90,12 @@ def embed(
     ranks = ranks_of(rank, world_size, os.environ)
     if cache is None and to_h5ad is None:
         raise InputError("Nowhere to write. Pass --cache OUT.zarr, or --to-h5ad OUT.h5ad.")
-    if to_h5ad is not None and ranks.world_size > 1:
-        raise InputError("--to-h5ad is for one process. Embed into --cache with several, then run this with one.")
-    if to_h5ad is not None and (len(inputs) != 1 or inputs[0].suffix == ".toml"):
-        raise InputError("--to-h5ad takes one .h5ad file as INPUT.")
     from sest.embedding.embed import embed as run  # imports torch
     from sest.embedding.write_obsm import check_key, write_obsm
 
     folder, is_kept = cache or "", cache is not None
     if to_h5ad is not None:
+        _check_copied(inputs, config, ranks.world_size)
         check_output(to_h5ad, inputs=[*inputs, cache, encoder], force=force)
         check_key(inputs[0], obsm_key)
         if not is_kept:
@@ -109,6 +112,16 @@ def embed(
             if not is_kept:
                 shutil.rmtree(folder)
     _show(plan, cache, to_h5ad, obsm_key, dry_run)
+
+
+def _check_copied(inputs: list[Path], config: EmbedConfig, world_size: int) -> None:
+    """Refuse what --to-h5ad cannot copy: it takes one .h5ad, whole, in one process."""
+    if world_size > 1:
+        raise InputError("--to-h5ad is for one process. Embed into --cache with several, then run this with one.")
+    if len(inputs) != 1 or inputs[0].suffix == ".toml":
+        raise InputError("--to-h5ad takes one .h5ad file as INPUT.")
+    if config.modality is not None:
+        raise InputError("--to-h5ad copies an .h5ad file, which has no --modality. Pass --cache.")
 
 
 def _show(plan: EmbedPlan, cache: str | None, to_h5ad: Path | None, obsm_key: str, dry_run: bool) -> None:

@@ -15,7 +15,7 @@ from sest.config import EvaluateConfig
 from sest.outputs import check_output
 
 GROUPS = {
-    "What REAL is": "pert_col cell_type_col control labels gene_col layer counts",
+    "What REAL is": "pert_col cell_type_col control labels gene_col layer modality counts",
     "How it is scored": "target_sum cell_eval threads seed",
 }
 

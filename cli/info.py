@@ -18,10 +18,11 @@ from sest.errors import InputError
 MOST_LABELS = 20  # perturbations shown; --json has all
 
 
-@options(EmbedConfig, {"Of a file of cells": "layer pert_col cell_type_col batch_col control labels"})
+@options(EmbedConfig, {"Of a file of cells": "layer modality pert_col cell_type_col batch_col control labels"})
 def info(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="cache, run folder, checkpoint folder, encoder folder or .h5ad file")
+        Path,
+        typer.Argument(metavar="PATH", help="cache, run folder, checkpoint folder, encoder folder or file of cells"),
     ],
     json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs [default: off]")] = False,
     verify: Annotated[

@@ -43,6 +43,7 @@ LABELS = (
     "what labels are; auto: guides of controls are controls, A+ctrl is A, cells without a perturbation are left out"
 )
 LAYER = "layer to read instead of X; raw: raw/X"
+MODALITY = "part of a MuData file to read, such as rna; default: the only one"
 VALUES = "what the values are; auto: found out"
 ENCODER = "encoder"
 CACHE = "cache of embeddings"
@@ -199,6 +200,7 @@ class EmbedConfig(Config):
     cells: str = option("all", "which cells to embed; the others keep NaN", choices=("all", "controls"))
     counts: str = option("auto", VALUES, choices=COUNTS)
     layer: str | None = option(None, LAYER)
+    modality: str | None = option(None, MODALITY)
     labels: str = option("auto", LABELS, choices=("auto", "as-is"))
     mixed_scales: str = option("refuse", MIXED, choices=("refuse", "allow"))
     pert_col: str | None = option(None, f"{PERT_COL}; default: detected")
@@ -315,6 +317,7 @@ class PredictConfig(Config):
     all_controls: bool = option(False, "all cells of --controls are unperturbed, as in an atlas")
     encoder: str | None = option(None, f"{ENCODER}: the run's, as SE folder or file of weights; with --controls")
     layer: str | None = option(None, f"{LAYER}; of --controls")
+    modality: str | None = option(None, f"{MODALITY}; of --controls")
     mixed_scales: str = option("refuse", f"{MIXED}: --controls and the run's cells", choices=("refuse", "allow"))
     genes: str | None = option(None, f"{GENES}: those of the output, in its order; default: the run's")
     pert_col: str | None = option(None, f"{PERT_COL}; of --template or --controls; default: the run's, or detected")
@@ -340,6 +343,7 @@ class EvaluateConfig(Config):
     labels: str | None = option(None, f"{LABELS}; default: the prediction's, else auto", choices=("auto", "as-is"))
     gene_col: str | None = option(None, f"{GENE_COL}; of REAL; default: the one with most of the prediction's genes")
     layer: str | None = option(None, f"{LAYER}; of REAL")
+    modality: str | None = option(None, f"{MODALITY}; of REAL")
     counts: str = option("auto", f"{VALUES}; of REAL", choices=COUNTS)
     target_sum: float | None = option(None, f"{TARGET_SUM}; default: the prediction's")
     cell_eval: bool = option(True, "also run cell-eval, where it is installed")

@@ -17,11 +17,14 @@ from sest.cells.split_file import read_splits
 from sest.cells.splits import assign_splits, split_table
 from sest.config import EmbedConfig, TrainConfig
 from sest.errors import Error, InputError, shown
+from sest.files.cell_file import CellFile
+from sest.files.containers import SUFFIXES
+from sest.files.formats import is_zarr, of_folder
+from sest.files.remote import located
 from sest.runs.curves import read_lines
 
 if TYPE_CHECKING:
     from sest.cells.labels import DecidedLabels
-    from sest.files.h5ad import CellFile
 
 Facts = dict[str, Any]
 CACHE_FACTS = (
@@ -43,7 +46,7 @@ def describe(
     """Return the facts about a path and the files found damaged (only with `verify`).
 
     Args:
-        path: a cache (also its URL), a run, a checkpoint, an encoder folder or an .h5ad file.
+        path: a cache (also its URL), a run, a checkpoint, an encoder folder or a file of cells.
         verify: read every file of a cache or a checkpoint and compare its sha256.
         splits: of a cache: also count its cells as this TOML divides them ("splits", one entry a table row, and
             "split_notes").
@@ -52,10 +55,10 @@ def describe(
     Raises:
         InputError, CacheError: nothing there, nothing sest knows, or something that cannot be used.
     """
-    path = Path(path)
+    path = located(os.fspath(path))
     if not (path.exists() or is_url(path)):
         raise InputError(f"{path} does not exist.")
-    if is_url(path) or (path / ROOT).exists():
+    if _is_cache(path):
         facts, damaged = _cache(storage_at(path), verify)
         if splits is not None:
             usual = TrainConfig()
@@ -63,14 +66,26 @@ def describe(
         return facts, damaged
     if splits is not None:
         raise InputError(f"--splits counts the cells of a cache, and {path} is none. Pass the cache's path.")
-    found = (
-        _cells(path, columns or EmbedConfig()) if path.suffix in (".h5ad", ".h5") else _run_or_checkpoint(path, verify)
-    )
+    if is_url(path) or (path.is_file() and path.suffix not in WEIGHTS) or is_zarr(path):
+        return _finite(_cells(path, columns or EmbedConfig())), []
+    found = _run_or_checkpoint(path, verify)
     if found is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
         found = _encoder(path)
     if found is None:
-        raise InputError(f"{path} is no cache, run, checkpoint, encoder folder or h5ad file.")
+        held = of_folder(path) if path.is_dir() else ""
+        raise InputError(f"{path} is no cache, run, checkpoint, encoder folder or file of cells{held}.")
     return _finite(found), []
+
+
+def _is_cache(path: Path) -> bool:
+    """Whether it is a cache, finished or not; a Zarr store that others wrote is none, and may hold cells."""
+    if not is_url(path):
+        return (path / ROOT).exists() and journal.root_attributes(storage_at(path)) is not None
+    if path.name.endswith(SUFFIXES[:3]):
+        return False
+    storage = storage_at(path)
+    there = storage.here()
+    return not path.name.endswith(".zarr") or (ROOT in there and journal.root_attributes(storage) is not None)
 
 
 def _finite(value: Any) -> Any:
@@ -216,9 +231,8 @@ def _encoder(path: Path) -> Facts:
 def _cells(path: Path, config: EmbedConfig) -> Facts:
     from sest.cells.columns import detect_columns, labels
     from sest.cells.genes import all_names, gene_names
-    from sest.files.h5ad import CellFile
 
-    with CellFile(path, config.layer) as file:
+    with CellFile(path, config.layer, config.modality) as file:
         facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.choices)}
         facts["obs_columns"] = list(map(str, file.obs.columns))
         try:

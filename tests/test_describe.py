@@ -14,7 +14,7 @@ from conftest import Demo
 from helpers.h5ad_files import gene_names
 from helpers.se_model import write_se
 from sest.cache import open_cache
-from sest.cache.schema import COMPLETE, CacheError
+from sest.cache.schema import COMPLETE
 from sest.describe import describe
 from sest.errors import InputError
 from sest.runs.checkpoint import load_model, open_checkpoint
@@ -68,7 +68,7 @@ def test_an_unfinished_cache_says_so_and_what_is_known_already(demo: Demo, tmp_p
 
 def test_a_zarr_store_of_another_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
-    with pytest.raises(CacheError, match="not one of sest's"):
+    with pytest.raises(InputError, match="is no Zarr store with cells: it has no obs, var"):
         describe(tmp_path)
 
 
@@ -178,10 +178,10 @@ def test_paths_may_be_text(demo: Demo) -> None:
 def test_what_is_nothing_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         describe(tmp_path / "gone")
-    with pytest.raises(InputError, match="is no cache, run, checkpoint, encoder folder or h5ad file"):
+    with pytest.raises(InputError, match="is no cache, run, checkpoint, encoder folder or file of cells: it is empty"):
         describe(tmp_path)
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(InputError, match="is no cache"):
+    with pytest.raises(InputError, match=r"x\.txt is not an \.h5ad file \(not HDF5\): it is empty"):
         describe(tmp_path / "x.txt")
 
 

@@ -20,11 +20,14 @@ from sest.cache.schema import RESERVED
 from sest.cells.columns import Columns, detect_columns, labels, perturbations
 from sest.cells.genes import INDEX, GeneNames, all_names, gene_names
 from sest.cells.scale import Normalisation, Scan, decide_scale, scan_file
-from sest.cells.split_file import SUFFIXES, SplitFile, read_splits
+from sest.cells.split_file import SplitFile, read_splits
 from sest.cells.splits import GroupCells, group_cells
 from sest.config import EmbedConfig
 from sest.errors import InputError, shown
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
+from sest.files.containers import SUFFIXES, files_in, open_container, stem_of
+from sest.files.formats import is_zarr
+from sest.files.remote import UrlPath, located
 
 logger = logging.getLogger(__name__)
 
@@ -105,35 +108,36 @@ class Cells:
 
 
 def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[list[Source], SplitFile | None]:
-    """Turn the command's arguments into files: .h5ad/.h5 files, or one .toml that names datasets.
+    """Turn the command's arguments into files: files of cells, folders of them, URLs, or one .toml that names datasets.
 
     Args:
         inputs: what was given on the command line.
         roots: folders, beside the TOML's own and the working folder, that its paths may lead to.
 
     Raises:
-        InputError: nothing there, another kind of file, two files of one name, or a TOML beside other inputs.
+        InputError: nothing there, no file of cells (by its content), two files of one name, or a TOML beside others.
     """
     if not inputs:
-        raise InputError("No input. Give .h5ad or .h5 files, or one .toml that lists some.")
+        raise InputError(
+            "No input. Give files of cells (.h5ad, .h5mu, .zarr), folders of them, or one .toml that lists some."
+        )
     tomls = [path for path in inputs if path.suffix == ".toml"]
     if tomls:
         if len(inputs) > 1:
-            raise InputError(f"Give one .toml or several .h5ad files, not both ({shown(map(str, inputs))}).")
+            raise InputError(f"Give one .toml or several files of cells, not both ({shown(map(str, inputs))}).")
         splits = read_splits(tomls[0], roots=tuple(roots))
         sources = [
-            Source(name if len(files) == 1 else f"{name}/{file.stem}", name, file)
+            Source(name if len(files) == 1 else f"{name}/{stem_of(file)}", name, file)
             for name, files in splits.datasets.items()
             for file in files
         ]
     else:
         splits = None
-        sources = [Source(path.stem, path.stem, path) for path in inputs]
+        sources = [Source(stem_of(path), stem_of(path), path) for given in inputs for path in _files_of(given)]
     for source in sources:
-        if not source.path.exists():
-            raise InputError(f"{source.path} does not exist.")
-        if source.path.suffix not in SUFFIXES:
-            raise InputError(f"{source.path} is not an .h5ad or .h5 file (nor a .toml that lists some).")
+        known = isinstance(source.path, UrlPath) or (source.path.exists() and source.path.name.endswith(SUFFIXES))
+        if not known:
+            open_container(source.path)[1]()  # says what it is, if it is something else, before its name is judged
         for part in source.group.split("/"):
             if not re.fullmatch(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*", part) or part in RESERVED:
                 raise InputError(
@@ -148,6 +152,15 @@ def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[
     return sources, splits
 
 
+def _files_of(given: Path) -> list[Path]:
+    """A file, or the files of a folder, which are said."""
+    path = located(given)
+    if not path.is_dir() or is_zarr(path) or not (files := files_in(path)):
+        return [path]
+    logger.info(f"{path}: {len(files)} files of cells, {shown(file.name for file in files)}.")
+    return files
+
+
 def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack) -> list[Cells]:
     """Open and read every file once: fingerprint, scale, columns. Nothing is written.
 
@@ -155,9 +168,9 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
         stack: closes the files.
 
     Raises:
-        InputError: for every kind of unusable file (see `sest.files.h5ad` and `sest.cells.columns`).
+        InputError: for every kind of unusable file (see `sest.files.cell_file` and `sest.cells.columns`).
     """
-    files = [stack.enter_context(CellFile(source.path, config.layer)) for source in sources]
+    files = [stack.enter_context(CellFile(source.path, config.layer, config.modality)) for source in sources]
     columns = [
         detect_columns(
             file.obs,

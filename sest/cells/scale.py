@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from sest.errors import InputError, nearest, shown
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.files.matrix import rows_at_once
 
 logger = logging.getLogger(__name__)

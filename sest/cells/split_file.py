@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from sest.errors import InputError, nearest, shown
+from sest.files.containers import SUFFIXES
+from sest.files.formats import is_zarr
 
-SUFFIXES = (".h5ad", ".h5")  # of AnnData files
 TRAIN, VAL, TEST = 1, 2, 4  # bits of a split mask
 SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test"}
 
@@ -55,9 +56,9 @@ class SplitFile:
 def read_splits(path: Path, *, resolve_files: bool = True, roots: tuple[Path, ...] = ()) -> SplitFile:
     """Read and check a splits file.
 
-    A dataset is a file, a folder (its .h5ad and .h5 files, not recursive) or a glob, each with nested braces.
-    Relative paths are looked up in the file's folder, then in the working folder. Files must lie in one of these two
-    or in one of `roots`, also after following links. `resolve_files=False` does not look for the datasets' files.
+    A dataset is a file (or a Zarr store), a folder (the files of cells in it, not recursive) or a glob, each with
+    nested braces. Relative paths are looked up in the file's folder, then in the working folder. Files must lie in one
+    of these two or in one of `roots`, also after following links. `resolve_files=False` does not look for the files.
 
     Raises `InputError` for wrong TOML, unknown tables, names or values, and patterns that match no file.
     """
@@ -256,7 +257,9 @@ def _find_files(name: str, pattern: str, folder: Path, roots: tuple[Path, ...]) 
             matches = matches or _match(path, root, one)
         if not matches:
             looked = " and ".join(path for path, _ in permitted)
-            raise InputError(f"{one!r} of dataset {name!r} matched no .h5ad or .h5 file. Looked for {looked}.")
+            raise InputError(
+                f"{one!r} of dataset {name!r} matched no file of cells ({', '.join(SUFFIXES)}). Looked for {looked}."
+            )
         found.update(matches)
     for path in sorted(found):
         if not _root_of(os.path.realpath(path), allowed):
@@ -270,9 +273,9 @@ def _root_of(path: str, allowed: list[str]) -> str | None:
 
 
 def _match(path: str, root: str, shown_as: str) -> list[str]:
-    """Return the .h5ad and .h5 files that `path` (a file, a folder or a glob below `root`) stands for."""
+    """Return the files of cells that `path` (a file, a folder or a glob below `root`) stands for."""
     try:
-        if os.path.isfile(path):
+        if os.path.isfile(path) or is_zarr(Path(path)):
             candidates = [path]
         elif os.path.isdir(path):
             candidates = [os.path.join(path, entry) for entry in os.listdir(path)]
@@ -284,7 +287,7 @@ def _match(path: str, root: str, shown_as: str) -> list[str]:
         raise InputError(f"cannot look for {shown_as!r}: {error.strerror}.") from None
     # Hidden names are left out: macOS writes a "._x.h5ad" beside every x.h5ad.
     kept = [file for file in candidates if file.endswith(SUFFIXES) and not os.path.basename(file).startswith(".")]
-    return [file for file in kept if os.path.isfile(file)]
+    return [file for file in kept if os.path.isfile(file) or is_zarr(Path(file))]
 
 
 def _glob(root: str, pattern: str) -> list[str]:

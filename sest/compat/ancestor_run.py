@@ -25,7 +25,7 @@ from sest.compat.ancestor import (
 from sest.config import TrainConfig
 from sest.data.vectors import read_source
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.runs.checkpoint import find_checkpoint, resumable
 from sest.runs.run_folder import resumed_config
 from sest.se.weights import COPY_SUFFIX

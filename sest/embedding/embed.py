@@ -41,7 +41,7 @@ from sest.embedding.rows import Piece, RowEncoder
 from sest.encoder.choose import check_encoder
 from sest.encoder.projection import Projection, fit_pca
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.machine.memory import resident_bytes
 from sest.machine.ranks import SINGLE, Ranks
 from sest.machine.signals import StopRequest, stop_requests

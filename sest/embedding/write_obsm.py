@@ -11,6 +11,7 @@ from sest import progress
 from sest.cache import Group
 from sest.cache.disk import file_aside
 from sest.errors import InputError, shown
+from sest.files.formats import is_hdf5
 
 ROWS_PER_BLOCK = 8192
 
@@ -19,10 +20,14 @@ def check_key(source: Path, key: str) -> None:
     """Refuse a name that the embeddings cannot have, before an hour of encoding.
 
     Raises:
-        InputError: no name of an entry, or `source` has obsm `key` already.
+        InputError: no name of an entry, no .h5ad file, or `source` has obsm `key` already.
     """
     if "/" in key or not key:
         raise InputError(f"--obsm-key {key!r} cannot name an entry of obsm.")
+    if not is_hdf5(source):
+        raise InputError(
+            f"--to-h5ad copies an .h5ad file, and {source} is none. Pass --cache, or save it as .h5ad first."
+        )
     with h5py.File(source, "r") as file:
         there = list(file["obsm"]) if "obsm" in file else []
     if key in there:

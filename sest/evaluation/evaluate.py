@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +32,9 @@ from sest.evaluation.metrics import discrimination_score, mean_absolute_error, p
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
 from sest.evaluation.sides import Comparison, align, differing_sides, prediction_columns, real_columns, target_sums
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
+from sest.files.remote import located
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -66,10 +66,10 @@ def evaluate(
         file_of(predicted, "predicted", None) as p_path,
         file_of(real, "real", config.layer) as r_path,
         CellFile(p_path) as p,
-        CellFile(r_path, config.layer) as r,
+        CellFile(r_path, config.layer, config.modality) as r,
     ):
-        p.path, r.path = Path(p_name), Path(r_name)  # what messages call them
-        record = read_record(p_path)
+        p.path, r.path = located(p_name), located(r_name)  # what messages call them
+        record = read_record(p)
         p_columns = prediction_columns(p, record, config)
         r_columns = real_columns(r, p_columns, config)
         notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
@@ -86,6 +86,7 @@ def evaluate(
         "predicted": p_name,
         "real": r_name,
         "layer": config.layer,
+        "modality": config.modality,
         "control": r_columns.control,
         "predicted_counts_normalised_to": sums[0],
         "real_counts_normalised_to": sums[1],

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 
 from sest.cells.labels import same_targets
 from sest.errors import InputError, shown
+from sest.files.cell_file import CellFile
+from sest.files.nodes import check_below, child, damage_is_bad_input
 
 MAX_STORED = 2**32  # bytes of one array of uns that is read
 NOT_STORED = ("model", "context_mean")  # predictors that are always computed from the cells
@@ -50,7 +50,7 @@ class Record:
         return {name: values[at].astype(np.float64) for name, values in sorted(self.baselines.items())}
 
 
-def read_record(path: Path) -> Record | None:
+def read_record(file: CellFile) -> Record | None:
     """Read uns["sest"]; None for a file that `sest predict` did not write.
 
     Raises:
@@ -58,17 +58,19 @@ def read_record(path: Path) -> Record | None:
     """
     from anndata.io import read_elem  # slow to import
 
-    with h5py.File(path, "r") as file:
-        if "uns" not in file or "sest" not in file["uns"]:
+    with damage_is_bad_input(file.path):
+        uns = child(file.root, "uns") if "uns" in file.root else {}
+        if "sest" not in uns:
             return None
-        _check_stored(file, "uns", ("sest",))
-        told: dict[str, Any] = read_elem(file["uns/sest"])
+        stored = child(uns, "sest")
+        check_below(stored, MAX_STORED)
+        told: dict[str, Any] = read_elem(stored)
     needed: dict[str, tuple[str, ...]] = {"columns": ("perturbation", "cell_type", "control")}
     if "baselines" in told:
         needed["pairs"] = ("cell_type", "perturbation")
     absent = [f"{group}/{key}" for group, keys in needed.items() for key in keys if key not in told.get(group, {})]
     if absent:
-        raise InputError(f"{path}: uns['sest'] has no {shown(absent)}. Run `sest predict` again.")
+        raise InputError(f"{file.path}: uns['sest'] has no {shown(absent)}. Run `sest predict` again.")
     is_log1p, target_sum = told.get("scale") == "log1p", told.get("target_sum")
     return Record(
         columns={key: str(told["columns"][key]) for key in (*needed["columns"], "labels") if key in told["columns"]},
@@ -78,16 +80,3 @@ def read_record(path: Path) -> Record | None:
         pairs=told.get("pairs", {}),
         is_mixed=told.get("scale") == "mixed",
     )
-
-
-def _check_stored(group: h5py.Group, name: str, only: tuple[str, ...] | None = None, depth: int = 0) -> None:
-    """Refuse what AnnData's reader must not follow: links, storage in other files, endless depth, absurd sizes."""
-    where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink) or depth > 6:
-        raise InputError(f"{where} is a link to another place; links are not followed.")
-    item = group[name]
-    if isinstance(item, h5py.Group):
-        for child in item if only is None else only:
-            _check_stored(item, child, None, depth + 1)
-    elif item.external or item.is_virtual or item.nbytes > MAX_STORED:
-        raise InputError(f"{where} is stored in another file or larger than {MAX_STORED >> 30} GiB, which is not read.")

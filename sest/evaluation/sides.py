@@ -34,7 +34,7 @@ from sest.config import EvaluateConfig
 from sest.errors import InputError, shown
 from sest.evaluation.cell_eval_scores import LabelledCells
 from sest.evaluation.record import Record
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 
 TARGET_SUM = 10_000.0  # counts a cell, where a foreign prediction does not say
 BLOCK = 2048  # cells read at once

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sest.errors import InputError, one_line, shown
+from sest.files.remote import located
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | None) -> Iterator[Path]:
-    """The .h5ad file of cells; those in memory are written to a temporary one, with no more than is read of it.
+    """The file of cells; those in memory are written to a temporary one, with no more than is read of it.
 
     Args:
         cells: a path, which is given back, or an AnnData, which stays as it is.
@@ -28,7 +29,7 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
         InputError: neither a path nor an AnnData, no such layer, or cells that no .h5ad can hold.
     """
     if isinstance(cells, str | os.PathLike):
-        yield Path(cells)
+        yield located(os.fspath(cells))
         return
     from anndata import AnnData  # slow to import
 

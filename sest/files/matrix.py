@@ -1,7 +1,7 @@
-"""The values of an .h5ad in any form on disk (CSR, CSC, dense; any real dtype) as float32 CSR rows.
+"""The values of a file of cells in any form on disk (CSR, CSC, dense; any real dtype) as float32 CSR rows.
 
 N cells, G genes. What the files say of themselves is checked before SciPy sees it; the order of a row's indices,
-repeats and the values themselves are left to `sest.files.h5ad`.
+repeats and the values themselves are left to `sest.files.cell_file`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import logging
 from functools import cached_property
 from typing import Protocol
 
-import h5py
 import numpy as np
 import scipy.sparse as sp
+import zarr
 
 from sest.errors import shown
-from sest.files.hdf5 import attribute, bad, check_numbers, child
+from sest.files.nodes import Array, Group, Node, attribute, bad, check_numbers, child, container, is_array
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +35,21 @@ class Matrix(Protocol):
         """Return rows [start, stop) with indices in range; order, duplicates and values are not yet checked."""
 
 
-def open_matrix(matrix: h5py.Group | h5py.Dataset) -> Matrix:
+def open_matrix(matrix: Node) -> Matrix:
     """Check X or a layer as far as can be seen without reading its values.
 
     Raises InputError for another form than CSR, CSC and dense, values that are no numbers, and inconsistent shapes.
     """
-    if isinstance(matrix, h5py.Dataset):
+    if is_array(matrix):
         check_numbers(matrix)
         if len(matrix.shape) != 2:
             raise bad(matrix, f"has shape {matrix.shape}; expected cells x genes")
         _check_gene_count(matrix, matrix.shape[1])
         return _Dense(matrix)
-    form = attribute(matrix, "encoding-type")
-    shape = _whole(np.asarray(matrix.attrs.get("shape", ())), matrix)
+    form, shape_name = attribute(matrix, "encoding-type"), "shape"
+    if not form and (old := attribute(matrix, "h5sparse_format")):  # AnnData before 0.7
+        form, shape_name = f"{old}_matrix", "h5sparse_shape"
+    shape = _whole(np.asarray(matrix.attrs.get(shape_name, ())), matrix)
     if form not in ("csr_matrix", "csc_matrix"):
         raise bad(matrix, f"is stored as {form!r}; expected csr_matrix, csc_matrix or a dense array")
     if shape.shape != (2,) or shape.dtype.kind not in "iu" or (shape.astype(np.int64) < 0).any():
@@ -60,12 +62,17 @@ def open_matrix(matrix: h5py.Group | h5py.Dataset) -> Matrix:
 class _Csr:
     """CSR on disk: rows are read exactly where they are asked for."""
 
-    def __init__(self, group: h5py.Group, shape: tuple[int, int]) -> None:
+    def __init__(self, group: Group, shape: tuple[int, int]) -> None:
         self.shape = shape
         self._indptr, self._indices, self._data = _compressed(group, *shape)
+        # HDF5 keeps what it has decompressed; of Zarr many chunks are read at once, or each would be read many times
+        self._least = max(READ_VALUES, 4 * self._data.chunks[0]) if isinstance(self._data, zarr.Array) else 0
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        return start, stop
+        if not self._least:
+            return start, stop
+        fit = int(np.searchsorted(self._indptr, self._indptr[start] + self._least, side="right")) - 1
+        return start, min(max(stop, fit), self.shape[0])
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         a, b = int(self._indptr[start]), int(self._indptr[stop])
@@ -77,7 +84,7 @@ class _Csr:
 class _Csc:
     """CSC on disk: no row can be found without reading everything, so one pass fills a window of many rows."""
 
-    def __init__(self, group: h5py.Group, shape: tuple[int, int]) -> None:
+    def __init__(self, group: Group, shape: tuple[int, int]) -> None:
         self.shape = shape
         self._indptr, self._indices, self._data = _compressed(group, shape[1], shape[0])
         self._said = False
@@ -85,8 +92,8 @@ class _Csc:
     @cached_property
     def _row_starts(self) -> np.ndarray:  # (N+1,) int64: stored values in the rows before each
         counts = np.zeros(self.shape[0], dtype=np.int64)
-        for a in range(0, len(self._data), READ_VALUES):
-            b = min(a + READ_VALUES, len(self._data))
+        for a in range(0, self._data.shape[0], READ_VALUES):
+            b = min(a + READ_VALUES, self._data.shape[0])
             counts += np.bincount(_indices(self._indices, a, b, self.shape[0]), minlength=self.shape[0])
         if counts.max() > self.shape[1]:
             raise bad(self._indices, f"is damaged: cell {int(counts.argmax())} has more values than there are genes")
@@ -98,7 +105,7 @@ class _Csc:
         passes = 1 + int(starts[-1]) // WINDOW_VALUES
         if passes > 2 and not self._said:
             self._said = True
-            name = self._data.file.filename
+            name = container(self._data)
             logger.warning(
                 "%s is stored by gene (CSC): %d passes; saved again with X.tocsr() it takes one.", name, passes
             )
@@ -109,8 +116,8 @@ class _Csc:
         fill = indptr[:-1].copy()  # where the next value of each row goes
         indices = np.empty(int(indptr[-1]), dtype=np.int32)
         data = np.empty(int(indptr[-1]), dtype=np.float32)
-        for a in range(0, len(self._data), READ_VALUES):
-            columns, slab = self._slab(a, min(a + READ_VALUES, len(self._data)), start, stop)
+        for a in range(0, self._data.shape[0], READ_VALUES):
+            columns, slab = self._slab(a, min(a + READ_VALUES, self._data.shape[0]), start, stop)
             counts = np.diff(slab.indptr)
             to = np.repeat(fill - slab.indptr[:-1], counts) + np.arange(slab.nnz)
             indices[to] = slab.indices + columns
@@ -134,7 +141,7 @@ class _Csc:
 class _Dense:
     """Dense on disk: windows of rows that end where its chunks end."""
 
-    def __init__(self, dataset: h5py.Dataset) -> None:
+    def __init__(self, dataset: Array) -> None:
         self.shape: tuple[int, int] = dataset.shape
         self._dataset = dataset
         rows = max(1, WINDOW_VALUES // max(1, self.shape[1]))
@@ -157,12 +164,12 @@ def rows_at_once(n_genes: int) -> int:
     return max(1, READ_VALUES // n_genes)
 
 
-def _check_gene_count(matrix: h5py.Group | h5py.Dataset, n_genes: int) -> None:
+def _check_gene_count(matrix: Node, n_genes: int) -> None:
     if n_genes > WINDOW_VALUES:
         raise bad(matrix, f"has {n_genes} genes; at most {WINDOW_VALUES} are read")
 
 
-def _compressed(group: h5py.Group, n_major: int, n_minor: int) -> tuple[np.ndarray, h5py.Dataset, h5py.Dataset]:
+def _compressed(group: Group, n_major: int, n_minor: int) -> tuple[np.ndarray, Array, Array]:
     """Return (indptr int64 (n_major+1,), indices, data) of a CSR or CSC group, checked as far as indptr shows."""
     names = ("indptr", "indices", "data")
     if missing := [name for name in names if name not in group]:
@@ -172,20 +179,20 @@ def _compressed(group: h5py.Group, n_major: int, n_minor: int) -> tuple[np.ndarr
         check_numbers(part)
         if len(part.shape) != 1 or part.dtype.kind not in kinds:
             raise bad(part, f"has shape {part.shape} and type {part.dtype}; expected one row of numbers")
-    if len(indptr_set) != n_major + 1:
-        raise bad(indptr_set, f"has {len(indptr_set)} entries where the shape asks for {n_major + 1}")
-    if len(indices) != len(data):
-        raise bad(group, f"has {len(indices)} indices for {len(data)} values")
+    if indptr_set.shape[0] != n_major + 1:
+        raise bad(indptr_set, f"has {indptr_set.shape[0]} entries where the shape asks for {n_major + 1}")
+    if indices.shape != data.shape:
+        raise bad(group, f"has {indices.shape[0]} indices for {data.shape[0]} values")
     indptr = _whole(indptr_set[:], indptr_set).astype(np.int64)
     steps = np.diff(indptr)
-    if indptr[0] != 0 or indptr[-1] != len(data) or (steps < 0).any():
-        raise bad(indptr_set, f"is damaged: it must rise from 0 to the number of values ({len(data)})")
+    if indptr[0] != 0 or indptr[-1] != data.shape[0] or (steps < 0).any():
+        raise bad(indptr_set, f"is damaged: it must rise from 0 to the number of values ({data.shape[0]})")
     if (steps > n_minor).any():
         raise bad(indptr_set, f"is damaged: entry {int(np.argmax(steps > n_minor))} spans more than {n_minor} values")
     return indptr, indices, data
 
 
-def _whole(numbers: np.ndarray, where: h5py.HLObject) -> np.ndarray:
+def _whole(numbers: np.ndarray, where: Node) -> np.ndarray:
     """Doubles, as R writes them, as the whole numbers they are; anything else as it is."""
     if numbers.dtype.kind != "f":
         return numbers
@@ -199,7 +206,7 @@ def _float32(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32)
 
 
-def _indices(dataset: h5py.Dataset, start: int, stop: int, limit: int) -> np.ndarray:
+def _indices(dataset: Array, start: int, stop: int, limit: int) -> np.ndarray:
     """Return stored indices [start, stop), all within [0, limit): SciPy would write outside its memory for others."""
     indices = _whole(dataset[start:stop], dataset)
     if len(indices) and (indices.min() < 0 or indices.max() >= limit):

@@ -21,7 +21,6 @@ from sest.cells.columns import detect_columns, labels, perturbations, usual_colu
 from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
-from sest.cells.split_file import SUFFIXES
 from sest.config import EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
 from sest.data.targets import normalisations
@@ -31,7 +30,8 @@ from sest.encoder.choose import make_encoder
 from sest.encoder.pca import PCA, PcaEncoder
 from sest.encoder.projection import Projection
 from sest.errors import InputError, nearest, shown
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
+from sest.files.remote import located
 from sest.runs.checkpoint import Checkpoint
 from sest.se.hub import with_local_encoder
 
@@ -107,7 +107,7 @@ def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Po
     """
     _check_encoder(config, checkpoint)
     path = _controls_file(config)
-    with CellFile(path, config.layer) as file:
+    with CellFile(path, config.layer, config.modality) as file:
         columns = detect_columns(file.obs, **_columns(file, checkpoint, config), genes=all_names(file.var))
         if columns.perturbation is None and not config.all_controls:
             raise InputError(
@@ -148,10 +148,7 @@ def _check_encoder(config: PredictConfig, checkpoint: Checkpoint) -> None:
 
 
 def _controls_file(config: PredictConfig) -> Path:
-    path = Path(str(config.controls))
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"--controls takes one {' or '.join(SUFFIXES)} file, not {path}.")
-    return path
+    return located(str(config.controls))
 
 
 def _columns(file: CellFile, checkpoint: Checkpoint, config: PredictConfig) -> dict[str, Any]:
@@ -174,12 +171,13 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
     """
     state, made, path = checkpoint.state, checkpoint.state["encoder"], _controls_file(config)
     _check_encoder(config, checkpoint)
-    with CellFile(path) as file:
+    with CellFile(path, config.layer, config.modality) as file:
         columns = _columns(file, checkpoint, config)
         columns["labels"] = columns.pop("rule")
     embed_config = EmbedConfig(
         encoder=PCA if made["name"] == PCA else str(config.encoder),
         layer=config.layer,
+        modality=config.modality,
         device=config.device,
         max_tokens=made.get("max_tokens"),
         seed=made["seed"],

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from sest import __version__
@@ -18,7 +17,7 @@ from sest.data.vectors import ONE_HOT
 from sest.errors import InputError
 from sest.evaluation.baselines import predict_baselines
 from sest.evaluation.means import training_means
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request
@@ -33,9 +32,8 @@ def is_source(path: Path, cache: Cache) -> bool:
     A cache knows its files by what they hold, not by where they are.
     """
     try:
-        with CellFile(path) as file, h5py.File(path, "r") as plain:
-            uns = plain.get("uns")
-            if isinstance(uns, h5py.Group) and RECORD in uns:
+        with CellFile(path) as file:
+            if "uns" in file.root and RECORD in file.root["uns"]:
                 return False
             alike = [g for g in cache.groups.values() if (g.n_cells, g.n_genes) == (file.n_cells, file.n_genes)]
             return any(group.obs.index.equals(file.obs.index) for group in alike)

@@ -20,7 +20,7 @@ from sest.cells.split_file import TEST
 from sest.config import PredictConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError, shown
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def _template(
         pert_col, cell_type_col, control: as given; None where they are to be detected.
     """
     with CellFile(path) as file:
-        obs, genes = file.obs.copy(), all_names(file.var)
+        obs, genes = file.obs.frame(), all_names(file.var)
     batch = next(iter(obs.columns), None)  # any: the template's batches are not used, so candidates are not compared
     usual = usual_columns(obs, made, pert_col=pert_col, cell_type_col=cell_type_col, control=control)
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +15,12 @@ import pytest
 import sest.cells.inputs
 from helpers.h5ad_files import FORMS, counts, write_cells
 from helpers.notes import Notes
+from helpers.web import serve
+from helpers.zarr_cells import KINDS, as_zarr
 from sest.cells.inputs import Cells, Source, open_cells, resolve_inputs
 from sest.config import EmbedConfig
 from sest.errors import InputError
+from sest.files.remote import located
 from sest.progress import reporting
 
 
@@ -70,12 +75,12 @@ def test_unusable_lists_of_inputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t" / "a").mkdir()
     for inputs, message in (
         ([], "No input"),
-        ([tmp_path / "y.h5ad"], "y.h5ad does not exist"),
-        ([x / "below.h5ad"], "below.h5ad does not exist"),
-        ([tmp_path / "notes.txt"], "notes.txt is not an .h5ad or .h5 file"),
+        ([tmp_path / "y.h5ad"], "No such file: .*y.h5ad"),
+        ([x / "below.h5ad"], "No such file: .*below.h5ad"),
+        ([tmp_path / "notes.txt"], "notes.txt is not an .h5ad file .*it is empty"),
         ([x, tmp_path / "a" / "x.h5ad"], "Several input files are named x. Rename them"),
         ([x, x], "Several input files are named x"),
-        ([same_stems, x], r"Give one .toml or several .h5ad files, not both \(.*splits.toml, .*x.h5ad\)"),
+        ([same_stems, x], r"Give one .toml or several files of cells, not both \(.*splits.toml, .*x.h5ad\)"),
         ([same_stems], "outside the permitted folders"),
         ([tmp_path / "(1).h5ad"], r"'\(1\)' \(.*\) cannot name a group"),
         ([tmp_path / "__x.h5ad"], "'__x' .* cannot name a group"),
@@ -133,7 +138,7 @@ def test_identity_knows_values_labels_names_and_how_they_were_read(tmp_path: Pat
     values = counts()
     path = write_cells(tmp_path / "0" / "a.h5ad", values)
     with ExitStack() as stack:
-        obs, var = opened(stack, path).file.obs, opened(stack, path).file.var
+        obs, var = opened(stack, path).file.obs.frame(), opened(stack, path).file.var
     other_values = values.copy()
     other_values[5, 5] += 1
     relabelled, renamed, other_genes = obs.copy(), obs.copy(), var.copy()
@@ -223,3 +228,32 @@ def test_a_toml_leads_out_of_its_folder_only_where_a_root_permits_it(tmp_path: P
     with pytest.raises(InputError, match="--data-root"):
         resolve_inputs([listing])
     assert resolve_inputs([listing], [path.parent])[0] == [Source("d", "d", path)]
+
+
+# --- containers
+
+
+def test_the_same_cells_are_the_same_in_every_container(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    path = write_cells(tmp_path / "a.h5ad", counts())
+    adata = ad.read_h5ad(path)
+    places: list[Path] = [as_zarr(tmp_path / f"{kind}.zarr", adata, kind) for kind in KINDS]
+    places += [path, tmp_path / "a.data"]
+    shutil.copy(path, tmp_path / "a.data")
+    with serve(tmp_path) as url:
+        found = [identity(place) for place in (*places, located(f"{url}/a.h5ad"))]
+    assert {(one["sha256"], one["labels_sha256"]) for one in found} == {(found[0]["sha256"], found[0]["labels_sha256"])}
+    assert found[-1]["file"] == "a.h5ad"
+
+
+def test_a_folder_is_the_files_in_it_and_a_store_is_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name in ("b", "a"):
+        write_cells(tmp_path / "cells" / f"{name}.h5ad", counts())
+    store = as_zarr(tmp_path / "cells" / "c.zarr", ad.read_h5ad(tmp_path / "cells" / "a.h5ad"), "zarr3")
+    (tmp_path / "cells" / "notes.txt").touch()
+    assert [source.group for source in resolve_inputs([tmp_path / "cells"])[0]] == ["a", "b", "c"]
+    assert "cells: 3 files of cells, a.h5ad, b.h5ad, c.zarr." in caplog.text
+    assert [source.group for source in resolve_inputs([store])[0]] == ["c"]
+    assert [s.group for s in resolve_inputs([toml(tmp_path, 'all = "cells"')])[0]] == ["all/a", "all/b", "all/c"]
+    assert [s.group for s in resolve_inputs([toml(tmp_path, 'one = "cells/*.zarr"')])[0]] == ["one"]

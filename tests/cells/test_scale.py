@@ -33,7 +33,7 @@ from sest.cells.scale import (
     total_counts,
 )
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 
 # --- scan
 

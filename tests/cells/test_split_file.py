@@ -232,7 +232,9 @@ def test_pattern_is_a_file_a_folder_or_a_glob(folder: Path, pattern: str, expect
     if expected is not None:
         assert _names(folder, pattern) == expected
     else:
-        with pytest.raises(InputError, match=r"matched no \.h5ad or \.h5 file\. Looked for .*project.* and .*work"):
+        with pytest.raises(
+            InputError, match=r"matched no file of cells \(\.h5ad, .*\)\. Looked for .*project.* and .*work"
+        ):
             _names(folder, pattern)
 
 

@@ -23,7 +23,7 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(
 
 def test_new_control_cells_are_one_file_of_cells(refused: Callable[..., str], demo: Demo, tmp_path: Path) -> None:
     line = refused("predict", demo.run, "--out", tmp_path / "o.h5ad", "--controls", demo.folder / "starter.toml")
-    assert "--controls takes one .h5ad or .h5 file" in line
+    assert "starter.toml is not an .h5ad file" in line
 
 
 @pytest.fixture

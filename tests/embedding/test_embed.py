@@ -510,7 +510,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(se: Path, tmp_p
         (links, {}, "as a link"),
         (toml, {}, "n.h5ad has no perturbation column, which the splits of"),
         (typo, {}, "k526"),
-        (folder / "missing.h5ad", {}, "does not exist"),
+        (folder / "missing.h5ad", {}, "No such file"),
     ):
         with pytest.raises(InputError) as refused:
             run(inputs, tmp_path / "s.zarr", options.pop("encoder", se), **options)

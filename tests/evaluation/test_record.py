@@ -60,7 +60,7 @@ def test_links_in_the_prediction_s_record_are_not_followed(written: Callable[...
     predicted, real = written()
     with h5py.File(predicted, "r+") as file:
         file["uns/sest/elsewhere"] = h5py.ExternalLink("/etc/hostname", "/")
-    with pytest.raises(InputError, match="elsewhere is a link"):
+    with pytest.raises(InputError, match="'elsewhere' as a link"):
         evaluate(predicted, real, EvaluateConfig(cell_eval=False))
 
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse
 
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
 
 

@@ -16,7 +16,7 @@ import sest.files.matrix
 from helpers.damaged_h5ad import FORMS, check_refused, counts, edit, replace, set_value, write
 from sest.cells.scale import scan_file
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 
 
 @pytest.mark.usefixtures("small_blocks")

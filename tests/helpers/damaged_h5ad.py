@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from sest.cells.scale import scan_file
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 
 FORMS: dict[str, Callable[[np.ndarray], object]] = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}
 
@@ -76,6 +76,6 @@ def check_refused(path: Path, damage: Callable[[Path], object], words: str) -> N
     damage(path)
     with pytest.raises(InputError, match=words) as caught, CellFile(path) as file:  # noqa: PT012
         scan_file(file)
-        assert len(file.obs) == file.n_cells
+        assert len(file.obs.frame()) == file.n_cells
     assert "\n" not in str(caught.value)
     assert path.name in str(caught.value)

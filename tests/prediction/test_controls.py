@@ -101,7 +101,7 @@ def test_new_cells_that_do_not_fit_the_run_are_refused(
     assert "holds log1p; the run was trained on counts" in refusal(controls=str(few), **asked)
     real[real.obs["target_gene"] != CONTROL].write_h5ad(few)
     assert "No control cells" in refusal(controls=str(few), **asked)
-    assert "takes one .h5ad or .h5 file" in refusal(controls=str(demo.folder / "starter.toml"), **asked)
+    assert "starter.toml is not an .h5ad file" in refusal(controls=str(demo.folder / "starter.toml"), **asked)
     assert "say what to predict" in refusal(controls=str(demo.cells))
 
 

@@ -17,7 +17,7 @@ from helpers.h5ad_files import counts, gene_names
 from helpers.plain_tokenizer import plain_counts, plain_sentence
 from helpers.se_model import HEADS, OUT, write_se
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 from sest.se.model import SparseRows, StateEncoder, densify, sizes
 from sest.se.tokenize import cell_keys
 from sest.se.weights import EncoderWeights, load_encoder

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from helpers.damaged_h5ad import FORMS, check_refused, counts, edit, replace, set_value, write
 from sest.cells.scale import scan_file
 from sest.errors import InputError
-from sest.files.h5ad import CellFile
+from sest.files.cell_file import CellFile
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -55,13 +55,6 @@ def test_a_layer_is_read_by_name_and_x_is_a_name_too(tmp_path: Path) -> None:
 # --- what is refused
 
 
-def compound_obs(path: Path) -> None:
-    """AnnData 0.6: tables as compound arrays, other names for the attributes of X."""
-    with h5py.File(path, "r+") as file:
-        del file["X"].attrs["encoding-type"]
-        replace(file, "obs", np.zeros(53, dtype=[("index", "S8"), ("batch", "i4")]))
-
-
 def raw_only(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file.move("X", "raw/X")
@@ -83,7 +76,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no X but raw": (raw_only, r"no X.*raw/X: pass --layer raw"),
     "no X but layers": (layers_only, r"no X\. Pass --layer with one of its layers: counts"),
     "layers no group": (edit(lambda f: replace(f, "layers", np.zeros(3))), "/layers is not a group of layers"),
-    "compound obs": (compound_obs, "save it again with a recent anndata"),
+    "X without its form": (edit(lambda f: f["X"].attrs.pop("encoding-type")), "X is stored as ''; expected csr_matrix"),
+    "a table that is an array": (edit(lambda f: replace(f, "var", np.zeros(31))), "/var is no table"),
     "more genes than var": (
         edit(lambda f: f["X"].attrs.modify("shape", [53, 40])),
         "var has 31 genes, but the values are of 40",
@@ -122,10 +116,10 @@ def test_a_file_without_cells_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="empty: 0 cells x 5 genes"):
         CellFile(write(tmp_path / "a.h5ad", sp.csr_matrix((0, 5), dtype=np.float32)))
     (tmp_path / "cells.zarr").mkdir()
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match=r"a folder, neither an \.h5ad file nor a Zarr store: it is empty"):
         CellFile(tmp_path / "cells.zarr")
     (tmp_path / "cells.zarr" / "zarr.json").write_text("{}")
-    with pytest.raises(InputError, match=r"Zarr store: convert it with anndata\.read_zarr"):
+    with pytest.raises(InputError, match=r"is no Zarr store with cells: it has no obs, var; it has \(none\)"):
         CellFile(tmp_path / "cells.zarr")
 
 

@@ -1,4 +1,4 @@
-"""AnnData files (.h5ad, .h5) read in blocks of rows with bounded memory; the file is not trusted.
+"""Files of cells, in HDF5 or Zarr, read in blocks of rows with bounded memory; the file is not trusted.
 
 N cells, G genes. Every form on disk (CSR, CSC, dense; any real dtype; any layer) comes out as the same canonical rows:
 CSR, float32, int32 sorted column indices, no explicit zeros, no duplicates, finite.
@@ -9,32 +9,31 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from sest.errors import InputError, nearest, shown
-from sest.files.hdf5 import (
-    attribute,
-    bad,
-    child,
-    damage_is_bad_input,
-    open_hdf5,
-    other_format,
-    read_table,
-    table_length,
-)
+from sest.files.containers import foreign, open_container, part_of
 from sest.files.matrix import open_matrix
+from sest.files.nodes import Group, Node, attribute, bad, child, damage_is_bad_input, is_array
+from sest.files.remote import located
+from sest.files.tables import Table, table_in
 
 
 class CellFile:
-    """An open .h5ad: its tables and its expression values (of X, of one layer or of raw/X), read block by block.
+    """Cells of an open file: their tables and expression values (of X, of one layer or of raw/X), read block by block.
 
     The layer "raw" is raw/X with the genes of raw/var, unless a layer has that name.
 
-    Raises InputError, on opening or on reading, for what is not a sound AnnData file: not HDF5, damaged, links or
-    storage that lead outside the file, inconsistent shapes or indices, NaN, duplicate gene names, no cells.
+    Args:
+        path: AnnData as HDF5 (.h5ad) or Zarr (a folder, or a zip archive), or MuData; a path or a URL.
+        layer: what is read instead of X.
+        modality: the part of a MuData file; None: the only one.
+
+    Raises:
+        InputError: on opening or on reading, for what is not a sound file of cells: another format, damaged, links or
+            storage that lead outside the file, inconsistent shapes or indices, NaN, duplicate gene names, no cells.
     """
 
     path: Path
@@ -42,13 +41,15 @@ class CellFile:
     n_genes: int
     layers: tuple[str, ...]  # names of the layers the file has
     choices: tuple[str, ...]  # what can be read instead of X: the layers, and "raw" where the file has raw/X
+    root: Group  # where obs, var and X are
 
-    def __init__(self, path: Path, layer: str | None = None) -> None:
-        self.path = Path(path)
-        self._file = open_hdf5(self.path)
+    def __init__(self, path: Path | str, layer: str | None = None, modality: str | None = None) -> None:
+        self.path = located(path)
+        root, self._close = open_container(self.path)
         self._window: tuple[int, int, sp.csr_matrix] | None = None  # (first row, row after the last, canonical rows)
         try:
             with damage_is_bad_input(self.path):
+                self.root = part_of(root, self.path, modality)
                 self._check(layer)
         except BaseException:
             self.close()
@@ -63,19 +64,18 @@ class CellFile:
     def close(self) -> None:
         """Close the file and forget the rows in memory."""
         self._window = None
-        self._file.close()
+        self._close()
 
     @cached_property
-    def obs(self) -> pd.DataFrame:
-        """The cells' table (N rows); the index holds the original cell names, which may repeat."""
-        with damage_is_bad_input(self.path):
-            return read_table(self._table("obs"), self.n_cells)
+    def obs(self) -> Table:
+        """The cells' table (N rows), read a column at a time; the index holds the original names, which may repeat."""
+        return self._table("obs", self.root)
 
     @cached_property
     def var(self) -> pd.DataFrame:
         """The genes' table (G rows); the index holds the gene names, each once."""
         with damage_is_bad_input(self.path):
-            return read_table(self._genes, self.n_genes)
+            return self._table("var", self._genes_in).frame(lenient=True)
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Return cells [start, stop): (stop-start, G) CSR, float32, int32 sorted indices, no explicit zeros.
@@ -104,25 +104,28 @@ class CellFile:
         return pieces[0] if len(pieces) == 1 else sp.vstack(pieces, format="csr")
 
     def _check(self, layer: str | None) -> None:
-        if missing := [name for name in ("obs", "var") if name not in self._file]:
-            raise InputError(f"{self.path} is not an .h5ad file: it has no {shown(missing)}{other_format(self._file)}.")
-        layers = child(self._file, "layers") if "layers" in self._file else {}
-        if isinstance(layers, h5py.Dataset):
+        root = self.root
+        if missing := [name for name in ("obs", "var") if name not in root]:
+            raise foreign(root, self.path, missing)
+        layers = child(root, "layers") if "layers" in root else {}
+        if is_array(layers):
             raise bad(layers, "is not a group of layers")
         self.layers = tuple(layers)
-        raw = child(self._file, "raw") if "raw" in self._file else None
-        has_raw = isinstance(raw, h5py.Group) and {"X", "var"} <= set(raw)
-        self.choices = (*self.layers, *(["raw"] if has_raw and "raw" not in layers else []))
-        from_raw = layer == "raw" and layer not in layers and has_raw
-        self._genes = self._table("var", raw if from_raw else None)
-        tables = [(self._table("obs"), "cells"), (self._genes, "genes")]
+        raw = child(root, "raw") if "raw" in root else None
+        has_raw = raw is not None and not is_array(raw) and {"X", "var"} <= set(raw)
+        old_raw = {"raw.X", "raw.var"} <= set(root)  # AnnData before 0.7
+        self.choices = (*self.layers, *(["raw"] if (has_raw or old_raw) and "raw" not in layers else []))
+        self._raw = raw if has_raw else None
+        from_raw = layer == "raw" and "raw" in self.choices and layer not in layers
+        self._genes_in, self._var = (raw, "var") if from_raw and has_raw else (root, "raw.var" if from_raw else "var")
+        genes = self._table("var", self._genes_in)
         self._matrix = open_matrix(self._find(layer))
         self.n_cells, self.n_genes = self._matrix.shape
         if self.n_cells == 0 or self.n_genes == 0:
             raise InputError(f"{self.path} is empty: {self.n_cells} cells x {self.n_genes} genes.")
-        for (table, what), n in zip(tables, self._matrix.shape, strict=True):
-            if (length := table_length(table)) != n:
-                raise bad(table, f"has {length} {what}, but the values are of {n}")
+        for table, what, n in ((self.obs, "cells", self.n_cells), (genes, "genes", self.n_genes)):
+            if len(table) != n:
+                raise bad(table.node, f"has {len(table)} {what}, but the values are of {n}")
         twice = self.var.index[self.var.index.duplicated()].unique()
         if len(twice):
             raise InputError(
@@ -130,30 +133,27 @@ class CellFile:
                 "Sum or drop them, or rename them with adata.var_names_make_unique(), and save again."
             )
 
-    def _find(self, layer: str | None) -> h5py.Group | h5py.Dataset:
+    def _find(self, layer: str | None) -> Node:
         """X or the layer, as it lies in the file."""
+        root = self.root
         if layer in (None, "X"):
-            if "X" in self._file and attribute(child(self._file, "X"), "encoding-type") != "null":
-                return child(self._file, "X")
+            if "X" in root and attribute(child(root, "X"), "encoding-type") != "null":
+                return child(root, "X")
             instead = f" Pass --layer with one of its layers: {shown(self.layers)}." if self.layers else ""
             if not instead and "raw" in self.choices:
                 instead = " It only has raw/X: pass --layer raw."
             raise InputError(f"{self.path} has no X.{instead}")
         if layer == "raw" and "raw" in self.choices and layer not in self.layers:
-            return child(child(self._file, "raw"), "X")
+            return child(root, "raw.X") if self._raw is None else child(self._raw, "X")
         if layer not in self.layers:
             there = ("X", *self.choices)
             raise InputError(f"{self.path} has no layer {layer!r}. Layers: {shown(there)}.{nearest(str(layer), there)}")
-        return child(child(self._file, "layers"), str(layer))
+        return child(child(root, "layers"), str(layer))
 
-    def _table(self, name: str, group: h5py.Group | None = None) -> h5py.Group:
-        table = child(self._file if group is None else group, name)
-        if not isinstance(table, h5py.Group) or attribute(table, "encoding-type") != "dataframe":
-            raise InputError(
-                f"{self.path}: {name} is in a layout from before AnnData 0.7; "
-                "open it with anndata.read_h5ad and save it again with a recent anndata."
-            )
-        return table
+    def _table(self, name: str, group: Group) -> Table:
+        """obs, or the var of the values that are read."""
+        uns = child(self.root, "uns") if "uns" in self.root else None
+        return table_in(group, name if name == "obs" else self._var, uns)
 
     def _canonical(self, block: sp.csr_matrix, first: int) -> sp.csr_matrix:
         """Sort, check and clean rows that start at cell `first`; in place where possible."""
