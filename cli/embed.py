@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 STATE_KEY = "X_state"  # where `state emb transform` puts its embeddings
 GROUPS = {
     "What the cells are": (
-        "cells counts layer modality mixed_scales pert_col cell_type_col batch_col control labels gene_col"
+        "cells counts layer modality mixed_scales pert_col cell_type_col batch_col control labels gene_col "
+        "missing_genes"
     ),
     "The encoder and its embeddings": "weights max_tokens dim dtype seed",
     "Speed and memory": "batch_size precision device",
@@ -100,8 +101,7 @@ def embed(
         check_key(inputs[0], obsm_key)
         if not is_kept:
             folder = str(to_h5ad.with_name(f".{to_h5ad.name}.sest.zarr"))  # so that a stopped run can be continued
-            dim = config.dim or ("native" if encoder == "pca" else "state")
-            config = dataclasses.replace(config, dim=dim, dtype="float32")
+            config = _whole(config)
     with ConsoleProgress(f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""):
         plan = run(inputs, folder, config, data_roots=data_root, ranks=ranks, add=add, targets=is_kept, dry_run=dry_run)
         if to_h5ad is not None and not dry_run:
@@ -122,6 +122,14 @@ def _check_copied(inputs: list[Path], config: EmbedConfig, world_size: int) -> N
         raise InputError("--to-h5ad takes one .h5ad file as INPUT.")
     if config.modality is not None:
         raise InputError("--to-h5ad copies an .h5ad file, which has no --modality. Pass --cache.")
+
+
+def _whole(config: EmbedConfig) -> EmbedConfig:
+    """The same with all that the encoder gives, as `state emb transform` writes it, unless --dim says otherwise."""
+    from sest.encoder.choose import needs_weights
+
+    dim = config.dim or ("state" if needs_weights(config.encoder) else "native")
+    return dataclasses.replace(config, dim=dim, dtype="float32")
 
 
 def _show(plan: EmbedPlan, cache: str | None, to_h5ad: Path | None, obsm_key: str, dry_run: bool) -> None:

@@ -14,7 +14,9 @@ from sest.config import PredictConfig
 
 GROUPS = {
     "What to predict": "template list only n_cells cell_type perturbations genes",
-    "From which control cells": "cache controls all_controls encoder layer modality mixed_scales gene_col",
+    "From which control cells": (
+        "cache controls all_controls encoder layer modality mixed_scales gene_col missing_genes"
+    ),
     "What --template or --controls is": "pert_col cell_type_col control",
     "With what": "checkpoint device precision seed",
 }

@@ -44,10 +44,13 @@ def embed(
     """Embed every cell of the inputs once, into `cache`; the same call again continues where it stopped.
 
     Args:
-        inputs: .h5ad/.h5 files, one .toml in cell-load's form, or an AnnData in memory (its group is "cells").
+        inputs: files of cells, folders of them, URLs, one .toml in cell-load's form, or an AnnData in memory (its group
+            is "cells").
         cache: the folder to write, or a URL that fsspec knows.
-        encoder: an SE folder, a weights file, a Hugging Face repo id, or "pca", which needs no weights.
-        dim: stored width; "native", "state", or None: 512, or the native width where that is smaller.
+        encoder: an SE folder, a weights file, a Hugging Face repo id; or without weights "pca", "genes", or
+            "obsm:KEY" for embeddings that the files have.
+        dim: stored width; "native", "state", or None: 512 (genes: 2000), or the native width where
+            that is smaller.
         add: files that a finished cache does not have yet are added to it.
         **options: further fields of `sest.config.EmbedConfig`.
 
@@ -56,11 +59,14 @@ def embed(
         Interrupted: Ctrl-C; finished rows are saved.
     """
     from sest.embedding.embed import embed as run
+    from sest.encoder.choose import obsm_key
 
     config = EmbedConfig.from_values({"encoder": os.fspath(encoder), "dim": dim, **options}, WHERE)
     several = [inputs] if isinstance(inputs, str | os.PathLike | anndata.AnnData) else inputs
     with shown_in_notebooks(), ExitStack() as stack:
-        files = [stack.enter_context(file_of(cells, "cells", config.layer)) for cells in several]
+        files = [
+            stack.enter_context(file_of(cells, "cells", config.layer, obsm_key(config.encoder))) for cells in several
+        ]
         run(files, os.fspath(cache), config, add=add)
     return open_cache(os.fspath(cache))
 

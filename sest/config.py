@@ -43,6 +43,7 @@ LABELS = (
     "what labels are; auto: guides of controls are controls, A+ctrl is A, cells without a perturbation are left out"
 )
 LAYER = "layer to read instead of X; raw: raw/X"
+MISSING_GENES = "genes that new cells lack: not expressed, or the mean of the cells known"
 MODALITY = "part of a MuData file to read, such as rna; default: the only one"
 VALUES = "what the values are; auto: found out"
 ENCODER = "encoder"
@@ -184,15 +185,19 @@ def read_toml(path: Path) -> dict[str, Any]:
 class EmbedConfig(Config):
     """`sest embed`."""
 
-    encoder: str = option("", f"{ENCODER}: SE folder, file of weights, Hugging Face repo id, or 'pca' (no weights)")
+    encoder: str = option(
+        "",
+        f"{ENCODER}: SE folder, file of weights, Hugging Face repo id, or without weights: 'pca', 'genes' (log1p of "
+        "the most variable), 'obsm:KEY' (embeddings the files have)",
+    )
     weights: str | None = option(
         None, "which of several files of weights in the encoder's folder, by file name; default: the only one"
     )
     dim: int | str | None = option(
         None,
         "columns of a stored embedding: a number makes a PCA of the native embedding, native keeps all of it, state "
-        "adds 10 dataset columns to it, as `state emb transform`; default: 512, or the native width where that is "
-        "smaller",
+        "adds 10 dataset columns to it, as `state emb transform`; default: 512 (genes: 2000), or the native width "
+        "where that is smaller",
         choices=("native", "state"),
         least=1,
     )
@@ -207,6 +212,7 @@ class EmbedConfig(Config):
     cell_type_col: str | None = option(None, f"{CELL_TYPE_COL}; default: detected")
     batch_col: str | None = option(None, "obs column with the batch; default: detected")
     gene_col: str | None = option(None, f"{GENE_COL}; default: the index, or where that has no names, detected")
+    missing_genes: str = option("error", f"{MISSING_GENES}; with --add", choices=("error", "zero", "mean"))
     control: str | tuple[str, ...] | None = option(None, f"{CONTROL}; may be given several times; default: detected")
     batch_size: int = option(0, "cells a forward pass; 0: from the device's memory", least=0)
     device: str = option("auto", DEVICE)
@@ -318,6 +324,7 @@ class PredictConfig(Config):
     encoder: str | None = option(None, f"{ENCODER}: the run's, as SE folder or file of weights; with --controls")
     layer: str | None = option(None, f"{LAYER}; of --controls")
     modality: str | None = option(None, f"{MODALITY}; of --controls")
+    missing_genes: str = option("error", f"{MISSING_GENES}; with --controls", choices=("error", "zero", "mean"))
     mixed_scales: str = option("refuse", f"{MIXED}: --controls and the run's cells", choices=("refuse", "allow"))
     genes: str | None = option(None, f"{GENES}: those of the output, in its order; default: the run's")
     pert_col: str | None = option(None, f"{PERT_COL}; of --template or --controls; default: the run's, or detected")

@@ -209,7 +209,8 @@ def _write_cells(path: Path, cell_type: str, seed: int) -> None:
         index=[f"{path.stem}-{i}" for i in range(len(labels))],
     )
     path.parent.mkdir(exist_ok=True)
-    ad.AnnData(scipy.sparse.csr_matrix(values), obs=obs, var=pd.DataFrame(index=GENES)).write_h5ad(path)
+    obsm = {"X_scVI": values[:, :DIM].astype(np.float32)}
+    ad.AnnData(scipy.sparse.csr_matrix(values), obs=obs, var=pd.DataFrame(index=GENES), obsm=obsm).write_h5ad(path)
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,11 @@ def embed(
         InputError, CacheError: bad input; nothing was written, or everything finished before is kept.
         Interrupted: after SIGINT or SIGTERM; finished rows are saved.
     """
+    if config.missing_genes != "error" and not add:
+        raise InputError(
+            "Files that are embedded together use the genes that all of them have. --missing-genes is for files that "
+            "join a cache with --add; leave it out."
+        )
     sources, splits = resolve_inputs(inputs, data_roots)
     storage = storage_at(cache)
     refuse_foreign(storage)  # all that can be refused before the inputs are read, which can take an hour

@@ -23,14 +23,14 @@ from sest.cells.splits import assign_splits
 from sest.config import EmbedConfig, TrainConfig
 from sest.encoder.align import hash_names, name_genes_as
 from sest.encoder.base import CellEncoder
-from sest.encoder.choose import make_encoder
-from sest.encoder.pca import PCA, PCA_TARGET_SUM, PcaEncoder
+from sest.encoder.choose import FITTED, make_encoder
+from sest.encoder.genes import TARGET_SUM, GenesEncoder
+from sest.encoder.pca import PCA
 from sest.encoder.projection import Projection
 from sest.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DIM = 512
 SAMPLE_CELLS = 16_384  # at most, for the PCA
 FIDELITY_CELLS = 64  # on which an approximate encoder is compared with the exact one
 
@@ -70,18 +70,18 @@ def plan_cache(cells: list[Cells], splits: SplitFile | None, config: EmbedConfig
     dim, projected = _width(config.dim, encoder, n_sample)
     sample = _draw(eligible, n_sample, config.seed) if projected else _no_sample(cells)
     if projected and splits is not None:
-        logger.info(f"The PCA is fitted on training cells of {splits.path.name} only.")
+        what = "genes are chosen" if encoder.projection == "genes" else "PCA is fitted"
+        logger.info(f"The {what} on training cells of {splits.path.name} only.")
     encoder.prepare(cells, sample, _number(config.dim), dim)
     dim = encoder.fitted.basis.shape[1] if encoder.fitted else dim
     if config.dim in (None, "native"):
-        logger.info(
-            f"Stored width: {dim}" + (f" (PCA of {encoder.native_dim})." if projected else " (the native width).")
-        )
+        of = {"pca": f"PCA of {encoder.native_dim}", "genes": "the most variable genes"}[encoder.projection]
+        logger.info(f"Stored width: {dim} ({of if projected else 'the native width'}).")
     sample_hash = hashlib.sha256(b"".join(rows.astype(np.int64).tobytes() for rows in sample)).hexdigest()
     attributes = {
         **_attributes(cells, encoder, config),
         "dim": dim,
-        "projection": "pca" if projected else ("state" if config.dim == "state" else "none"),
+        "projection": encoder.projection if projected else ("state" if config.dim == "state" else "none"),
         "projection_sample_sha256": sample_hash if projected else None,
     }
     return EmbedPlan(cells, encoder, dim, projected, sample, selected, attributes)
@@ -100,12 +100,12 @@ def plan_addition(
     """
     _compare_scales(cells, config)
     stored = None
-    if existing.get("projection") == "pca":
+    if existing.get("projection") in FITTED:
         if f"{schema.PROJECTION}/{schema.ROOT}" not in storage.sizes():
             raise InputError(f"{storage} is unfinished. Run the command that began it before adding files.")
         stored = stored_projection(storage)
-    if config.encoder == PCA and stored is not None:
-        encoder: CellEncoder = _pca_of_cache(cells, stored, storage, existing["encoder_sha256"], config.gene_col)
+    if config.encoder in FITTED and stored is not None:
+        encoder: CellEncoder = _fitted_of_cache(cells, stored, storage, existing["encoder_sha256"], config)
     else:
         encoder = make_encoder(config, cells)
     attributes = {
@@ -114,7 +114,7 @@ def plan_addition(
         "projection": "state" if config.dim == "state" else existing["projection"],
         "projection_sample_sha256": existing["projection_sample_sha256"],
     }
-    if stored is not None:
+    if stored is not None and encoder.projection == "pca":
         logger.info("The new cells are projected with the PCA of the cache, which they had no part in.")
     selected = _selected(cells, config.cells)
     return EmbedPlan(cells, encoder, existing["dim"], stored is not None, _no_sample(cells), selected, attributes)
@@ -128,7 +128,7 @@ def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:
     """
     logged = {c.source.path.name: c.normalisation for c in cells if c.normalisation is not None}
     counts = [c.source.path.name for c in cells if c.scale == "counts"]
-    differing = differing_scales(logged, PCA_TARGET_SUM if config.encoder == PCA else None, counts)
+    differing = differing_scales(logged, TARGET_SUM if config.encoder in FITTED else None, counts)
     if not differing and (later := differing_scales(logged, float(TrainConfig().target_sum), counts)):
         logger.warning(f"Training will not take these files together at its usual --target-sum: {later}.")
     if differing and config.mixed_scales == "allow":
@@ -140,16 +140,25 @@ def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:
         )
 
 
-def _pca_of_cache(
-    cells: list[Cells], projection: Projection, storage: Storage, sha256: str, gene_col: str | None
-) -> PcaEncoder:
-    """The pca encoder that a cache was made with, whose hash is `sha256`: of all the genes it chose its own from."""
-    genes = [str(name) for name in dict(open_group(storage, schema.PROJECTION).attrs)["genes"]]  # type: ignore[union-attr]
+def _fitted_of_cache(
+    cells: list[Cells], projection: Projection, storage: Storage, sha256: str, config: EmbedConfig
+) -> GenesEncoder:
+    """The pca or genes encoder that a cache was made with, whose hash is `sha256`: of all the genes it chose from."""
+    kept: dict[str, Any] = dict(open_group(storage, schema.PROJECTION).attrs)
+    genes = [str(name) for name in kept["genes"]]
     names = name_genes_as(
-        cells, genes, f"the PCA of {storage}", gene_col, " Make a cache of all files together instead."
+        cells,
+        genes,
+        f"the {'PCA' if config.encoder == PCA else 'embedding'} of {storage}",
+        config.gene_col,
+        advice=" Make a cache of all files together instead.",
+        missing_genes=config.missing_genes,
     )
-    encoder = PcaEncoder.from_projection(genes, projection, names)
+    means = np.array(kept["means"]) if "means" in kept else None
+    encoder = FITTED[config.encoder].from_projection(genes, projection, names, means)
     encoder.sha256 = sha256
+    if config.missing_genes != "error":
+        encoder.fill_missing(config.missing_genes)
     return encoder
 
 
@@ -168,8 +177,15 @@ def _attributes(cells: list[Cells], encoder: CellEncoder, config: EmbedConfig) -
         "cells": config.cells,
         "seed": config.seed,
         "groups": [c.group for c in cells],
-        "inputs": {c.group: {**c.identity(), "genes_sha256": hash_names(encoder.gene_names(c))} for c in cells},
-        "licence": schema.LICENCE_NOTE if encoder.name != PCA else None,
+        "inputs": {
+            c.group: {
+                **c.identity(),
+                "genes_sha256": hash_names(encoder.gene_names(c)),
+                **encoder.input_identity(c),
+            }
+            for c in cells
+        },
+        "licence": encoder.licence,
     }
 
 
@@ -211,13 +227,13 @@ def _width(asked: int | str | None, encoder: CellEncoder, n_sample: int) -> tupl
             raise InputError(f"--dim state is what an SE encoder gives; '{encoder.name}' has no dataset columns.")
         return native + encoder.n_extra, False
     number = _number(asked)
-    dim = number or (native if asked == "native" else min(DEFAULT_DIM, native))
+    dim = number or (native if asked == "native" else min(encoder.default_dim, native))
     if number is None and encoder.always_projected:
         return dim, True  # or its rank, where that is smaller
     if dim > native:
         raise InputError(f"--dim {dim} is above the native width {native} of '{encoder.name}'. Use {native} or less.")
     projected = dim < native or encoder.always_projected
-    if projected and dim > n_sample - 1:
+    if projected and encoder.projection == "pca" and dim > n_sample - 1:
         raise InputError(
             f"A PCA to {dim} dimensions needs more than {dim} cells; there are {n_sample}. "
             f"Pass --dim native, or --dim {max(1, n_sample - 1)} or less."

@@ -12,6 +12,8 @@ from sest.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
 
+GO_ON = " Pass --missing-genes zero or mean to go on without them."
+
 
 def name_genes(cells: Sequence[Cells], gene_col: str | None) -> dict[str, list[str]]:
     """Group -> the names of its file's genes, so that the same gene has the same name in all files.
@@ -33,12 +35,19 @@ def name_genes(cells: Sequence[Cells], gene_col: str | None) -> dict[str, list[s
 
 
 def name_genes_as(
-    cells: Sequence[Cells], known: Sequence[str], whose: str, gene_col: str | None, advice: str = ""
+    cells: Sequence[Cells],
+    known: Sequence[str],
+    whose: str,
+    gene_col: str | None,
+    *,
+    advice: str = "",
+    missing_genes: str = "error",
 ) -> dict[str, list[str]]:
     """As `name_genes`, for files whose genes are to be found among the `known` ones of an earlier file.
 
     Args:
         whose: genes `known` are; for messages, as is `advice`.
+        missing_genes: "error", or what genes are taken for that a file lacks (at most half of them), which is said.
 
     Raises:
         InputError: they are not, or these are numbers, which say nothing of another file.
@@ -51,10 +60,16 @@ def name_genes_as(
         result[c.group] = named(c, names)
         there = set(result[c.group])
         if missing := [name for name in known if name not in there]:
+            lacks = f"lacks {len(missing):,} of the {len(known):,} genes of {whose}: {shown(missing)}."
+            few = len(missing) <= len(known) / 2  # of more, no rule makes the same cells
+            if missing_genes != "error" and few:
+                taken = "not expressed" if missing_genes == "zero" else "the mean of the cells there"
+                logger.warning(f"{c.source.path.name} {lacks} They are taken for {taken}, as asked.")
+                continue
             tried = shown((INDEX, *map(str, c.file.var.columns)))
             raise InputError(
-                f"{c.file.path} lacks {len(missing):,} of the {len(known):,} genes of {whose}: {shown(missing)}."
-                f"{advice} Its genes are {shown(names.names[:3])}; tried: {tried}."
+                f"{c.file.path} {lacks}{advice}{GO_ON if few else ''} "
+                f"Its genes are {shown(names.names[:3])}; tried: {tried}."
             )
     return result
 
@@ -71,7 +86,7 @@ def common_genes(cells: Sequence[Cells], names: Mapping[str, Sequence[str]]) -> 
     if not genes:
         raise InputError(f"The files have no gene in common: {shown(map(_examples, cells))}.")
     if len(genes) < max(c.file.n_genes for c in cells):
-        logger.info(f"The PCA uses the {len(genes):,} genes that all files have.")
+        logger.info(f"{len(genes):,} genes are in all files, and used.")
     return genes
 
 

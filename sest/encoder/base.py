@@ -1,4 +1,4 @@
-"""What `sest embed` asks of an encoder; sest.encoder.state and sest.encoder.pca have one each."""
+"""What `sest embed` asks of an encoder; state, pca, genes and obsm have one each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import scipy.sparse
 from sest.cells.inputs import Cells
 from sest.encoder.projection import Projection
 
+DEFAULT_DIM = 512  # columns of a stored embedding
+
 
 class CellEncoder(Protocol):
     """What `sest.embedding.embed` needs of an encoder. B cells, D = native_dim."""
@@ -20,9 +22,13 @@ class CellEncoder(Protocol):
     precision: str
     native_dim: int
     n_extra: int  # columns after the native ones (SE: 10 dataset columns)
+    projection: str  # what stands between it and the cache where it is projected: "pca", or "genes" (a choice)
+    default_dim: int  # columns that are stored unless --dim says otherwise
     always_projected: bool
     fitted: Projection | None  # set by `prepare` where fitting needs no encoding
     max_tokens: int | None  # where sentences are cut to fewer tokens than the encoder was trained with
+
+    licence: str | None  # of the embeddings, one line
 
     def prepare(self, cells: Sequence[Cells], sample: Sequence[np.ndarray], dim: int | None, at_most: int) -> None:
         """Fit on the sampled rows of every file, where the encoder is fitted and not loaded."""
@@ -47,6 +53,9 @@ class CellEncoder(Protocol):
 
     def projection_attributes(self) -> dict[str, Any]:
         """What must be kept with the projection to encode new cells."""
+
+    def input_identity(self, cells: Cells) -> dict[str, Any]:
+        """What else of a file must be the same for a cache to be continued with it."""
 
     def batch_size(self, asked: int) -> int:
         """Cells a forward pass; `asked` unless it is 0."""

@@ -11,9 +11,11 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from sest.cache.schema import LICENCE_NOTE
 from sest.cells.genes import GeneMatch, match_genes
 from sest.cells.inputs import Cells, unique_names
 from sest.encoder.align import hash_names
+from sest.encoder.base import DEFAULT_DIM
 from sest.encoder.projection import Projection
 from sest.errors import InputError
 from sest.machine.devices import DTYPES
@@ -33,7 +35,10 @@ class SeEncoder:
         InputError: a file whose genes the model does not know, or cannot tell apart.
     """
 
+    projection = "pca"
+    default_dim = DEFAULT_DIM
     always_projected = False
+    licence: str | None = LICENCE_NOTE
     n_extra = N_DATASET_COLUMNS
     fitted: Projection | None = None
 
@@ -111,6 +116,9 @@ class SeEncoder:
         return hash_names(self._model.genes)
 
     def projection_attributes(self) -> dict[str, Any]:
+        return {}
+
+    def input_identity(self, cells: Cells) -> dict[str, Any]:
         return {}
 
     def batch_size(self, asked: int) -> int:

@@ -17,6 +17,7 @@ from sest.errors import InputError, nearest, shown
 from sest.files.containers import foreign, open_container, part_of
 from sest.files.matrix import open_matrix
 from sest.files.nodes import Group, Node, attribute, bad, child, damage_is_bad_input, is_array
+from sest.files.obsm import Embedding
 from sest.files.remote import located
 from sest.files.tables import Table, table_in
 
@@ -76,6 +77,16 @@ class CellFile:
         """The genes' table (G rows); the index holds the gene names, each once."""
         with damage_is_bad_input(self.path):
             return self._table("var", self._genes_in).frame(lenient=True)
+
+    def embedding(self, key: str) -> Embedding:
+        """The entry `key` of obsm. Raises InputError: there is none, or it is no embedding."""
+        with damage_is_bad_input(self.path):
+            obsm = child(self.root, "obsm") if "obsm" in self.root else {}
+            if is_array(obsm):
+                raise bad(obsm, "is not a group; save the file again with a recent anndata")
+            if key not in obsm:
+                raise InputError(f"{self.path} has no obsm {key!r}. There are: {shown(obsm)}.{nearest(key, obsm)}")
+            return Embedding(child(obsm, key), self.n_cells)
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Return cells [start, stop): (stop-start, G) CSR, float32, int32 sorted indices, no explicit zeros.

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | None) -> Iterator[Path]:
+def file_of(
+    cells: str | os.PathLike[str] | AnnData, name: str, layer: str | None, obsm: str | None = None
+) -> Iterator[Path]:
     """The file of cells; those in memory are written to a temporary one, with no more than is read of it.
 
     Args:
         cells: a path, which is given back, or an AnnData, which stays as it is.
         name: of the temporary file, without its ending; errors call the cells so.
+        obsm: the entry of obsm that is read.
         layer: the layer that is read beside X; "raw" is the raw of the cells, unless a layer has that name.
 
     Raises:
@@ -35,6 +38,8 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
 
     if not isinstance(cells, AnnData):
         raise InputError(f"The {name} cells are of type {type(cells).__name__}; pass a path or an AnnData.")
+    if obsm is not None and obsm not in cells.obsm:
+        raise InputError(f"The {name} cells have no obsm {obsm!r}. There are: {shown(cells.obsm)}.")
     from_raw = layer == "raw" and layer not in cells.layers and cells.raw is not None
     if layer is not None and layer not in cells.layers and not from_raw:
         raise InputError(f"The {name} cells have no layer {layer!r}. There are: {shown(cells.layers)}.")
@@ -45,6 +50,7 @@ def file_of(cells: str | os.PathLike[str] | AnnData, name: str, layer: str | Non
         obs=cells.obs.copy(),  # writing makes categories of text
         var=cells.var.copy(),
         layers={} if layer is None or from_raw else {layer: cells.layers[layer]},
+        obsm={} if obsm is None else {obsm: cells.obsm[obsm]},
         uns={"sest": cells.uns["sest"]} if "sest" in cells.uns else {},
     )
     if from_raw:

@@ -26,8 +26,9 @@ from sest.data.dataset import Dataset
 from sest.data.targets import normalisations
 from sest.encoder.align import name_genes_as
 from sest.encoder.base import CellEncoder
-from sest.encoder.choose import make_encoder
-from sest.encoder.pca import PCA, PcaEncoder
+from sest.encoder.choose import FITTED, make_encoder, needs_weights, obsm_key
+from sest.encoder.obsm import ObsmEncoder
+from sest.encoder.pca import PCA
 from sest.encoder.projection import Projection
 from sest.errors import InputError, nearest, shown
 from sest.files.cell_file import CellFile
@@ -143,7 +144,7 @@ def _check_encoder(config: PredictConfig, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} does not say which encoder it was trained with. "
             "Embed the cells with `sest embed` and pass the cache with --cache."
         )
-    if made["name"] != PCA and config.encoder is None:
+    if needs_weights(made["name"]) and config.encoder is None:
         raise InputError(f"The run was made with the encoder {made['name']}. Pass --encoder with its folder.")
 
 
@@ -175,13 +176,14 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
         columns = _columns(file, checkpoint, config)
         columns["labels"] = columns.pop("rule")
     embed_config = EmbedConfig(
-        encoder=PCA if made["name"] == PCA else str(config.encoder),
+        encoder=str(config.encoder) if needs_weights(made["name"]) else made["name"],
         layer=config.layer,
         modality=config.modality,
         device=config.device,
         max_tokens=made.get("max_tokens"),
         seed=made["seed"],
         gene_col=config.gene_col,
+        missing_genes=config.missing_genes,
         **columns,
     )
     embed_config = with_local_encoder(embed_config)
@@ -199,8 +201,10 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
         projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
         encoder = _encoder(cells, embed_config, made, projection, data.targets.genes)
         names = encoder.gene_names(cells)
-        _need_genes(path, names, data.targets.genes, "the run")
-        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, data)
+        if config.missing_genes == "error":
+            _need_genes(path, names, data.targets.genes, "the run")
+        fill = _fill(config.missing_genes, data)
+        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, fill, data)
 
 
 def _compare_scales(cells: Cells, data: Dataset, mixed_scales: str) -> None:
@@ -228,16 +232,43 @@ def _encoder(
 
     `genes` of the run are found in the file by name; those of its PCA are among them, or are more.
     """
-    if made["name"] == PCA:
+    if made["name"] in FITTED:
         assert projection is not None
         known = list(dict.fromkeys((*made["genes"], *genes)))
-        whose = "the run's PCA" if len(known) == len(made["genes"]) else "the run"
-        names = name_genes_as([cells], known, whose, config.gene_col)
-        return PcaEncoder.from_projection(list(made["genes"]), projection, names)
+        whose = "the run's PCA" if made["name"] == PCA and len(known) == len(made["genes"]) else "the run"
+        names = name_genes_as([cells], known, whose, config.gene_col, missing_genes=config.missing_genes)
+        means = np.array(made["gene_means"]) if "gene_means" in made else None
+        fitted = FITTED[made["name"]].from_projection(list(made["genes"]), projection, names, means)
+        if config.missing_genes != "error":
+            fitted.fill_missing(config.missing_genes)
+        return fitted
+    if key := obsm_key(made["name"]):
+        names = name_genes_as([cells], genes, "the run", config.gene_col, missing_genes=config.missing_genes)
+        encoder: CellEncoder = ObsmEncoder(key, [cells], names)
+        if encoder.native_dim != made["native_dim"]:
+            raise InputError(
+                f"obsm {key!r} of {cells.file.path} is {encoder.native_dim} wide; the run's cells have "
+                f"{made['native_dim']}. Embed the new cells with the model that made theirs."
+            )
+        logger.info("That the model of the run's cells made these embeddings cannot be checked.")
+        return encoder
     encoder = make_encoder(config, [cells])
     if encoder.sha256 != made["sha256"]:
         raise InputError(f"{config.encoder} is not the encoder the run was made with ({made['name']}).")
     return encoder
+
+
+def _fill(rule: str, data: Dataset) -> np.ndarray | None:
+    """(G,) log1p values for genes of the run that a file lacks: 0, or the mean of the run's controls; None: refused."""
+    if rule == "error":
+        return None
+    if rule == "zero":
+        return np.zeros(len(data.targets.genes), np.float32)
+    rows = np.flatnonzero(data.labels.is_control)
+    total = np.zeros(len(data.targets.genes))
+    for start in range(0, len(rows), 8192):
+        total += np.asarray(data.targets.log1p(rows[start : start + 8192]).sum(0), np.float64).ravel()
+    return (total / len(rows)).astype(np.float32)
 
 
 def _need_genes(path: Path, names: Sequence[str], genes: Sequence[str], whose: str) -> None:
@@ -253,12 +284,16 @@ def _embed(
     encoder: CellEncoder,
     projection: Projection | None,
     names: Sequence[str],
+    fill: np.ndarray | None,
     data: Dataset,
 ) -> dict[str, Pool]:
-    """Embeddings and log1p values of a file's controls `rows`; `names` are its genes as the encoder names them."""
+    """Embeddings and log1p values of a file's controls `rows`; `names` are its genes as the encoder names them.
+
+    `fill` (G,) has the values of genes that the file lacks.
+    """
     size = encoder.batch_size(0)
     place = {name: i for i, name in enumerate(names)}
-    columns = np.array([place[name] for name in data.targets.genes])
+    columns = np.array([place.get(name, -1) for name in data.targets.genes])
     embeddings, expression = [], []
     progress.begin("Embedding controls", len(rows), "cells")
     for start in range(0, len(rows), size):
@@ -271,7 +306,7 @@ def _embed(
         factor = np.zeros(len(part), np.float32)
         if cells.scale == "counts":  # totals over all genes of the file, as in a cache
             factor = factors_to(data.targets.target_sum, total_counts(block)).astype(np.float32)
-        expression.append(log1p_rows(block[:, columns], factor))
+        expression.append(_filled(log1p_rows(block[:, columns[columns >= 0]], factor), columns, fill))
         progress.advance(len(part))
     embedded, values = np.concatenate(embeddings), _cut(scipy.sparse.vstack(expression, format="csr"))
     obs = cells.obs.iloc[rows]
@@ -288,6 +323,15 @@ def _embed(
             files=np.zeros(len(mine), np.int64),
         )
     return pools
+
+
+def _filled(rows: scipy.sparse.csr_matrix, columns: np.ndarray, fill: np.ndarray | None) -> scipy.sparse.csr_matrix:
+    """(n, genes the file has) -> (n, G) CSR; `columns` (G,) is -1 where the file has no such gene."""
+    if fill is None or (columns >= 0).all():
+        return rows
+    whole = np.tile(np.where(columns < 0, fill, 0), (rows.shape[0], 1)).astype(np.float32)
+    whole[:, columns >= 0] = rows.toarray()
+    return scipy.sparse.csr_matrix(whole)
 
 
 def _cut(values: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:

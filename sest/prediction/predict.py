@@ -100,6 +100,8 @@ def predict(
         raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
     if config.all_controls and not config.controls:
         raise InputError("--all-controls says that all cells of --controls are unperturbed. Pass --controls too.")
+    if config.missing_genes != "error" and not config.controls:
+        raise InputError("--missing-genes is for genes that new cells lack. Pass --controls too.")
     planned = planned_pools(config, checkpoint) if config.controls else None
     data = _read(cache, train_config, checkpoint, out)
     genes, places = _genes(config.genes, data.targets.genes)
@@ -110,7 +112,7 @@ def predict(
     if planned is not None:  # all that can be refused was, before the embedding
         pools = new_pools(config, checkpoint, data)
         requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
-    uns = {"sest": provenance(checkpoint, data, columns)}
+    uns = {"sest": provenance(checkpoint, data, columns, config.missing_genes)}
     if saw_the_same_split(checkpoint, data):  # baselines must not see other cells
         uns["sest"] |= baselines(requests, config.seed, data, vectors, places)
     else:

@@ -41,8 +41,8 @@ def is_source(path: Path, cache: Cache) -> bool:
         return False
 
 
-def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns) -> dict[str, Any]:
-    """Columns, scale, and where the cells come from."""
+def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns, missing_genes: str) -> dict[str, Any]:
+    """Columns, scale, and where the cells come from; `missing_genes`: how those of new controls were filled."""
     state, scale = checkpoint.state, data.targets.scale
     is_log1p = scale == "log1p"
     if scale == "mixed" and compare_scales(data.cache, data.targets.target_sum) is None:
@@ -60,6 +60,7 @@ def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns) -> dict[
             "cache_sha256": data.cache.sha256,
             "encoder": state["encoder"]["name"],
             "licence": state["encoder"]["licence"] or "",
+            **({} if missing_genes == "error" else {"missing_genes": missing_genes}),
         },
     }
 

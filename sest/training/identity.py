@@ -39,11 +39,18 @@ def identity_of(data: Dataset, config: TrainConfig, precision: str) -> dict[str,
             "seed": cache["seed"],
             "genes": data.cache.projection_attributes.get("genes") if data.cache.projection else None,
             "licence": cache["licence"],
+            **_means(data),
         },
         "scale": data.targets.scale,
         "target_sum": data.targets.target_sum,
         "columns": next(iter(data.cache.groups.values())).attributes["columns"],
     }
+
+
+def _means(data: Dataset) -> dict[str, Any]:
+    """Means of the genes that are the embedding (`--encoder genes`), for new cells that lack some."""
+    means = data.cache.projection_attributes.get("means") if data.cache.projection else None
+    return {} if means is None else {"gene_means": means}
 
 
 def _one_hot(features: Features) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from helpers.se_model import write_se
 from sest.config import EmbedConfig
 from sest.embedding.embed import embed
 from sest.embedding.plan import EmbedPlan, group_plan, measure_fidelity
+from sest.encoder.pca import PcaEncoder
+from sest.encoder.state import SeEncoder
 from sest.errors import InputError
 from sest.progress import reporting
 
@@ -50,7 +52,8 @@ def test_width_is_512_or_what_is_there_and_said(
         ("pca", 6, None, "Stored width: 6 (PCA of 30)."),
         ("pca", 6, "native", "Stored width: 30 (PCA of 30)."),
     ):
-        monkeypatch.setattr(sest.embedding.plan, "DEFAULT_DIM", default)
+        for kind in (SeEncoder, PcaEncoder):
+            monkeypatch.setattr(kind, "default_dim", default)
         notes = Notes()
         with reporting(notes):
             plan = planned([cells], tmp_path / "s.zarr", encoder, dim=dim)

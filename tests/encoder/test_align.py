@@ -30,7 +30,7 @@ def test_genes_that_not_all_files_have_are_left_out_and_said(tmp_path: Path, ope
     with reporting(notes):
         assert shared(cells[:2]) == [f"G{i}" for i in range(10, 30)]
         assert shared(cells[:1]) == gene_names(30)
-    assert notes.notes == ["The PCA uses the 20 genes that all files have."]
+    assert notes.notes == ["20 genes are in all files, and used."]
     with pytest.raises(InputError, match=r"no gene in common: a.h5ad has G0, G1, G2.* c.h5ad has "):
         shared([cells[0], cells[2]])
 
@@ -79,7 +79,9 @@ def test_new_files_have_the_genes_of_a_stored_pca_by_name(tmp_path: Path, opened
     cells = opened(write_cells(tmp_path / "a.h5ad", counts(), var=var))
     for known in (gene_names(30)[5:], ids):
         assert name_genes_as(cells, known, "the PCA", None)["a"][-1] == known[-1]
-    with pytest.raises(InputError, match=r"lacks 1 of the 2 genes of the PCA: X. Its genes are G0, G1, G2; tried"):
+    with pytest.raises(
+        InputError, match=r"lacks 1 of the 2 genes of the PCA: X. Pass --missing-genes zero or mean .* Its genes are G0, G1, G2; tried"
+    ):
         name_genes_as(cells, ["G1", "X"], "the PCA", None)
     rows = opened(write_cells(tmp_path / "b.h5ad", counts(), var=pd.DataFrame(index=[str(i) for i in range(30)])))
     with pytest.raises(InputError, match="does not name its genes"):

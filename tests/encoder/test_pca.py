@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import sest.encoder.genes
 import sest.encoder.pca
 from helpers.fitted_pca import fitted
 from helpers.h5ad_files import counts, gene_names, write_cells
@@ -65,7 +66,7 @@ def test_the_most_variable_genes_are_kept_where_there_are_too_many(
     tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sest.encoder.pca, "PCA_GENES", 12)
-    monkeypatch.setattr(sest.encoder.pca, "ROWS_PER_BLOCK", 7)  # variances add up over blocks
+    monkeypatch.setattr(sest.encoder.genes, "ROWS_PER_BLOCK", 7)  # variances add up over blocks
     values = normalised(counts()).astype(np.float32)
     cells = opened(write_cells(tmp_path / "a.h5ad", values))
     assert PcaEncoder(gene_names(30)).native_dim == 12

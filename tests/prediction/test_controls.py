@@ -253,3 +253,68 @@ def test_the_case_of_cells_without_labels(shared_cases: Path, tmp_path: Path) ->
     (path,) = (cells / "13-new-cells").glob("n_nolabels.h5ad")
     config = PredictConfig(controls=str(path), all_controls=True, only="GENE0", n_cells=4)
     assert predict(run, tmp_path / "o.h5ad", config).n_predicted >= 4
+
+
+# --- embeddings the files have, genes, and genes that new cells lack
+
+
+@pytest.fixture(scope="module", params=["obsm:X_mine", "genes"])
+def other_run(request: pytest.FixtureRequest, real: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells with an embedding of 6 columns, a cache of that or of 50 genes, and a run of one step."""
+    folder = tmp_path_factory.mktemp("other")
+    cells = real.copy()
+    cells.obsm["X_mine"] = np.random.default_rng(0).normal(size=(real.n_obs, 6)).astype(np.float32)
+    cells.write_h5ad(folder / "screen.h5ad")
+    dim = 50 if request.param == "genes" else None
+    embed([folder / "screen.h5ad"], folder / "cache.zarr", EmbedConfig(encoder=request.param, dim=dim))
+    train(folder / "cache.zarr", folder / "run", TrainConfig(**SMALL))
+    return folder
+
+
+def test_new_cells_get_the_embeddings_of_the_cache_with_obsm_and_genes(other_run: Path, tmp_path: Path) -> None:
+    cells = ad.read_h5ad(other_run / "screen.h5ad")
+    order = np.random.default_rng(0).permutation(cells.n_vars)
+    cells[:, order].write_h5ad(tmp_path / "new.h5ad")
+    assert_same_cells(*controls_of(other_run / "run", controls=str(tmp_path / "new.h5ad")))
+
+
+def test_new_cells_need_the_same_key_and_width(other_run: Path, tmp_path: Path) -> None:
+    if "obsm" not in open_checkpoint(other_run / "run" / "best").state["encoder"]["name"]:
+        pytest.skip("of obsm only")
+    cells = ad.read_h5ad(other_run / "screen.h5ad")
+    cells.obsm["X_mine"] = cells.obsm["X_mine"][:, :5]
+    cells.write_h5ad(tmp_path / "narrow.h5ad")
+    with pytest.raises(InputError, match="is 5 wide; the run's cells have 6"):
+        controls_of(other_run / "run", controls=str(tmp_path / "narrow.h5ad"))
+    del cells.obsm["X_mine"]
+    cells.write_h5ad(tmp_path / "without.h5ad")
+    with pytest.raises(InputError, match=r"no obsm 'X_mine'\. There are: \(none\)"):
+        controls_of(other_run / "run", controls=str(tmp_path / "without.h5ad"))
+
+
+@pytest.mark.parametrize("rule", ["zero", "mean"])
+def test_genes_that_new_cells_lack_are_taken_for_what_was_asked(
+    other_run: Path, tmp_path: Path, rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells, few = ad.read_h5ad(other_run / "screen.h5ad"), tmp_path / "few.h5ad"
+    cells[:, 7:].write_h5ad(few)
+    with pytest.raises(InputError, match=r"lacks 7 of the 300 genes of the run: .*--missing-genes zero or mean"):
+        controls_of(other_run / "run", controls=str(few))
+    stored, new = controls_of(other_run / "run", controls=str(few), missing_genes=rule)
+    assert "few.h5ad lacks 7 of the 300 genes of the run" in caplog.text
+    whole = sp.vstack([pool.expression for pool in stored.values()]).toarray()
+    expected = np.zeros(7) if rule == "zero" else whole[:, :7].mean(0)
+    for pool in new.values():
+        np.testing.assert_allclose(pool.expression.toarray()[:, :7], np.tile(expected, (len(pool), 1)), rtol=1e-5)
+        assert pool.expression.shape[1] == 300
+
+
+def test_the_rule_for_missing_genes_is_kept_in_the_prediction(other_run: Path, tmp_path: Path) -> None:
+    cells, few = ad.read_h5ad(other_run / "screen.h5ad"), tmp_path / "few.h5ad"
+    cells[:, 7:].write_h5ad(few)
+    name = next(name for name in cells.obs["target_gene"].unique() if name != CONTROL)
+    asked: dict[str, Any] = {"only": name, "cell_type": "beta", "n_cells": 5, "missing_genes": "mean"}
+    predict(other_run / "run", tmp_path / "p.h5ad", PredictConfig(controls=str(few), **asked))
+    assert ad.read_h5ad(tmp_path / "p.h5ad").uns["sest"]["provenance"]["missing_genes"] == "mean"
+    with pytest.raises(InputError, match="Pass --controls too"):
+        predict(other_run / "run", tmp_path / "q.h5ad", PredictConfig(**asked))
