@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from sest.cli import console
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import EvaluateConfig
+from sest.evaluation.ceiling import Ceiling
 from sest.outputs import check_output
 
 GROUPS = {
@@ -45,7 +47,28 @@ def evaluate(
     for note in evaluation.notes:
         console.say(note)
     show_summary(evaluation.summary, f"{predicted.name} against {real.name}")
+    show_ceilings(evaluation.ceilings)
     console.say(f"Written: {out / 'results.csv'}, {out / 'summary.json'}")
+
+
+def show_ceilings(ceilings: Sequence[Ceiling]) -> None:
+    """What halves of the real cells show of each other: no prediction can do better."""
+    rows = [
+        [
+            c.cell_type,
+            f"{c.n_perturbations:,}",
+            f"{c.n_cells:,}",
+            f"{c.n_controls:,}",
+            f"{c.pearson_delta:.2f} ± {c.pearson_delta_se:.2f}",
+            console.figure(c.mae),
+            console.figure(c.mae_controls),
+            console.figure(c.pds),
+        ]
+        for c in ceilings
+    ]
+    if rows:
+        columns = ["cell type", "pert.", "cells", "controls", "pearson delta", "mae", "mae of controls", "pds"]
+        console.table("half of the real cells predicts the other half", columns, rows)
 
 
 def show_summary(summary: dict[str, dict[str, float]], title: str) -> None:
@@ -53,7 +76,7 @@ def show_summary(summary: dict[str, dict[str, float]], title: str) -> None:
     predictors = list(dict.fromkeys(name for scores in summary.values() for name in scores))
     columns = ["metric", *(name.replace("_", " ") for name in predictors)]
     rows = [
-        [metric, *(console.figure(scores.get(name, math.nan)) for name in predictors)]
+        [metric.replace("_", " "), *(console.figure(scores.get(name, math.nan)) for name in predictors)]
         for metric, scores in summary.items()
     ]
     console.table(title, columns, rows)

@@ -19,6 +19,14 @@ import sest
 from sest import progress
 from sest.config import EvaluateConfig
 from sest.errors import shown
+from sest.evaluation.ceiling import (
+    LEAST_CELLS,
+    Ceiling,
+    Folds,
+    ceiling,
+    independent_pearson_delta,
+    n_folds,
+)
 from sest.evaluation.cell_eval_scores import (
     CONTROL,
     CellEvalFailed,
@@ -30,7 +38,7 @@ from sest.evaluation.cell_eval_scores import (
 )
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
-from sest.evaluation.results import Evaluation, means_over_pairs
+from sest.evaluation.results import Evaluation, means_of_halves, means_over_pairs
 from sest.evaluation.sides import Comparison, align, differing_sides, prediction_columns, real_columns, target_sums
 from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
@@ -75,11 +83,14 @@ def evaluate(
         notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
         sums = target_sums(p, r, record, config.counts, config.target_sum, notes)
         task = align(p, p_columns, r, r_columns, sums, config.gene_col, notes)
-        table, predictors, n_controls = _own_scores(task, record, notes)
+        table, predictors, real_cells = _own_scores(task, record, config.seed, notes)
+        ceilings = _ceilings(task, real_cells, notes)
         overall: dict[str, float] = {}
         if config.cell_eval:
             table, overall = _add_cell_eval(table, task, predictors, config.threads, config.seed, notes)
     summary = means_over_pairs(table)
+    for metric, score in means_of_halves(ceilings).items() if ceilings else ():
+        summary[metric]["real_half"] = score
     if overall:
         summary["overall_score_over"] = overall
     provenance: dict[str, object] = {
@@ -92,12 +103,12 @@ def evaluate(
         "real_counts_normalised_to": sums[1],
         "n_genes": len(task.genes),
         "n_pairs": len(task.pairs),
-        "n_real_controls": n_controls,
+        "n_real_controls": dict(zip(task.cell_types, real_cells.counts.tolist(), strict=False)),
         "sest": sest.__version__,
         "cell_eval": importlib.metadata.version("cell-eval") if overall else None,
         "seed": config.seed,
     }
-    return Evaluation(table, summary, provenance, tuple(notes))
+    return Evaluation(table, summary, provenance, tuple(notes), tuple(ceilings))
 
 
 def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
@@ -105,16 +116,23 @@ def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
 
 
 def _own_scores(
-    task: Comparison, record: Record | None, notes: list[str]
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, int]]:
-    """The table with the own metrics, each predictor's pseudobulks (n_pairs, G), and real controls a cell type."""
+    task: Comparison, record: Record | None, seed: int, notes: list[str]
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], Folds]:
+    """The table with the own metrics, each predictor's pseudobulks (n_pairs, G), and the real cells in folds."""
     n_types, own_type = len(task.cell_types), task.own_type
     alone = np.flatnonzero(np.bincount(own_type, minlength=n_types) == 1)
     if len(alone):
         names = shown(task.cell_types[i] for i in alone)
         notes.append(f"One perturbation each is scored in {names}: no pds there (-), as it ranks several.")
-    predicted, n_predicted, p_made = task.predicted.pseudobulks(task.n_groups, n_types, "predicted cells")
-    real, n_real, r_made = task.real.pseudobulks(task.n_groups, n_types, "real cells")
+    predicted_cells, p_made = task.predicted.pseudobulks(task.n_groups, n_types, "predicted cells")
+    folds = n_folds(task.n_groups, len(task.genes))
+    real_cells, r_made = task.real.pseudobulks(task.n_groups, n_types, "real cells", folds, seed)
+    predicted, n_predicted, real, n_real = (
+        predicted_cells.means,
+        predicted_cells.counts,
+        real_cells.means,
+        real_cells.counts,
+    )
     if differing := differing_sides(task.predicted.file.path, p_made, task.real.file.path, r_made, record):
         notes.append(differing)
     without = np.flatnonzero(n_predicted[:n_types] == 0)
@@ -131,9 +149,11 @@ def _own_scores(
     parts = []
     for name, means in predictors.items():
         own_control = control if name == "context_mean" else predicted[own_type]
-        pds = np.empty(len(means))
+        pds, independent = np.empty((2, len(means)))
         for i in range(n_types):
             at = np.flatnonzero(own_type == i)
+            added_to = None if name == "model" else own_control[at[0]]
+            independent[at] = independent_pearson_delta(real_cells, i, means[at], observed[at], added_to)
             perturbations = [task.pairs[row][1] for row in at]
             pds[at] = discrimination_score(
                 means[at], observed[at], control[at], perturbations, task.genes, own_control[at]
@@ -142,12 +162,32 @@ def _own_scores(
             table.assign(
                 predictor=name,
                 pearson_delta=pearson_delta(means, observed, control, own_control),
+                pearson_delta_independent=independent,
                 mae=mean_absolute_error(means, observed),
                 pds=pds,
             )
         )
-    n_controls = dict(zip(task.cell_types, n_real[:n_types].tolist(), strict=True))
-    return pd.concat(parts, ignore_index=True), predictors, n_controls
+    return pd.concat(parts, ignore_index=True), predictors, real_cells
+
+
+def _ceilings(task: Comparison, real_cells: Folds, notes: list[str]) -> list[Ceiling]:
+    """What real cells show of themselves, by cell type; where that is nothing, it is said."""
+    progress.begin("Comparing halves of the real cells", len(task.cell_types), "cell types")
+    found = []
+    for i, cell_type in enumerate(task.cell_types):
+        rows = np.flatnonzero(task.own_type == i)
+        names = [task.pairs[row][1] for row in rows]
+        one = ceiling(real_cells, i, len(task.cell_types) + rows, cell_type, names, task.genes)
+        if one is None:
+            notes.append(
+                f"{cell_type}: fewer than {LEAST_CELLS} controls, or cells of every perturbation: whether there is an "
+                "effect to predict cannot be told."
+            )
+        else:
+            found.append(one)
+            notes += [verdict] if (verdict := one.verdict()) else []
+        progress.advance(1)
+    return found
 
 
 def _add_cell_eval(

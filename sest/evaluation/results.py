@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sest.cache.disk import folder_aside, write_flushed
+from sest.evaluation.ceiling import Ceiling
 from sest.evaluation.metrics import mean_score
 from sest.outputs import check_output
 
@@ -22,14 +26,18 @@ class Evaluation:
     """Scores of one prediction and of the baselines on the same pairs."""
 
     table: pd.DataFrame
-    """One row a (cell_type, perturbation, predictor): n_predicted, n_real, pearson_delta, mae, pds and, where
-    cell-eval ran, des, cell_eval_mae, cell_eval_pds. `predictor`: model, context_mean or a stored baseline."""
+    """One row a (cell_type, perturbation, predictor): n_predicted, n_real, pearson_delta, pearson_delta_independent,
+    mae, pds and, where cell-eval ran, des, cell_eval_mae, cell_eval_pds. `predictor`: model, context_mean or a stored
+    baseline."""
     summary: dict[str, dict[str, float]]
-    """metric -> predictor -> mean over all pairs. Where cell-eval ran also overall_score_over: baseline -> the model's
-    overall score with that baseline as zero (1 is perfect, worse than the baseline counts as 0)."""
+    """metric -> predictor -> mean over all pairs; real_half is that of `ceilings`. Where cell-eval ran also
+    overall_score_over: baseline -> the model's overall score with that baseline as zero (1 is perfect, worse than the
+    baseline counts as 0)."""
     provenance: dict[str, object]
     notes: tuple[str, ...]
     """What was decided for the user, one sentence each."""
+    ceilings: tuple[Ceiling, ...] = ()
+    """How well half of the real cells of each cell type predicts the other half; without those of too few cells."""
 
     def __repr__(self) -> str:
         """The summary as a small table, for notebooks."""
@@ -49,6 +57,7 @@ class Evaluation:
         check_output(folder, inputs=inputs, force=force, made=FILES)
         summary = {
             "metrics": {metric: _finite(scores) for metric, scores in self.summary.items()},
+            "ceilings": [_plain(dataclasses.asdict(c)) | {"is_measurable": c.is_measurable} for c in self.ceilings],
             "notes": self.notes,
             "provenance": self.provenance,
         }
@@ -56,6 +65,15 @@ class Evaluation:
         with folder_aside(Path(folder).resolve()) as aside:
             write_flushed(aside / RESULTS, self.table.to_csv(index=False).encode())
             write_flushed(aside / SUMMARY, text.encode())
+
+
+def means_of_halves(ceilings: Sequence[Ceiling]) -> dict[str, float]:
+    """metric -> score of half of the real cells, mean over the perturbations of all cell types."""
+    weights = [c.n_perturbations for c in ceilings]
+    return {
+        metric: float(np.average([getattr(c, of) for c in ceilings], weights=weights))
+        for metric, of in (("pearson_delta_independent", "pearson_delta"), ("mae", "mae"), ("pds", "pds"))
+    }
 
 
 def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -69,6 +87,12 @@ def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:
             str(name): mean_score(str(metric), rows[metric].to_numpy()) for name, rows in of_predictor.items()
         }
         for metric in table.select_dtypes("floating")
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in values.items()
     }
 
 

@@ -32,6 +32,7 @@ from sest.cells.scale import (
 )
 from sest.config import EvaluateConfig
 from sest.errors import InputError, shown
+from sest.evaluation.ceiling import Folds, deal
 from sest.evaluation.cell_eval_scores import LabelledCells
 from sest.evaluation.record import Record
 from sest.files.cell_file import CellFile
@@ -62,23 +63,26 @@ class Side:
             rows = log1p_rows(rows, factors_to(self.target_sum, total_counts(rows)))
         return rows[:, self.genes]
 
-    def pseudobulks(self, n_groups: int, n_types: int, what: str) -> tuple[np.ndarray, np.ndarray, Normalisation]:
-        """Mean log1p cell of each group (n_groups, G) float64, NaN for an empty one, and cells a group (n_groups,).
+    def pseudobulks(
+        self, n_groups: int, n_types: int, what: str, folds: int = 1, seed: int = 0
+    ) -> tuple[Folds, Normalisation]:
+        """Sums of log1p cells of each group (n_groups, folds, G) float64, and how the cells were normalised.
 
-        The third is how the cells were normalised: as was asked, or what the sums of some controls say, which are the
-        groups below n_types.
+        That is as was asked, or what the sums of some controls say, which are the groups below n_types.
 
         Raises:
             InputError: a prediction has values below zero.
         """
         progress.begin(f"Reading {what}", self.file.n_cells, "cells")
-        sums, sampled, n_sampled = np.zeros((n_groups, len(self.genes))), [np.zeros((0, 7))], 0
+        sums, sampled, n_sampled = np.zeros((n_groups * folds, len(self.genes))), [np.zeros((0, 7))], 0
+        cell = np.where(self.group < 0, -1, self.group * folds + deal(self.group, folds, seed))
         for start in range(0, self.file.n_cells, BLOCK):
             stop = min(start + BLOCK, self.file.n_cells)
             used = np.flatnonzero(self.group[start:stop] >= 0)
             if len(used):
                 group = self.group[start:stop][used]
-                member = sp.csr_matrix((np.ones(len(used)), (group, used)), shape=(n_groups, stop - start))
+                into = cell[start:stop][used]
+                member = sp.csr_matrix((np.ones(len(used)), (into, used)), shape=(len(sums), stop - start))
                 stored = self.file.rows(start, stop)
                 if self.target_sum is None and n_sampled < SAMPLED_CELLS:
                     sampled.append(cell_sums(stored[used[group < n_types][: SAMPLED_CELLS - n_sampled]]))
@@ -89,11 +93,10 @@ class Side:
                 block = (member @ rows.astype(np.float64)).tocoo()
                 sums[block.row, block.col] += block.data  # a product has each place once
             progress.advance(stop - start)
-        n_cells = np.bincount(self.group[self.group >= 0], minlength=n_groups)
-        with np.errstate(invalid="ignore"):
-            means = sums / n_cells[:, None]
+        n_cells = np.bincount(cell[cell >= 0], minlength=len(sums)).reshape(n_groups, folds)
+        found = Folds(sums.reshape(n_groups, folds, len(self.genes)), n_cells, seed)
         asked = self.target_sum
-        return means, n_cells, normalisation_of(np.concatenate(sampled)) if asked is None else normalised_to(asked)
+        return found, normalisation_of(np.concatenate(sampled)) if asked is None else normalised_to(asked)
 
     def cells_of(self, names: dict[int, str]) -> LabelledCells:
         """All cells of the groups `names` (n, G), and the name of each one's group."""

@@ -21,6 +21,8 @@ from sest.evaluation.cell_eval_scores import CONTROL, LabelledCells
 from sest.evaluation.evaluate import evaluate
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 
+METRICS = ["pearson_delta", "pearson_delta_independent", "mae", "pds"]
+
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., Written]:
@@ -58,7 +60,7 @@ def test_the_table_counts_cells_and_the_summary_is_the_mean_over_pairs(written: 
     model = evaluation.table[evaluation.table["predictor"] == "model"]
     assert evaluation.summary["mae"]["model"] == pytest.approx(model["mae"].mean())
     assert evaluation.summary["pearson_delta"]["context_mean"] == 0.0
-    assert list(evaluation.summary) == ["pearson_delta", "mae", "pds"]
+    assert list(evaluation.summary) == METRICS
 
 
 def test_the_real_cells_themselves_score_perfectly(written: Callable[..., Written], tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_without_cell_eval_the_own_metrics_are_given_and_the_extra_is_named(
     monkeypatch.setattr("sest.evaluation.evaluate.importlib.util.find_spec", lambda name: None)
     evaluation = evaluate(*written())
     assert any("pip install 'sest[eval]'" in note for note in evaluation.notes)
-    assert list(evaluation.summary) == ["pearson_delta", "mae", "pds"]
+    assert list(evaluation.summary) == METRICS
 
 
 def test_a_cell_eval_that_fails_is_a_note_and_the_own_metrics_are_kept(

@@ -31,7 +31,7 @@ def test_stored_baselines_are_matched_by_their_labels(written: Callable[..., Wri
     wrong = np.zeros_like(truth)
     uns = sest_uns(baselines={"ridge": truth, "perturbation_mean": truth + 0.5, "context_mean": wrong}, pairs=labels)
     summary = evaluate(*written(uns), EvaluateConfig(cell_eval=False)).summary
-    assert list(summary["mae"]) == ["model", "context_mean", "perturbation_mean", "ridge"]
+    assert list(summary["mae"]) == ["model", "context_mean", "perturbation_mean", "ridge", "real_half"]
     assert summary["mae"]["ridge"] < 1e-6
     assert summary["mae"]["perturbation_mean"] == pytest.approx(0.5, abs=1e-6)
     assert summary["mae"]["context_mean"] < 1.0  # of the real controls, never the stored one (all zeros)

@@ -34,7 +34,7 @@ def test_results_are_written_together_and_the_same_each_time(written: Callable[.
     for name in ("results.csv", "summary.json"):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
     summary = json.loads((outs[0] / "summary.json").read_text())
-    assert list(summary) == ["metrics", "notes", "provenance"]
+    assert list(summary) == ["ceilings", "metrics", "notes", "provenance"]
     table = pd.read_csv(outs[0] / "results.csv")
     model = table[table["predictor"] == "model"]
     assert summary["metrics"]["pds"]["model"] == pytest.approx(model["pds"].mean())

@@ -1,0 +1,166 @@
+"""How well real cells predict real cells: what no prediction can beat, and whether there is anything to predict.
+
+The cells of every perturbation, and the controls of every cell type, are dealt into folds; a half is half of the folds.
+One half predicts the other, each with its own half of the controls, so that the noise of a shared control mean, which
+both effects would have in common, cannot look like agreement. Shapes: F folds, S splits into halves, G genes. Space:
+log1p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
+
+FOLDS = 8  # fewer where their sums would take more than MOST_BYTES
+MOST_BYTES = 2**30  # of the sums of all folds
+SPLITS = 10  # into halves, at most; scores are means over them
+LEAST_CELLS = FOLDS  # of a perturbation, and of the controls, that take part
+LEAST_CORRELATION = 0.1  # below, one half explains less than 1% of what the other shows
+LEAST_RATIO = 2.0  # standard errors that the correlation must be above 0
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Scores of one half of the real cells of a cell type as a prediction of the other half."""
+
+    cell_type: str
+    n_perturbations: int  # with cells enough to be halved
+    n_cells: int  # a perturbation, median
+    n_controls: int
+    pearson_delta: float
+    pearson_delta_se: float  # standard error over perturbations; over splits, where there is one
+    mae: float  # the noise floor: what halves differ by, twice the noise of all cells together
+    mae_controls: float  # of a half of the controls as a prediction, at the same noise
+    pds: float
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether real replicates predict each other at all."""
+        r = self.pearson_delta
+        return bool(r >= LEAST_CORRELATION and r > LEAST_RATIO * self.pearson_delta_se)
+
+    def verdict(self) -> str:
+        """One sentence for the user; "" where there is an effect to predict."""
+        if self.is_measurable:
+            return ""
+        return (
+            f"{self.cell_type}: no measurable effect here with {self.n_cells:,} cells a perturbation and "
+            f"{self.n_controls:,} controls: half of the real cells does not predict the other half (pearson_delta "
+            f"{self.pearson_delta:.2f} ± {self.pearson_delta_se:.2f}). No score there is a win."
+        )
+
+
+def n_folds(n_groups: int, n_genes: int) -> int:
+    """Folds whose sums fit: 8, 4 or 2."""
+    return next((n for n in (FOLDS, 4) if n_groups * n * n_genes * 8 <= MOST_BYTES), 2)
+
+
+def deal(group: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """(N,) fold of each cell: those of each group in equal parts, drawn from the seed, whatever other groups hold."""
+    fold = np.zeros(len(group), np.int64)
+    order = np.argsort(group, kind="stable")
+    for cells in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        fold[cells] = np.random.default_rng([seed, 0xCE11, len(cells)]).permutation(len(cells)) % folds
+    return fold
+
+
+def splits(folds: int, seed: int) -> list[np.ndarray]:
+    """At most SPLITS ways to make two halves of the folds: masks (F,), each split once."""
+    halves = [half for half in combinations(range(folds), folds // 2) if 0 in half]
+    chosen = np.random.default_rng([seed, 0x5911]).permutation(len(halves))[:SPLITS]
+    return [np.isin(np.arange(folds), halves[i]) for i in sorted(chosen)]
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Sums of log1p cells, (groups, F, G), and cells, (groups, F)."""
+
+    sums: np.ndarray
+    n_cells: np.ndarray
+    seed: int = 0
+
+    @property
+    def means(self) -> np.ndarray:
+        """(groups, G) mean of all cells of each group; NaN for an empty one."""
+        with np.errstate(invalid="ignore"):
+            whole: np.ndarray = self.sums.sum(1) / self.counts[:, None]
+        return whole
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(groups,) cells."""
+        whole: np.ndarray = self.n_cells.sum(1)
+        return whole
+
+    def halves(self, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each split: means of one half and of the other, both (groups, G)."""
+        for half in splits(self.n_cells.shape[1], self.seed):
+            yield self._mean(groups, half), self._mean(groups, ~half)
+
+    def _mean(self, groups: np.ndarray, half: np.ndarray) -> np.ndarray:
+        n = self.n_cells[groups][:, half].sum(1)
+        mean: np.ndarray = self.sums[groups][:, half].sum(1) / n[:, None]
+        return mean
+
+
+def ceiling(
+    folds: Folds, control: int, pairs: np.ndarray, cell_type: str, perturbations: Sequence[str], genes: Sequence[str]
+) -> Ceiling | None:
+    """The ceiling of a cell type; None where too few cells can be halved.
+
+    Args:
+        control: group of its controls.
+        pairs: (n,) groups of its perturbations, which `perturbations` names.
+    """
+    n_cells = folds.n_cells.sum(1)
+    enough = n_cells[pairs] >= LEAST_CELLS
+    groups, names = pairs[enough], [name for name, keep in zip(perturbations, enough, strict=True) if keep]
+    if not len(groups) or n_cells[control] < LEAST_CELLS:
+        return None
+    r, mae, mae_controls, pds = [], [], [], []
+    controls = folds.halves(np.array([control]))
+    for (one, other), (c_one, c_other) in zip(folds.halves(groups), controls, strict=True):
+        r.append(pearson_delta(one, other, c_other[0], c_one[0]))
+        mae.append(mean_absolute_error(one, other))
+        mae_controls.append(mean_absolute_error(np.repeat(c_one, len(groups), axis=0), other))
+        pds.append(mean_score("pds", discrimination_score(one, other, c_other[0], names, genes, c_one[0])))
+    of_pair = np.mean(r, axis=0)
+    spread = of_pair if len(groups) > 1 else np.mean(r, axis=1)
+    se = float(spread.std(ddof=1)) / np.sqrt(len(groups)) if len(spread) > 1 else float("inf")
+    return Ceiling(
+        cell_type=cell_type,
+        n_perturbations=len(groups),
+        n_cells=int(np.median(n_cells[groups])),
+        n_controls=int(n_cells[control]),
+        pearson_delta=float(of_pair.mean()),
+        pearson_delta_se=se,
+        mae=float(np.mean(mae)),
+        mae_controls=float(np.mean(mae_controls)),
+        pds=float(np.mean(pds)),
+    )
+
+
+def independent_pearson_delta(
+    folds: Folds, control: int, predicted: np.ndarray, observed: np.ndarray, own_control: np.ndarray | None
+) -> np.ndarray:
+    """(n,) pearson_delta where prediction and reality have different controls.
+
+    Args:
+        control: group of the real controls, which are halved, if there are enough (NaN otherwise).
+        predicted, observed: (n, G) pseudobulks.
+        own_control: (G,) what `predicted` was added to, of a baseline that is the controls and an effect; None: a half
+            of the real controls stands for it, and the other half beside the real cells.
+    """
+    if folds.n_cells[control].sum() < LEAST_CELLS:
+        return np.full(len(predicted), np.nan)
+    scores = [
+        pearson_delta(predicted, observed, other[0], one[0] if own_control is None else own_control)
+        for one, other in folds.halves(np.array([control]))
+    ]
+    mean: np.ndarray = np.mean(scores, axis=0)
+    return mean
