@@ -21,7 +21,8 @@ MOST_BYTES = 2**30  # of the sums of all folds
 SPLITS = 10  # into halves, at most; scores are means over them
 LEAST_CELLS = FOLDS  # of a perturbation, and of the controls, that take part
 LEAST_CORRELATION = 0.1  # below, one half explains less than 1% of what the other shows
-LEAST_RATIO = 2.0  # standard errors that the correlation must be above 0
+LEAST_RATIO = 2.0  # standard errors of no effect at all that the correlation must be above 0
+DRAWS = 60  # of controls against controls, for that error
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Ceiling:
     n_cells: int  # a perturbation, median
     n_controls: int
     pearson_delta: float
-    pearson_delta_se: float  # standard error over perturbations; over splits, where there is one
+    pearson_delta_se: float  # standard error if there were no effect: from controls against controls
     mae: float  # the noise floor: what halves differ by, twice the noise of all cells together
     mae_controls: float  # of a half of the controls as a prediction, at the same noise
     pds: float
@@ -56,8 +57,8 @@ class Ceiling:
 
 
 def n_folds(n_groups: int, n_genes: int) -> int:
-    """Folds whose sums fit: 8, 4 or 2."""
-    return next((n for n in (FOLDS, 4) if n_groups * n * n_genes * 8 <= MOST_BYTES), 2)
+    """Folds whose sums fit: 8, or else 4."""
+    return FOLDS if n_groups * FOLDS * n_genes * 8 <= MOST_BYTES else 4
 
 
 def deal(group: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -129,20 +130,35 @@ def ceiling(
         mae.append(mean_absolute_error(one, other))
         mae_controls.append(mean_absolute_error(np.repeat(c_one, len(groups), axis=0), other))
         pds.append(mean_score("pds", discrimination_score(one, other, c_other[0], names, genes, c_one[0])))
-    of_pair = np.mean(r, axis=0)
-    spread = of_pair if len(groups) > 1 else np.mean(r, axis=1)
-    se = float(spread.std(ddof=1)) / np.sqrt(len(groups)) if len(spread) > 1 else float("inf")
     return Ceiling(
         cell_type=cell_type,
         n_perturbations=len(groups),
         n_cells=int(np.median(n_cells[groups])),
         n_controls=int(n_cells[control]),
-        pearson_delta=float(of_pair.mean()),
-        pearson_delta_se=se,
+        pearson_delta=float(np.mean(r)),
+        pearson_delta_se=_error_of_nothing(folds, control, n_cells[groups]),
         mae=float(np.mean(mae)),
         mae_controls=float(np.mean(mae_controls)),
         pds=float(np.mean(pds)),
     )
+
+
+def _error_of_nothing(folds: Folds, control: int, n_cells: np.ndarray) -> float:
+    """Standard error of the mean correlation over perturbations of (n,) cells where none has an effect.
+
+    One such correlation spreads as that of quarters of the controls against each other; noise is correlated between
+    genes, so that this is far above 1 / sqrt(G). The mean over n perturbations spreads by 1 / sqrt(n) of that, and by
+    the share of the noise that the controls bring into all of them: that part does not average out.
+    """
+    sums, n = folds.sums[control], folds.n_cells[control]
+    rng, quarter, found = np.random.default_rng([folds.seed, 0x0E0]), len(n) // 4, []
+    for _ in range(DRAWS):
+        parts = rng.permutation(len(n)).reshape(4, quarter)
+        a, b, c, d = (sums[part].sum(0) / n[part].sum() for part in parts)
+        found.append(float(pearson_delta(a[None], c[None], d, b)[0]))
+    per_control = 1 / n.sum()
+    shared = float(np.mean(per_control / (per_control + 1 / n_cells)))
+    return float(np.sqrt(np.mean(np.square(found)) * (1 / len(n_cells) + shared**2)))
 
 
 def independent_pearson_delta(
