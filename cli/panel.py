@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sest.cli.console import duration
-from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, NOT_LEARNED, curves_of
+from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, curves_of, is_no_measure
 from sest.runs.diagnose import GOOD, WARNING, Finding, diagnose
 
 WIDTH, SPARKS = 80, 24
@@ -133,7 +133,7 @@ class TrainingPanel:
             return _row("baselines", "")
         beaten = validation["val_loss"] < min(figures.values())
         text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        if NOT_LEARNED in validation:
+        if is_no_measure(validation):
             return _row("baselines", "no measure", text)
         row = _row("baselines", "beaten" if beaten else "not beaten", text)
         row.stylize("green" if beaten else "yellow", 10, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 from pathlib import Path
@@ -94,9 +95,7 @@ def _show_end(result: TrainResult, cache: Path, run: Path, max_steps: int, patie
     best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
     console.say(f"{run}: step {result.step:,} ({why}){best}.")
     if result.metrics:
-        console.table(
-            "Last validation", ["metric", "model", "perturbation mean", "controls"], validation_rows(result.metrics)
-        )
+        console.table("Last validation", VALIDATION_COLUMNS, validation_rows(result.metrics))
     curves = read_curves(run / METRICS)
     findings = diagnose(curves, run=str(run), cache=str(cache), max_steps=max_steps, patience=patience)
     show_findings("Diagnosis", findings)
@@ -110,10 +109,14 @@ def show_findings(title: str, findings: list[Finding]) -> None:
         console.say(f"- {finding.name} ({finding.level}): {finding.evidence} {finding.advice}".rstrip())
 
 
+VALIDATED_BESIDE = ("_perturbation_mean", "_controls", "_real_half")
+VALIDATION_COLUMNS = ["metric", "model", "perturbation mean", "controls", "real half"]
+
+
 def validation_rows(metrics: dict[str, float]) -> list[list[str]]:
-    """The metrics of a validation beside its baselines, as table rows."""
+    """The metrics of a validation beside its baselines and half of the real cells, as table rows."""
     return [
-        [name, *(console.figure(metrics[key]) for key in (name, f"{name}_perturbation_mean", f"{name}_controls"))]
+        [name, *(console.figure(metrics.get(f"{name}{of}", math.nan)) for of in ("", *VALIDATED_BESIDE))]
         for name in ("val_loss", "pearson_delta", "mae", "pds")
     ]
 

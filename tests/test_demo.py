@@ -27,8 +27,8 @@ def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
         "evaluation",
     }
     summary = json.loads((demo.folder / "evaluation" / "summary.json").read_text())["metrics"]
-    assert set(summary) == {"pearson_delta", "mae", "pds"}
-    assert set(summary["mae"]) == {"model", "context_mean", "perturbation_mean", "ridge"}
+    assert set(summary) == {"pearson_delta", "pearson_delta_independent", "mae", "pds"}
+    assert set(summary["mae"]) == {"model", "context_mean", "perturbation_mean", "ridge", "real_half"}
     assert summary["mae"]["model"] == demo.result.evaluation.summary["mae"]["model"]
     assert demo.result.training.step == 20
 

@@ -402,7 +402,7 @@ def _check_metrics(metrics: Path) -> None:
     text = (ROOT / "docs" / "formats.md").read_text()
     for line in read_lines(metrics):
         for key in line:
-            name = re.sub(r"_(perturbation_mean|controls)$", "", key)
+            name = re.sub(r"_(perturbation_mean|controls|real_half)$", "", key)
             assert f"\n| `{name}` |" in text, key
 
 

@@ -143,6 +143,19 @@ def ceiling(
     )
 
 
+def means_of_halves(ceilings: Sequence[Ceiling]) -> dict[str, float]:
+    """pearson_delta, mae and pds of half of the real cells: means over the perturbations of all cell types.
+
+    pds is that of the cell types that have one, NaN where none has.
+    """
+    result = {}
+    for metric in ("pearson_delta", "mae", "pds"):
+        scores = np.array([getattr(c, metric) for c in ceilings], np.float64)
+        weights = np.array([c.n_perturbations for c in ceilings]) * ~np.isnan(scores)
+        result[metric] = float(np.nansum(scores * weights) / weights.sum()) if weights.any() else float("nan")
+    return result
+
+
 def _error_of_nothing(folds: Folds, control: int, n_cells: np.ndarray) -> float:
     """Standard error of the mean correlation over perturbations of (n,) cells where none has an effect.
 

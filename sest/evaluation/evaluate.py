@@ -25,6 +25,7 @@ from sest.evaluation.ceiling import (
     Folds,
     ceiling,
     independent_pearson_delta,
+    means_of_halves,
     n_folds,
 )
 from sest.evaluation.cell_eval_scores import (
@@ -38,7 +39,7 @@ from sest.evaluation.cell_eval_scores import (
 )
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
-from sest.evaluation.results import Evaluation, means_of_halves, means_over_pairs
+from sest.evaluation.results import Evaluation, means_over_pairs
 from sest.evaluation.sides import Comparison, align, differing_sides, prediction_columns, real_columns, target_sums
 from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
@@ -90,7 +91,7 @@ def evaluate(
             table, overall = _add_cell_eval(table, task, predictors, config.threads, config.seed, notes)
     summary = means_over_pairs(table)
     for metric, score in means_of_halves(ceilings).items() if ceilings else ():
-        summary[metric]["real_half"] = score
+        summary["pearson_delta_independent" if metric == "pearson_delta" else metric]["real_half"] = score
     if overall:
         summary["overall_score_over"] = overall
     provenance: dict[str, object] = {

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-from sest.cells.split_file import TRAIN
+from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
+from sest.data.labels import NOTHING
 from sest.data.targets import Targets
 from sest.evaluation.baselines import TrainingMeans
+from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds
 
 ROWS_PER_BLOCK = 8192
+OTHER_PAIRS = 50  # of a context, that help to say whether there is an effect there
 
 
 def pseudobulks(targets: Targets, code: np.ndarray, n_groups: int) -> np.ndarray:
@@ -28,6 +31,13 @@ def pseudobulks(targets: Targets, code: np.ndarray, n_groups: int) -> np.ndarray
     Returns:
         (n_groups, G) float64.
     """
+    sums, counts = _sums(targets, code, n_groups)
+    assert (counts > 0).all(), "a group without cells"
+    return sums / counts[:, None]
+
+
+def _sums(targets: Targets, code: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of log1p cells, (n_groups, G) float64, and cells, (n_groups,)."""
     rows = np.flatnonzero(code >= 0)
     sums = np.zeros((n_groups, len(targets.genes)))
     for start in range(0, len(rows), ROWS_PER_BLOCK):
@@ -37,9 +47,7 @@ def pseudobulks(targets: Targets, code: np.ndarray, n_groups: int) -> np.ndarray
             (np.ones(len(block)), (code[block], np.arange(len(block)))), shape=(n_groups, len(block))
         )
         sums += (member @ values).toarray()
-    counts = np.bincount(code[rows], minlength=n_groups)
-    assert (counts > 0).all(), "a group without cells"
-    return sums / counts[:, None]
+    return sums, np.bincount(code[rows], minlength=n_groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,48 @@ def split_pairs(data: Dataset, bit: int) -> Pairs:
     return Pairs(
         context, perturbation, counts, means[: len(keys)], means[len(keys) + np.searchsorted(contexts, context)]
     )
+
+
+@dataclass(frozen=True)
+class SplitCeiling:
+    """What the real cells of a context show of each other."""
+
+    of_split: Ceiling | None  # over the perturbations of the split; None where they have too few cells
+    verdict: str  # "", or why no score in this context means anything: over other perturbations than the test's too
+    n_pairs: int  # of the split in this context
+
+
+def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
+    """Ceilings of the contexts of a split; up to OTHER_PAIRS more perturbations help to say whether there is an effect.
+
+    Controls are those of the split; perturbed cells of the test split take no part unless it is that one.
+    """
+    labels, mask = data.labels, data.in_split(bit)
+    usable = mask if bit == TEST else mask | ~(data.in_split(TEST) | labels.is_control)  # controls: the split's
+    result = []
+    for context in np.unique(labels.context[mask & ~labels.is_control]):
+        here = usable & (labels.context == context)
+        mine = np.unique(labels.perturbation[here & mask & ~labels.is_control])
+        others = np.setdiff1d(np.unique(labels.perturbation[here & ~labels.is_control]), [*mine, NOTHING])[:OTHER_PAIRS]
+        pairs = np.concatenate([mine, others])
+        code = np.full(len(labels), -1)
+        code[here & labels.is_control] = 0
+        perturbed = here & ~labels.is_control & np.isin(labels.perturbation, pairs)
+        place = np.full(len(labels.perturbations), -1)
+        place[pairs] = 1 + np.arange(len(pairs))
+        code[perturbed] = place[labels.perturbation[perturbed]]
+        n_groups, cells = 1 + len(pairs), code >= 0
+        folds = n_folds(n_groups, len(data.targets.genes))
+        code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
+        sums, counts = _sums(data.targets, code, n_groups * folds)
+        found = Folds(sums.reshape(n_groups, folds, -1), counts.reshape(n_groups, folds), seed)
+        name = labels.contexts[context][1]
+        names = [labels.perturbations[p] for p in pairs]
+        of_split, whole = (
+            ceiling(found, 0, 1 + np.arange(n), name, names[:n], data.targets.genes) for n in (len(mine), len(pairs))
+        )
+        result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine)))
+    return result
 
 
 def training_means(data: Dataset) -> TrainingMeans:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,6 @@ class Evaluation:
         with folder_aside(Path(folder).resolve()) as aside:
             write_flushed(aside / RESULTS, self.table.to_csv(index=False).encode())
             write_flushed(aside / SUMMARY, text.encode())
-
-
-def means_of_halves(ceilings: Sequence[Ceiling]) -> dict[str, float]:
-    """metric -> score of half of the real cells, mean over the perturbations of all cell types."""
-    weights = [c.n_perturbations for c in ceilings]
-    return {
-        metric: float(np.average([getattr(c, of) for c in ceilings], weights=weights))
-        for metric, of in (("pearson_delta_independent", "pearson_delta"), ("mae", "mae"), ("pds", "pds"))
-    }
 
 
 def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:

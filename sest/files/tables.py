@@ -83,7 +83,9 @@ class Table:
     def index(self) -> pd.Index:
         """Names of the rows as text, which may repeat."""
         name = None if self._index in ("_index", "index") else self._index
-        return pd.Index(np.asarray(self._column(self._index)).astype(str).astype(object), name=name)
+        column = self._column(self._index)
+        is_text = isinstance(column, np.ndarray) and column.dtype == object
+        return pd.Index(column if is_text else np.asarray(column).astype(str).astype(object), name=name)
 
     def __getitem__(self, name: str) -> pd.Series:
         if name not in self._read:

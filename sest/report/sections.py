@@ -16,7 +16,7 @@ from sest.report.figures import MOST_POINTS, MOST_ROWS, embedding_map, log_curve
 from sest.report.held_out import NO_CACHE, perturbations
 from sest.report.page import Html, Page, details, element, grid, join, note, paragraph, sentence_case, table
 from sest.report.run_facts import RunFacts, Score
-from sest.runs.curves import HIGHER_IS_BETTER, METRICS, NOT_LEARNED
+from sest.runs.curves import HIGHER_IS_BETTER, METRICS, NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, is_no_measure
 from sest.runs.diagnose import GOOD, NOTE, WARNING, Finding
 
 WORDS = {GOOD: "Good", NOTE: "Note", WARNING: "Warning"}
@@ -61,7 +61,7 @@ def _cards(run: RunFacts) -> Html:
     for baseline, words in (("perturbation_mean", "the perturbation mean"), ("controls", "predicting the controls")):
         other = loss.baselines[baseline]
         verdict = element("span", "beaten" if loss.beats(baseline) else "not beaten", class_=_yes(loss.beats(baseline)))
-        if run.last(NOT_LEARNED):
+        if is_no_measure({name: run.last(name) for name in (VAL_PAIRS, NOT_MEASURABLE, NOT_LEARNED)}):
             verdict = Html("no measure, see the diagnosis")
         cards.append(_card(f"{other:.4g}" if np.isfinite(other) else "-", "val_loss of ", words, ": ", verdict))
     return element("div", *cards, class_="cards")

@@ -7,7 +7,7 @@ the metrics of sest.training.validate and their baselines).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,18 @@ from sest.errors import InputError
 METRICS = ("val_loss", "pearson_delta", "mae", "pds")
 BASELINES = ("perturbation_mean", "controls")
 HIGHER_IS_BETTER = ("pearson_delta", "pds")
+VAL_PAIRS = "val_pairs"  # in a validation: its (cell type, perturbation) pairs
+NOT_MEASURABLE = "val_pairs_not_measurable"  # in a validation: pairs of cell types whose real cells show no effect
 NOT_LEARNED = "val_perturbations_not_learned"  # in a validation: their number, where none of them can be learned
+
+
+def is_no_measure(validation: Mapping[str, Any]) -> bool:
+    """Whether nothing about the head follows from a validation, whatever its scores (see sest.runs.diagnose).
+
+    All its perturbations cannot be learned, or all its pairs are of cell types without a measurable effect.
+    """
+    nothing = validation.get(NOT_MEASURABLE) or 0
+    return bool(validation.get(NOT_LEARNED)) or 0 < nothing == validation.get(VAL_PAIRS)
 
 
 @dataclass(frozen=True, eq=False)

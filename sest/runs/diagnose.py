@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sest.runs.curves import NOT_LEARNED, Curves
+from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, Curves
 
 GOOD, NOTE, WARNING = "good", "note", "warning"
 
@@ -116,6 +116,14 @@ def _baselines(curves: Curves, max_steps: int | None) -> Iterator[Finding]:
             f"Perturbations held out: {n:,.0f}; training says nothing about any of them. {text}: no measure of what "
             "the head learns.",
             GIVE_FEATURES,
+        )
+    elif 0 < (n := _last(curves.validation, NOT_MEASURABLE)) == _last(curves.validation, VAL_PAIRS):
+        yield Finding(
+            "no measurable effect",
+            WARNING,
+            f"Validation pairs: {n:,.0f}, all of cell types where half of the real cells does not predict the other. "
+            f"{text}: neither a win nor a loss.",
+            "Validate where there are more cells or stronger effects; `sest evaluate` shows it for other cells.",
         )
     elif losses[best] < min(others.values()):
         yield Finding("beats the baselines", GOOD, f"{text}: lower than both.")

@@ -1,11 +1,13 @@
 """Validation during training: the loss on held-out cells and pseudobulk metrics, each beside its baselines.
 
 Shapes: K (context, perturbation) pairs, G genes. Baselines: `perturbation_mean` (controls plus the mean training
-effect of the perturbation) and `controls` (nothing happens); see sest.evaluation.baselines.
+effect of the perturbation) and `controls` (nothing happens); see sest.evaluation.baselines. `real_half` is half of the
+real cells, see sest.evaluation.ceiling.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -18,9 +20,13 @@ from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows
+from sest.evaluation.ceiling import means_of_halves
+from sest.evaluation.means import split_ceilings
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
 from sest.machine.team import ALONE, Team
-from sest.runs.curves import NOT_LEARNED
+from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -42,6 +48,13 @@ class Validator:
         self.sets = self._held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
         self.baselines = self._baselines()
+        ceilings = split_ceilings(data, VAL, config.seed)
+        for verdict in filter(None, (c.verdict for c in ceilings)):
+            logger.warning(f"Validation: {verdict}")
+        self.baselines[VAL_PAIRS] = sum(c.n_pairs for c in ceilings)
+        self.baselines[NOT_MEASURABLE] = sum(c.n_pairs for c in ceilings if c.verdict)
+        halves = means_of_halves([c.of_split for c in ceilings if c.of_split is not None])
+        self.baselines |= {f"{metric}_real_half": score for metric, score in halves.items() if np.isfinite(score)}
         names = data.perturbations_in(VAL)
         if set(names) <= set(data.never_learned()):  # kept beside the scores, for whoever reads them
             self.baselines[NOT_LEARNED] = len(names)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from helpers.caches import SIZES
+from helpers.caches import SIZES, small_screen
 from helpers.datasets import TWO_SCREENS, dataset_of, two_screens
-from sest.cells.split_file import TEST, TRAIN
+from sest.cells.split_file import TEST, TRAIN, VAL
 from sest.data.dataset import Dataset
-from sest.evaluation.means import pseudobulks, split_pairs, training_means
+from sest.evaluation.ceiling import FOLDS, Folds, ceiling, deal
+from sest.evaluation.means import pseudobulks, split_ceilings, split_pairs, training_means
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,41 @@ def test_training_means_are_effects_against_the_context_s_own_controls(data: Dat
     assert means.contexts == ("screen/x", "screen/y", "other/x") and means.perturbations == tuple(SIZES)
     first = means.pair_context.tolist().index(1)
     assert means.perturbations[means.pair_perturbation[first]] == "P"
+
+
+LARGE = dict.fromkeys(SIZES, 24)
+ONE_SPLIT = """
+[datasets]
+screen = "screen.h5ad"
+[training]
+screen = "train"
+[fewshot."screen.x"]
+val = ["P", "Q"]
+test = ["T"]
+"""
+
+
+def test_ceilings_of_a_split_are_those_of_its_cells_and_never_see_the_test_s(tmp_path: Path) -> None:
+    data = dataset_of(tmp_path, [small_screen(sizes=LARGE, n_controls=40)], ONE_SPLIT)
+    (found,) = split_ceilings(data, VAL, 3)
+    assert (found.n_pairs, found.verdict) == (2, "")  # every perturbation of the simulated screen has an effect
+    labels, dense = data.labels, data.targets.log1p(np.arange(len(data.labels))).toarray().astype(np.float64)
+    context = labels.contexts.index(("screen", "x"))
+    names = ["P", "Q", *sorted(set(LARGE) - {"P", "Q", "T"})]  # those of the split first, T never
+    group = np.full(len(labels), -1)
+    for i, name in enumerate(names):
+        group[(labels.context == context) & (labels.perturbation == labels.perturbations.index(name))] = i + 1
+    group[(labels.context == context) & labels.is_control] = 0
+    fold = np.full(len(labels), -1)
+    fold[group >= 0] = deal(group[group >= 0], FOLDS, 3)
+    cells = [[dense[(group == g) & (fold == f)] for f in range(FOLDS)] for g in range(len(names) + 1)]
+    sums, counts = (np.array([[of(part) for part in row] for row in cells]) for of in (lambda x: x.sum(0), len))
+    expected = ceiling(Folds(sums, counts, 3), 0, np.array([1, 2]), "x", names[:2], data.targets.genes)
+    assert found.of_split is not None and expected is not None
+    for key, value in dataclasses.asdict(expected).items():
+        assert getattr(found.of_split, key) == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+def test_a_split_of_few_cells_has_no_ceiling_and_no_verdict(data: Dataset) -> None:
+    for found in split_ceilings(data, TEST, 0):
+        assert (found.of_split, found.verdict) == (None, "")

@@ -174,7 +174,8 @@ def test_a_checkpoint_without_its_run_is_told_where_files_lie(
         predict(moved, out, PredictConfig(**given, only=names[0], cell_type="beta"))
     assert any("no baselines are stored" in note for note in notes.notes)  # they would have seen the test cells
     assert "baselines" not in ad.read_h5ad(out).uns["sest"]
-    assert list(evaluate(out, demo.cells, EvaluateConfig(cell_eval=False)).summary["mae"]) == ["model", "context_mean"]
+    scored = evaluate(out, demo.cells, EvaluateConfig(cell_eval=False))
+    assert list(scored.summary["mae"]) == ["model", "context_mean", "real_half"]
 
 
 def test_features_that_are_not_the_runs_are_refused(

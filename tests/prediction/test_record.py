@@ -63,7 +63,7 @@ def test_evaluate_scores_the_stored_baselines(
     demo: Demo, real: ad.AnnData, values: np.ndarray, held_out: dict[str, list[str]], names: list[str]
 ) -> None:
     summary, learned = demo.result.evaluation.summary, effects(real, values, held_out, names)
-    assert list(summary["mae"]) == ["model", "context_mean", "perturbation_mean", "ridge"]
+    assert list(summary["mae"]) == ["model", "context_mean", "perturbation_mean", "ridge", "real_half"]
     control = values[rows_of(real, CONTROL, "beta")].mean(0)
     errors = [
         np.abs(np.maximum(control + learned[name], 0) - values[rows_of(real, name, "beta")].mean(0)).mean()

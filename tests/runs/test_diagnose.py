@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sest.runs.curves import NOT_LEARNED, Curves, curves_of, read_curves
+from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, Curves, curves_of, read_curves
 from sest.runs.diagnose import Finding, diagnose
 
 RECORDED = (
@@ -209,3 +209,14 @@ def test_a_validation_of_what_cannot_be_learned_is_no_measure_however_low() -> N
     assert (first.name, first.level) == ("validation of perturbations that cannot be learned", "warning")
     assert "held out: 2" in first.evidence and "--perturbations" in first.advice and "cell types" in first.advice
     assert "beats the baselines" not in names(diagnose(curves))
+
+
+def test_a_validation_where_real_cells_show_nothing_is_no_win() -> None:
+    curves = drawn(FALLING, np.linspace(1.5, 1.0, 5))
+    curves.validation[VAL_PAIRS], curves.validation[NOT_MEASURABLE] = np.full(5, 9.0), np.full(5, 9.0)
+    first = diagnose(curves)[0]
+    assert (first.name, first.level) == ("no measurable effect", "warning")
+    assert "Validation pairs: 9" in first.evidence and "neither a win nor a loss" in first.evidence
+    assert "beats the baselines" not in names(diagnose(curves))
+    curves.validation[NOT_MEASURABLE] = np.full(5, 4.0)
+    assert "beats the baselines" in names(diagnose(curves))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from sest.evaluation.means import split_pairs, training_means
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.head.loss import energy_distance, mean_squared_error
 from sest.head.model import HeadSizes, new_model
+from sest.runs.curves import NOT_MEASURABLE, VAL_PAIRS, is_no_measure
 from sest.training.validate import Validator
 
 CPU = torch.device("cpu")
@@ -132,8 +135,9 @@ def test_baselines_are_the_controls_and_the_controls_moved_by_the_training_effec
 def test_every_metric_stands_beside_both_baselines(data: Dataset, resident: ResidentCells) -> None:
     got = validator(data, resident).run(head(data), nullcontext)
     metrics = ("val_loss", "pearson_delta", "mae", "pds")
-    assert set(got) == {f"{m}{b}" for m in metrics for b in ("", "_controls", "_perturbation_mean")}
-    assert all(isinstance(value, float) and np.isfinite(value) for value in got.values())
+    scores = {f"{m}{b}" for m in metrics for b in ("", "_controls", "_perturbation_mean")}
+    assert set(got) == scores | {VAL_PAIRS, NOT_MEASURABLE}  # too few cells here for halves
+    assert all(isinstance(got[name], float) and np.isfinite(got[name]) for name in scores)
 
 
 class Perfect(nn.Module):
@@ -194,3 +198,27 @@ def test_predictions_that_are_not_finite_give_a_val_loss_that_is_not_finite(
     pairs = split_pairs(data, VAL)
     bad = {int(p): np.full(len(data.targets.genes), np.nan) for p in pairs.perturbation}
     assert np.isnan(validator(data, resident).run(Perfect(bad), nullcontext)["val_loss"])
+
+
+def test_real_halves_stand_beside_the_scores_and_noise_is_called_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One screen with effects, and the same with its labels shuffled among perturbations and controls."""
+    splits = SPLITS.replace('[fewshot."screen.y"]\nval = ["R"]\n', "")
+    screen = small_screen(sizes=dict.fromkeys(SIZES, 30), n_controls=60)
+    for shuffled in (False, True):
+        if shuffled:
+            obs = screen.obs.copy()
+            for cell_type in ("x", "y"):
+                mine = (obs["cell_type"] == cell_type).to_numpy()
+                obs.loc[mine, "perturbation"] = np.random.default_rng(0).permutation(obs.loc[mine, "perturbation"])
+            screen = dataclasses.replace(screen, obs=obs)
+        (tmp_path / str(shuffled)).mkdir()
+        data = dataset_of(tmp_path / str(shuffled), [screen], splits)
+        caplog.clear()
+        found = validator(data, resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)).baselines
+        assert found[VAL_PAIRS] == 3
+        assert found[NOT_MEASURABLE] == (3 if shuffled else 0)
+        assert ("x: no measurable effect here" in caplog.text) == shuffled
+        assert (found["pearson_delta_real_half"] > 0.5) != shuffled
+        assert is_no_measure(found) == shuffled
