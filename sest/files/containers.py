@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def open_container(path: Path) -> tuple[Group, Close]:
     if isinstance(path, UrlPath):
         return _remote_zarr(path) if path.name.endswith(".zarr") else _remote_hdf5(path)
     if not path.exists():
+        if "::" in str(path):
+            check_url(str(path))
         raise InputError(f"No such file: {path}.")
     if formats.is_zarr(path):
         return _local_zarr(path)
@@ -140,6 +143,8 @@ def _remote_zarr(path: UrlPath) -> tuple[Group, Close]:
 
 
 def _zarr_group(store: Any, path: Path, consolidated: bool | None) -> tuple[Group, Close]:
+    # said by zarr of every file it does not know, such as a note beside the groups
+    warnings.filterwarnings("ignore", ".*not recognized as a component of a Zarr hierarchy", UserWarning)
     try:
         group = zarr.open_group(store, mode="r", use_consolidated=consolidated)
     except DAMAGE as error:

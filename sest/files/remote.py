@@ -46,7 +46,7 @@ def check_url(url: str) -> None:
 def reason(error: BaseException) -> str:
     """Why a URL cannot be read, as one line says it."""
     words = one_line(error) or type(error).__name__
-    return "nothing is there" if isinstance(error, FileNotFoundError) else words
+    return "nothing is there, or no server answers" if isinstance(error, FileNotFoundError) else words
 
 
 class RemoteFile(io.RawIOBase):

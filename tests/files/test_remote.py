@@ -63,7 +63,7 @@ def test_cells_in_an_object_store_are_read(tmp_path: Path) -> None:
             assert file.obs["target_gene"].tolist()[:2] == ["control", "STAT1"]
 
 
-@pytest.mark.parametrize("url", ["reference://a.h5ad", "zip://a.h5ad", "zip://x::s3://b/y"])
+@pytest.mark.parametrize("url", ["reference://a.h5ad", "zip://a.h5ad", "zip://x::s3://b/y", "simplecache::https://x/a"])
 def test_a_url_that_leads_on_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="leads through one place to another"):
         CellFile(url)
