@@ -156,14 +156,18 @@ class Run:
             force: replace `out` where it exists.
             **options: further fields of `sest.config.PredictConfig`.
         """
+        from sest.encoder.choose import obsm_key
         from sest.prediction.predict import predict_cells
+        from sest.runs.checkpoint import find_checkpoint, open_checkpoint
 
         config = PredictConfig.from_values({"cell_type": cell_type, "seed": seed, **options}, WHERE)
         with shown_in_notebooks(), ExitStack() as stack:
             if out is not None and isinstance(controls, anndata.AnnData):
                 check_output(out, inputs=[controls.filename], force=force)  # the file of a backed one
             if controls is not None:
-                file = stack.enter_context(file_of(controls, "controls", config.layer))
+                made = open_checkpoint(find_checkpoint(self.folder, config.checkpoint), check=False).state["encoder"]
+                key = obsm_key(made["name"])
+                file = stack.enter_context(file_of(controls, "controls", config.layer, key))
                 config = dataclasses.replace(config, controls=str(file))
             return predict_cells(self.folder, perturbations, config, out=out, force=force)
 

@@ -6,10 +6,11 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,12 +79,7 @@ class Cells:
 
     def read(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
         """Read chosen cells (sorted row numbers), never more than ROWS_PER_READ neighbours at once."""
-        parts, i = [], 0
-        while i < len(rows):
-            j = int(np.searchsorted(rows, rows[i] + ROWS_PER_READ))
-            block = self.file.rows(int(rows[i]), int(rows[j - 1]) + 1)
-            parts.append(block if block.shape[0] == j - i else block[rows[i:j] - rows[i]])
-            i = j
+        parts = chosen_rows(self.file.rows, rows)
         return parts[0] if len(parts) == 1 else scipy.sparse.vstack(parts, format="csr")
 
     def identity(self) -> dict[str, object]:
@@ -105,6 +101,17 @@ class Cells:
     def as_group(self) -> GroupCells:
         """The labels as `sest.cells.splits` reads them."""
         return group_cells(self.group, self.source.dataset, self.obs, str(self.columns.control))
+
+
+def chosen_rows(read: Callable[[int, int], Any], rows: np.ndarray) -> list[Any]:
+    """Blocks of the chosen rows (sorted numbers) of what `read(start, stop)` reads ROWS_PER_READ neighbours of."""
+    parts, i = [], 0
+    while i < len(rows):
+        j = int(np.searchsorted(rows, rows[i] + ROWS_PER_READ))
+        block = read(int(rows[i]), int(rows[j - 1]) + 1)
+        parts.append(block if block.shape[0] == j - i else block[rows[i:j] - rows[i]])
+        i = j
+    return parts
 
 
 def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[list[Source], SplitFile | None]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from sest.cells.inputs import Cells
+from sest.cells.inputs import ROWS_PER_READ, Cells, chosen_rows
 from sest.encoder.align import hash_names
 from sest.encoder.base import DEFAULT_DIM
 from sest.encoder.projection import Projection
@@ -22,7 +22,6 @@ from sest.errors import InputError, shown
 logger = logging.getLogger(__name__)
 
 PREFIX = "obsm:"  # of what --encoder takes
-ROWS_PER_READ = 8192
 
 
 class ObsmEncoder:
@@ -76,8 +75,7 @@ class ObsmEncoder:
         return found.hexdigest()
 
     def _read(self, cells: Cells, numbers: np.ndarray) -> np.ndarray:
-        first = int(numbers[0])
-        rows = self._entries[cells.group].dense(first, int(numbers[-1]) + 1)[numbers - first]
+        rows: np.ndarray = np.concatenate(chosen_rows(self._entries[cells.group].dense, numbers))
         wrong = np.flatnonzero(~np.isfinite(rows).all(1))
         if len(wrong):
             cell = int(numbers[wrong[0]])

@@ -115,10 +115,10 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
         sums, counts = _sums(data.targets, code, n_groups * folds)
         found = Folds(sums.reshape(n_groups, folds, -1), counts.reshape(n_groups, folds), seed)
-        name = labels.contexts[context][1]
-        names = [labels.perturbations[p] for p in pairs]
-        of_split, whole = (
-            ceiling(found, 0, 1 + np.arange(n), name, names[:n], data.targets.genes) for n in (len(mine), len(pairs))
+        name, names = " / ".join(labels.contexts[context]), [labels.perturbations[p] for p in pairs]
+        of_split = ceiling(found, 0, 1 + np.arange(len(mine)), name, names[: len(mine)], data.targets.genes)
+        whole = (
+            ceiling(found, 0, 1 + np.arange(len(pairs)), name, names, data.targets.genes) if len(others) else of_split
         )
         result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine)))
     return result

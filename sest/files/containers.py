@@ -39,7 +39,7 @@ def open_container(path: Path) -> tuple[Group, Close]:
     if path.is_dir():
         raise InputError(_folder(path))
     try:
-        if not h5py.is_hdf5(path):
+        if not formats.is_hdf5(path):
             raise InputError(f"{path} is not an .h5ad file (not HDF5){formats.of_file(path)}.")
         file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
     except OSError as error:

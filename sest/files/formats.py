@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path
 
+import h5py
+
 from sest.errors import shown
 from sest.files.nodes import Group
 
@@ -50,8 +52,6 @@ STARTS: tuple[tuple[bytes, str], ...] = (
 
 def is_hdf5(path: Path) -> bool:
     """Whether a file begins as HDF5 does; its signature may stand behind 512, 1024, 2048 ... bytes."""
-    import h5py
-
     return path.is_file() and bool(h5py.is_hdf5(path))
 
 
@@ -60,11 +60,6 @@ def is_zarr(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in ZARR_ROOTS)
     return path.is_file() and zipfile.is_zipfile(path) and not {*ZARR_ROOTS}.isdisjoint(_names_in_zip(path))
-
-
-def is_cells(path: Path) -> bool:
-    """Whether a path is a container that can hold cells: HDF5 or Zarr, whatever its name."""
-    return is_hdf5(path) or is_zarr(path)
 
 
 def of_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import sest
 from helpers.h5ad_files import counts, write_cells
 from helpers.zarr_cells import as_zarr
 from sest.cache import open_cache
+from sest.cells.inputs import Source, open_cells
 from sest.config import EmbedConfig
 from sest.embedding.embed import embed
+from sest.encoder.obsm import ObsmEncoder
 from sest.errors import InputError
 
 KEY = "X_scVI"
@@ -63,6 +66,26 @@ def test_wide_embeddings_are_projected_as_any_other(tmp_path: Path) -> None:
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     stored = open_cache(tmp_path / "c.zarr").groups["a"].embeddings(0, 40)
     np.testing.assert_allclose(np.abs(stored), np.abs(u[:, :4] * s[:4]), atol=1e-5)  # float32; signs are a convention
+
+
+def test_chosen_rows_are_read_in_short_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of the PCA is spread over the file: what lies between is not read."""
+    monkeypatch.setattr("sest.cells.inputs.ROWS_PER_READ", 5)
+    path = with_obsm(tmp_path / "a.h5ad", values())
+    with ExitStack() as stack:
+        (cells,) = open_cells([Source("a", "a", path)], config(), stack)
+        encoder = ObsmEncoder(KEY, [cells], {"a": list(cells.file.var.index)})
+        longest, dense = 0, encoder._entries["a"].dense
+
+        def read(start: int, stop: int) -> np.ndarray:
+            nonlocal longest
+            longest = max(longest, stop - start)
+            return dense(start, stop)
+
+        monkeypatch.setattr(encoder._entries["a"], "dense", read)
+        numbers = np.array([0, 3, 17, 39])
+        np.testing.assert_array_equal(encoder.encode(cells, cells.read(numbers), numbers), values()[numbers])
+        assert longest <= 5
 
 
 def test_cells_in_memory_take_their_embeddings_along(tmp_path: Path) -> None:

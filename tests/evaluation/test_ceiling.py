@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import anndata as ad
@@ -21,8 +20,6 @@ from sest.evaluation.ceiling import (
     splits,
 )
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
-
-DATA = Path(os.environ.get("SEST_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 
 
 def folded(values: np.ndarray, group: np.ndarray, n_groups: int, folds: int = FOLDS, seed: int = 0) -> Folds:
@@ -139,6 +136,23 @@ def test_controls_predict_no_effect_and_too_few_cells_say_nothing() -> None:
     assert ceiling(found, 0, np.arange(1, 13), "t", [f"p{i}" for i in range(12)], []) is None
 
 
+def test_pds_of_many_perturbations_is_that_of_the_first_split_and_of_more_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, group = screen(0.5)
+    whole = of(values, group)
+    monkeypatch.setattr("sest.evaluation.ceiling.PDS_ROWS", 0)
+    first = of(values, group)
+    names, genes = [f"p{i}" for i in range(1, 13)], [f"g{i}" for i in range(60)]
+    found = folded(values, group, 13)
+    one, other = next(found.halves(np.arange(13)))
+    expected = discrimination_score(one[1:], other[1:], other[0], names, genes, one[0]).mean()
+    assert first.pds == pytest.approx(expected)
+    monkeypatch.setattr("sest.evaluation.ceiling.PDS_PAIRS", 11)
+    none = of(values, group)
+    assert np.isnan(none.pds)
+    for fewer in (first, none):
+        assert (fewer.pearson_delta, fewer.mae) == (whole.pearson_delta, whole.mae)
+
+
 def test_one_perturbation_has_a_spread_over_splits_and_no_pds() -> None:
     values, group = screen(1.0, n_perturbations=1)
     found = of(values, group)
@@ -146,7 +160,6 @@ def test_one_perturbation_has_a_spread_over_splits_and_no_pds() -> None:
     assert np.isnan(found.pds)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 @pytest.mark.parametrize(
     ("file", "context", "control", "measurable"),
     [
@@ -154,9 +167,9 @@ def test_one_perturbation_has_a_spread_over_splits_and_no_pds() -> None:
         ("papalexi_eccite", "batch", "non-targeting", {"rep_1": True, "rep_2": True, "rep_3": True}),
     ],
 )
-def test_real_screens(file: str, context: str, control: str, measurable: dict[str, bool]) -> None:
+def test_real_screens(shared_data: Path, file: str, context: str, control: str, measurable: dict[str, bool]) -> None:
     """Three cell types of perturbench show nothing that replicates; k562 and the replicates of papalexi do."""
-    adata = ad.read_h5ad(DATA / f"{file}.h5ad")
+    adata = ad.read_h5ad(shared_data / f"{file}.h5ad")
     values = adata.X.toarray() if sp.issparse(adata.X) else np.asarray(adata.X)
     if file == "papalexi_eccite":
         values = np.log1p(values / values.sum(1, keepdims=True) * 1e4)

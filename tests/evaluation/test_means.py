@@ -90,7 +90,7 @@ def test_ceilings_of_a_split_are_those_of_its_cells_and_never_see_the_test_s(tmp
     fold[group >= 0] = deal(group[group >= 0], FOLDS, 3)
     cells = [[dense[(group == g) & (fold == f)] for f in range(FOLDS)] for g in range(len(names) + 1)]
     sums, counts = (np.array([[of(part) for part in row] for row in cells]) for of in (lambda x: x.sum(0), len))
-    expected = ceiling(Folds(sums, counts, 3), 0, np.array([1, 2]), "x", names[:2], data.targets.genes)
+    expected = ceiling(Folds(sums, counts, 3), 0, np.array([1, 2]), "screen / x", names[:2], data.targets.genes)
     assert found.of_split is not None and expected is not None
     for key, value in dataclasses.asdict(expected).items():
         assert getattr(found.of_split, key) == (pytest.approx(value) if isinstance(value, float) else value), key

@@ -20,8 +20,6 @@ from helpers.damaged_h5ad import counts, write
 from sest.errors import InputError
 from sest.files.cell_file import CellFile
 
-CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases" / "files"
-
 
 def content(data: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(data)
@@ -140,11 +138,10 @@ def test_folders_are_called_what_they_are(tmp_path: Path) -> None:
             CellFile(folder)
 
 
-@pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/cases")
 @pytest.mark.parametrize(
     ("name", "words"),
     [("cells.loom", "read_loom"), ("cellranger2.h5", "read_10x_h5"), ("cells.h5mu", "several modalities: prot, rna")],
 )
-def test_files_that_other_programs_wrote_are_called_what_they_are(name: str, words: str) -> None:
+def test_files_that_other_programs_wrote_are_called_what_they_are(shared_cases: Path, name: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        CellFile(CASES / name)
+        CellFile(shared_cases / "files" / name)

@@ -278,9 +278,8 @@ def test_new_cells_get_the_embeddings_of_the_cache_with_obsm_and_genes(other_run
     assert_same_cells(*controls_of(other_run / "run", controls=str(tmp_path / "new.h5ad")))
 
 
+@pytest.mark.parametrize("other_run", ["obsm:X_mine"], indirect=True)
 def test_new_cells_need_the_same_key_and_width(other_run: Path, tmp_path: Path) -> None:
-    if "obsm" not in open_checkpoint(other_run / "run" / "best").state["encoder"]["name"]:
-        pytest.skip("of obsm only")
     cells = ad.read_h5ad(other_run / "screen.h5ad")
     cells.obsm["X_mine"] = cells.obsm["X_mine"][:, :5]
     cells.write_h5ad(tmp_path / "narrow.h5ad")
@@ -290,6 +289,16 @@ def test_new_cells_need_the_same_key_and_width(other_run: Path, tmp_path: Path) 
     cells.write_h5ad(tmp_path / "without.h5ad")
     with pytest.raises(InputError, match=r"no obsm 'X_mine'\. There are: \(none\)"):
         controls_of(other_run / "run", controls=str(tmp_path / "without.h5ad"))
+
+
+@pytest.mark.parametrize("other_run", ["obsm:X_mine"], indirect=True)
+def test_new_cells_in_memory_take_their_embeddings_along(other_run: Path) -> None:
+    cells = ad.read_h5ad(other_run / "screen.h5ad")
+    name = next(name for name in cells.obs["target_gene"].unique() if name != CONTROL)
+    asked: dict[str, Any] = {"cell_type": "beta", "n_cells": 5}
+    run = sest.open_run(other_run / "run")
+    mine, theirs = (run.predict([name], controls=c, **asked) for c in (cells, other_run / "screen.h5ad"))
+    np.testing.assert_array_equal(mine.X.toarray(), theirs.X.toarray())
 
 
 @pytest.mark.parametrize("rule", ["zero", "mean"])
