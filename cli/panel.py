@@ -187,6 +187,6 @@ def _metrics(validation: dict[str, Any]) -> Text:
         and math.isfinite(validation[name])
         and (validation[name] > validation[f"{name}_perturbation_mean"]) == (name in HIGHER_IS_BETTER)
     ]
-    for name in better:
+    for name in [] if is_no_measure(validation) else better:
         row.highlight_words([name], "green")
     return row

@@ -15,6 +15,7 @@ from rich.text import Text
 from sest.cli import console
 from sest.cli.console import duration
 from sest.progress import STEPS, reporting
+from sest.runs.curves import is_no_measure
 
 if TYPE_CHECKING:
     from sest.cli.panel import TrainingPanel
@@ -145,6 +146,7 @@ class ConsoleProgress:
             return
         if "val_loss" in line:
             better = "better than" if line["val_loss"] < line["val_loss_perturbation_mean"] else "not yet better than"
+            better = "no measure; beside" if is_no_measure(line) else better
             self.note(
                 f"step {line['step']:,}: val_loss {line['val_loss']:.4f} ({better} the perturbation mean, "
                 f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "

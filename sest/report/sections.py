@@ -61,10 +61,14 @@ def _cards(run: RunFacts) -> Html:
     for baseline, words in (("perturbation_mean", "the perturbation mean"), ("controls", "predicting the controls")):
         other = loss.baselines[baseline]
         verdict = element("span", "beaten" if loss.beats(baseline) else "not beaten", class_=_yes(loss.beats(baseline)))
-        if is_no_measure({name: run.last(name) for name in (VAL_PAIRS, NOT_MEASURABLE, NOT_LEARNED)}):
+        if _is_no_measure(run):
             verdict = Html("no measure, see the diagnosis")
         cards.append(_card(f"{other:.4g}" if np.isfinite(other) else "-", "val_loss of ", words, ": ", verdict))
     return element("div", *cards, class_="cards")
+
+
+def _is_no_measure(run: RunFacts) -> bool:
+    return is_no_measure({name: run.last(name) for name in (VAL_PAIRS, NOT_MEASURABLE, NOT_LEARNED)})
 
 
 def _card(figure: str, *words: Any) -> Html:
@@ -80,11 +84,11 @@ def _score_table(run: RunFacts) -> Html:
     if not scores:
         return Html("")
     columns = ["metric", f"head, step {run.best_step:,}", "perturbation mean", "controls", "beats both", "what it is"]
-    return table(columns, [_score_row(score) for score in scores])
+    return table(columns, [_score_row(score, no_measure=_is_no_measure(run)) for score in scores])
 
 
-def _score_row(score: Score) -> list[Any]:
-    if not np.isfinite(score.head):
+def _score_row(score: Score, *, no_measure: bool) -> list[Any]:
+    if no_measure or not np.isfinite(score.head):
         return [score.metric, score.head, *score.baselines.values(), None, MEANINGS[score.metric]]
     beats = all(score.beats(name) for name in score.baselines)
     equals = not beats and all(score.beats(name) or score.head == v for name, v in score.baselines.items())

@@ -121,9 +121,10 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_bar() -> None:
 
 
 def test_no_pds_is_a_dash_and_a_validation_that_measures_nothing_beats_nothing() -> None:
-    for nothing in (math.nan, None):
+    unlearned, unseen = {"val_perturbations_not_learned": 1}, {"val_pairs": 2, "val_pairs_not_measurable": 2}
+    for nothing, why in ((math.nan, unlearned), (None, unlearned), (None, unseen)):
         panel = TrainingPanel(100)
-        panel.add(validation(50, pds=nothing, pds_perturbation_mean=nothing, val_perturbations_not_learned=1))
+        panel.add(validation(50, pds=nothing, pds_perturbation_mean=nothing, **why))
         text = "\n".join(drawn(panel))
         assert "pds -" in text and "nan" not in text
         assert "no measure" in text and "not beaten" not in text and "beaten  " not in text

@@ -50,3 +50,19 @@ def test_a_terminal_shows_one_bar_and_commands_that_can_be_copied(monkeypatch: p
     assert plain.index("Writing: 4/10 cells") < plain.index("between")
     last = plain.rindex("Training")  # what is left on the screen
     assert "step 4/10" in plain[last:] and "between" not in plain[last:]
+
+
+def test_a_validation_in_words_says_what_it_beats_and_where_that_is_no_measure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = {"step": 5, "val_loss": 1.0, "val_loss_perturbation_mean": 1.5, "pearson_delta": 0.5, "pds": 0.9}
+    for change, words in (
+        ({}, "(better than the perturbation mean, 1.5000)"),
+        ({"val_loss": 2.0}, "(not yet better than the perturbation mean, 1.5000)"),
+        ({"val_pairs": 9, "val_pairs_not_measurable": 9}, "(no measure; beside the perturbation mean, 1.5000)"),
+        ({"val_pairs": 9, "val_pairs_not_measurable": 0}, "(better than the perturbation mean, 1.5000)"),
+    ):
+        with ConsoleProgress() as progress:
+            progress.begin("Training", 10, "it")
+            progress.show(line | change)
+        assert words in capsys.readouterr().err

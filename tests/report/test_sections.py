@@ -85,3 +85,8 @@ def test_scores_that_measure_nothing_are_said_to(copy: Path, trained: Trained) -
     rewrite(copy, [line | mark if "val_loss" in line else line for line in trained.lines])
     words = brief(copy).words
     assert "no measure, see the diagnosis" in words and "Validation of perturbations that cannot be learned" in words
+    mark = {"val_pairs": 3, "val_pairs_not_measurable": 3}
+    rewrite(copy, [line | mark if "val_loss" in line else line for line in trained.lines])
+    page = brief(copy)
+    assert "no measure, see the diagnosis" in page.words and "No measurable effect" in page.words
+    assert "not beaten" not in page.words and "Beats the baselines" not in page.words
