@@ -72,11 +72,11 @@ def show_ceilings(ceilings: Sequence[Ceiling]) -> None:
 
 
 def show_summary(summary: dict[str, dict[str, float]], title: str) -> None:
-    """A table of metrics, the model beside the baselines."""
+    """A table of predictors, the model first, and their metrics."""
     predictors = list(dict.fromkeys(name for scores in summary.values() for name in scores))
-    columns = ["metric", *(name.replace("_", " ") for name in predictors)]
+    columns = ["predictor", *(metric.replace("_", " ") for metric in summary)]
     rows = [
-        [metric.replace("_", " "), *(console.figure(scores.get(name, math.nan)) for name in predictors)]
-        for metric, scores in summary.items()
+        [name.replace("_", " "), *(console.figure(scores.get(name, math.nan)) for scores in summary.values())]
+        for name in predictors
     ]
     console.table(title, columns, rows)

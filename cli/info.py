@@ -11,7 +11,7 @@ import typer
 from sest.cells.labels import PERTURBATION
 from sest.cli import console
 from sest.cli.options import options
-from sest.cli.train import VALIDATION_COLUMNS, show_splits, validation_rows
+from sest.cli.train import show_splits, show_validation
 from sest.config import SPLITS, EmbedConfig
 from sest.errors import InputError
 
@@ -63,7 +63,7 @@ def info(
                 console.say(note)
         if metrics:
             metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
-            console.table(f"validation at step {metrics['step']:,}", VALIDATION_COLUMNS, validation_rows(metrics))
+            show_validation(f"validation at step {metrics['step']:,}", metrics)
     if damaged:
         raise InputError(
             f"{path} is damaged: {len(damaged)} files differ from their sha256, the first is {damaged[0]}."

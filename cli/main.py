@@ -12,6 +12,7 @@ import typer
 
 from sest import __version__
 from sest.cli import console
+from sest.cli.blend import blend
 from sest.cli.convert import convert, import_
 from sest.cli.demo import demo
 from sest.cli.embed import embed
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, train, predict, evaluate, report, info, convert, demo, simulate):
+for command in (embed, train, blend, predict, evaluate, report, info, convert, demo, simulate):
     app.command(cls=Command)(command)
 app.command("import", cls=Command)(import_)
 

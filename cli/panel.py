@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sest.cli.console import duration
-from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, curves_of, is_no_measure
+from sest.runs.curves import HIGHER_IS_BETTER, WITH_CELLS, curves_of, is_no_measure, judged_by, strongest
 from sest.runs.diagnose import GOOD, WARNING, Finding, diagnose
 
 WIDTH, SPARKS = 80, 24
@@ -127,12 +127,15 @@ class TrainingPanel:
         return f"  best {losses[best]:.4f}, step {validation['step'][best]:,.0f}"
 
     def _baselines(self, validation: dict[str, Any]) -> Text:
-        known = {name: validation.get(f"val_loss_{name}") for name in BASELINES}
+        metric = judged_by(validation)
+        known = {name: validation.get(f"{metric}_{name}") for name in WITH_CELLS}
         figures = {name.replace("_", " "): value for name, value in known.items() if value is not None}
-        if validation.get("val_loss") is None or not figures:
+        value = validation.get(metric)
+        if value is None or not figures:
             return _row("baselines", "")
-        beaten = validation["val_loss"] < min(figures.values())
-        text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        beaten = value < min(figures.values())
+        text = ", ".join(f"{name} {other:.4f}" for name, other in figures.items())
+        text = f"{metric.replace('_', ' ')} {value:.4f}; {text}" if metric != "val_loss" else text
         if is_no_measure(validation):
             return _row("baselines", "no measure", text)
         row = _row("baselines", "beaten" if beaten else "not beaten", text)
@@ -168,10 +171,10 @@ def _optimizer(log: dict[str, Any]) -> str:
 
 
 def _metrics(validation: dict[str, Any]) -> Text:
-    """The other metrics, each beside the perturbation mean's."""
-    parts = []
+    """The other metrics, each beside the strongest baseline's."""
+    parts, beside = [], strongest(validation)
     for name in ("pearson_delta", "mae", "pds"):
-        value, other = validation.get(name), validation.get(f"{name}_perturbation_mean")
+        value, other = validation.get(name), validation.get(f"{name}_{beside}")
         if name not in validation:
             continue
         if value is None or not math.isfinite(value):
@@ -183,9 +186,9 @@ def _metrics(validation: dict[str, Any]) -> Text:
     better = [
         name
         for name in ("pearson_delta", "mae", "pds")
-        if None not in (validation.get(name), validation.get(f"{name}_perturbation_mean"))
+        if None not in (validation.get(name), validation.get(f"{name}_{beside}"))
         and math.isfinite(validation[name])
-        and (validation[name] > validation[f"{name}_perturbation_mean"]) == (name in HIGHER_IS_BETTER)
+        and (validation[name] > validation[f"{name}_{beside}"]) == (name in HIGHER_IS_BETTER)
     ]
     for name in [] if is_no_measure(validation) else better:
         row.highlight_words([name], "green")

@@ -18,18 +18,21 @@ GROUPS = {
         "cache controls all_controls encoder layer modality mixed_scales gene_col missing_genes"
     ),
     "What --template or --controls is": "pert_col cell_type_col control",
-    "With what": "checkpoint device precision seed",
+    "With what": "blend checkpoint device precision seed",
 }
 
 
 @options(PredictConfig, GROUPS)
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="run folder, or one of its checkpoint folders; several are averaged"),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="output: the .h5ad to write")],
     force: Force = False,
     **options: Any,
 ) -> None:
-    """Predict perturbed cells with a trained head.
+    """Predict perturbed cells with a trained head and the baselines beside it.
 
     They are written, with real control cells, as an h5ad (log1p, at most 14).
     Without --template, --list or --only: the cells of the run's test split.
@@ -42,5 +45,6 @@ def predict(
     console.say(
         f"{out}: {result.n_predicted:,} predicted cells of {result.n_perturbations:,} perturbations and "
         f"{result.n_controls:,} real controls, {result.n_genes:,} genes; "
-        f"from {result.checkpoint} (step {result.step:,})."
+        f"from {result.checkpoint} (step {result.step:,})"
+        + (f" and {result.n_runs - 1} more." if result.n_runs > 1 else ".")
     )

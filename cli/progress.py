@@ -15,7 +15,7 @@ from rich.text import Text
 from sest.cli import console
 from sest.cli.console import duration
 from sest.progress import STEPS, reporting
-from sest.runs.curves import is_no_measure
+from sest.runs.curves import is_no_measure, judged_by, strongest
 
 if TYPE_CHECKING:
     from sest.cli.panel import TrainingPanel
@@ -145,11 +145,14 @@ class ConsoleProgress:
         if self._live is not None:
             return
         if "val_loss" in line:
-            better = "better than" if line["val_loss"] < line["val_loss_perturbation_mean"] else "not yet better than"
+            metric, beside = judged_by(line), strongest(line)
+            value, other = line[metric], line[f"{metric}_{beside}"]
+            better = "better than" if value < other else "not yet better than"
             better = "no measure; beside" if is_no_measure(line) else better
+            loss = "" if metric == "val_loss" else f"val_loss {line['val_loss']:.4f}, "
             self.note(
-                f"step {line['step']:,}: val_loss {line['val_loss']:.4f} ({better} the perturbation mean, "
-                f"{line['val_loss_perturbation_mean']:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
+                f"step {line['step']:,}: {loss}{metric} {value:.4f} ({better} the {beside.replace('_', ' ')}, "
+                f"{other:.4f}), pearson_delta {line['pearson_delta']:.3f}, "
                 f"pds {console.figure(line['pds'], 3)}"
             )
             for finding in self._panel.warnings():

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from sest.cli import console
 from sest.cli.options import options, whole_or_auto
 from sest.cli.progress import ConsoleProgress
 from sest.config import TrainConfig, read_toml, upgraded
+from sest.errors import InputError
 from sest.machine.ranks import device_of_rank, ranks_of
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ GROUPS = {
     "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
     "mixed_scales match_controls control_targets",
     "How long, how fast it learns": "max_steps lr weight_decay clip batch_size set_size accumulate loss",
-    "The head": "hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
-    "Validation and stopping": "val_every val_sets early_stopping patience max_bad_steps",
+    "The head": "head hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
+    "Validation and stopping": "val_every val_sets monitor early_stopping patience max_bad_steps",
     "What is kept and shown": "checkpoint_every log_every tensorboard wandb",
     "Speed and memory": "precision compile device gradients num_workers data_device scratch",
     "Repeating a run": "seed",
@@ -49,6 +51,15 @@ def train(
         Path | None,
         typer.Option(help="TOML with options (as config.toml of a run); the command line wins; default: none"),
     ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="train so many runs, of seeds that count up from --seed, one after another into seed-0, seed-1 ... of "
+            "the run folder; `sest predict` averages them",
+            rich_help_panel="Repeating a run",
+        ),
+    ] = 1,
     **options: Any,
 ) -> None:
     """Train the State Transition head from a cache.
@@ -56,7 +67,8 @@ def train(
     Several GPUs: torchrun --nproc-per-node 4 -m sest train CACHE -r DIR (-r, as torchrun takes --run for an option of
     its own).
 
-    The run folder gets config.toml, metrics.jsonl, checkpoint-step-N/, best/ (lowest val_loss) and last/.
+    The run folder gets config.toml, metrics.jsonl, checkpoint-step-N/, best/ (lowest val_loss) and last/. At the end
+    the weights of the head and of baselines are fitted on the validation pairs (see `sest blend`).
     """
     if config is not None:
         values = read_toml(config)
@@ -64,6 +76,25 @@ def train(
             values = upgraded(values)
         TrainConfig.from_values(values, str(config))
         options = {**values, **options}
+    if seeds == 1:
+        _train_one(cache, run, options, resume)
+        return
+    from sest.training.train import train_seeds
+
+    if resume not in (None, "auto"):
+        raise InputError("With --seeds every run goes on from its own furthest checkpoint: pass --resume auto.")
+    first = TrainConfig.from_values(options, "the command line").seed
+    runs = train_seeds(
+        run,
+        first,
+        seeds,
+        lambda folder, seed, how: _train_one(cache, folder, {**options, "seed": seed}, how),
+        resume=resume is not None,
+    )
+    console.say(f"{len(runs)} runs: {', '.join(map(str, runs))}. `sest predict {run}` averages them.")
+
+
+def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | None) -> None:
     from sest.runs.curves import read_lines
     from sest.runs.run_folder import METRICS, config_of  # imports torch
     from sest.training.train import train as run_training
@@ -77,9 +108,10 @@ def train(
     patience = resolved.patience if resolved.early_stopping else None
     with ConsoleProgress(patience=patience) as progress:
 
-        def start(data: Dataset, model: StateTransition) -> None:
+        def start(data: Dataset, model: StateTransition | None) -> None:
             _show_start(data, model)
-            progress.remember(read_lines(run / METRICS))
+            if (run / METRICS).exists():
+                progress.remember(read_lines(run / METRICS))
 
         result = run_training(cache, run, resolved, resume=resume, ranks=ranks, on_start=start, on_log=progress.show)
     _show_end(result, cache, run, resolved.max_steps, patience)
@@ -91,34 +123,52 @@ def _show_end(result: TrainResult, cache: Path, run: Path, max_steps: int, patie
     from sest.runs.diagnose import diagnose
     from sest.runs.run_folder import METRICS
 
-    why = "no improvement" if result.reason == "early_stopping" else "all steps done"
+    why = {"early_stopping": "no improvement", "no_head": "no head"}.get(result.reason, "all steps done")
     best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
     console.say(f"{run}: step {result.step:,} ({why}){best}.")
     if result.metrics:
-        console.table("Last validation", VALIDATION_COLUMNS, validation_rows(result.metrics))
+        show_validation("Last validation", result.metrics)
     curves = read_curves(run / METRICS)
     findings = diagnose(curves, run=str(run), cache=str(cache), max_steps=max_steps, patience=patience)
     show_findings("Diagnosis", findings)
+    show_blend(result.blend)
     console.say(f"`sest report {shlex.quote(str(run))}` draws all of this.")
 
 
 def show_findings(title: str, findings: list[Finding]) -> None:
     """What the curves say, a line each."""
-    console.say(title)
+    if findings:
+        console.say(title)
     for finding in findings:
         console.say(f"- {finding.name} ({finding.level}): {finding.evidence} {finding.advice}".rstrip())
 
 
-VALIDATED_BESIDE = ("_perturbation_mean", "_controls", "_real_half")
-VALIDATION_COLUMNS = ["metric", "model", "perturbation mean", "controls", "real half"]
+def show_blend(sentences: Sequence[str]) -> None:
+    """What head and baselines count in predictions."""
+    if sentences:
+        console.say("Weights in predictions")
+    for sentence in sentences:
+        console.say(f"- {sentence}")
 
 
-def validation_rows(metrics: dict[str, float]) -> list[list[str]]:
-    """The metrics of a validation beside its baselines and half of the real cells, as table rows."""
-    return [
-        [name, *(console.figure(metrics.get(f"{name}{of}", math.nan)) for of in ("", *VALIDATED_BESIDE))]
-        for name in ("val_loss", "pearson_delta", "mae", "pds")
+VALIDATED_BESIDE = ("controls", "perturbation_mean", "ridge", "kernel", "stack", "real_half")
+
+
+def show_validation(title: str, metrics: dict[str, float]) -> None:
+    """A table of the metrics of a validation, beside baselines and half of the real cells."""
+    from sest.runs.curves import METRICS
+
+    columns = [
+        "metric",
+        "model",
+        *(name.replace("_", " ").replace("perturbation", "pert.") for name in VALIDATED_BESIDE),
     ]
+    beside = ("", *(f"_{name}" for name in VALIDATED_BESIDE))
+    rows = []
+    for name in METRICS:
+        values = (console.figure(metrics.get(f"{name}{of}", math.nan)) for of in beside)
+        rows.append([name if name == "val_loss" else name.replace("_", " "), *values])
+    console.table(title, columns, rows)
 
 
 def show_splits(rows: list[list[Any]]) -> None:
@@ -127,11 +177,14 @@ def show_splits(rows: list[list[Any]]) -> None:
     console.table("Cells", columns, [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows])
 
 
-def _show_start(data: Dataset, model: StateTransition) -> None:
+def _show_start(data: Dataset, model: StateTransition | None) -> None:
     """Show what will be trained on, and what."""
     from sest.head.model import n_parameters
 
     show_splits([list(vars(row).values()) for row in data.table])
+    if model is None:
+        console.say(f"No head: the stack of baselines; {len(data.targets.genes):,} genes; targets: {_targets(data)}.")
+        return
     s = model.sizes
     console.say(
         f"Head: {n_parameters(model):,} trainable parameters; embeddings {s.dim}, features {s.n_features}, "

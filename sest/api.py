@@ -111,11 +111,15 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest val_loss, which best/ holds; None before the first validation."""
-        metrics = self.metrics
-        if "val_loss" not in metrics or metrics["val_loss"].isna().all():
+        """The step of the best validation, which best/ holds; None before the first one."""
+        from sest.runs.curves import best_of
+
+        metrics, monitor = self.metrics, self.config.monitor
+        if "val_loss" not in metrics:
             return None
-        return int(metrics.loc[metrics["val_loss"].idxmin(), "step"])
+        validations = metrics[metrics["val_loss"].notna()]
+        best = best_of(validations[monitor].to_numpy(), monitor)
+        return None if best is None else int(validations["step"].iloc[best])
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -156,20 +160,8 @@ class Run:
             force: replace `out` where it exists.
             **options: further fields of `sest.config.PredictConfig`.
         """
-        from sest.encoder.choose import obsm_key
-        from sest.prediction.predict import predict_cells
-        from sest.runs.checkpoint import find_checkpoint, open_checkpoint
-
         config = PredictConfig.from_values({"cell_type": cell_type, "seed": seed, **options}, WHERE)
-        with shown_in_notebooks(), ExitStack() as stack:
-            if out is not None and isinstance(controls, anndata.AnnData):
-                check_output(out, inputs=[controls.filename], force=force)  # the file of a backed one
-            if controls is not None:
-                made = open_checkpoint(find_checkpoint(self.folder, config.checkpoint), check=False).state["encoder"]
-                key = obsm_key(made["name"])
-                file = stack.enter_context(file_of(controls, "controls", config.layer, key))
-                config = dataclasses.replace(config, controls=str(file))
-            return predict_cells(self.folder, perturbations, config, out=out, force=force)
+        return _predict([self.folder], perturbations, config, controls, out, force)
 
     def report(self, out: PathLike | None = None, *, force: bool = False, **options: Any) -> Path:
         """Write the HTML report (default: report.html in the run's folder); returns its path.
@@ -197,10 +189,44 @@ def open_run(path: PathLike) -> Run:
 
 
 def predict(
-    run: PathLike | Run, perturbations: Sequence[str] | Mapping[str, int] | None = None, **options: Any
+    run: PathLike | Run | Sequence[PathLike | Run],
+    perturbations: Sequence[str] | Mapping[str, int] | None = None,
+    *,
+    controls: Cells | None = None,
+    out: PathLike | None = None,
+    force: bool = False,
+    **options: Any,
 ) -> anndata.AnnData:
-    """Predict cells with a trained run; see `Run.predict`."""
-    return (run if isinstance(run, Run) else open_run(run)).predict(perturbations, **options)
+    """Predict cells with a trained run, or with several, whose predictions are averaged; see `Run.predict`.
+
+    `run` may be a folder that `sest train --seeds` made: all runs in it.
+    """
+    runs = [run] if isinstance(run, str | os.PathLike | Run) else run
+    folders = [one.folder if isinstance(one, Run) else Path(one) for one in runs]
+    return _predict(folders, perturbations, PredictConfig.from_values(options, WHERE), controls, out, force)
+
+
+def _predict(
+    folders: Sequence[Path],
+    perturbations: Sequence[str] | Mapping[str, int] | None,
+    config: PredictConfig,
+    controls: Cells | None,
+    out: PathLike | None,
+    force: bool,
+) -> anndata.AnnData:
+    from sest.encoder.choose import obsm_key
+    from sest.prediction.predict import predict_cells, runs_of
+    from sest.runs.checkpoint import find_checkpoint, open_checkpoint
+
+    with shown_in_notebooks(), ExitStack() as stack:
+        if out is not None and isinstance(controls, anndata.AnnData):
+            check_output(out, inputs=[controls.filename], force=force)  # the file of a backed one
+        if controls is not None:
+            first = find_checkpoint(runs_of(folders)[0], config.checkpoint)
+            key = obsm_key(open_checkpoint(first, check=False).state["encoder"]["name"])
+            file = stack.enter_context(file_of(controls, "controls", config.layer, key))
+            config = dataclasses.replace(config, controls=str(file))
+        return predict_cells(folders, perturbations, config, out=out, force=force)
 
 
 def evaluate(predicted: Cells, real: Cells, **options: Any) -> Evaluation:

@@ -18,14 +18,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 EMBED_PRECISIONS = (*PRECISIONS, "fp8")
 COUNTS = ("auto", "raw", "log1p")
 LARGEST_SEED = 2**63 - 1
-KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    tuple: "a list",
-    type(None): "nothing",
-}
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
+KINDS[type(None)] = "nothing"
 RENAMED = {  # options that have another name now, by configuration
     "EmbedConfig": {"checkpoint": "weights"},
     "TrainConfig": {"controls": "match_controls"},
@@ -48,6 +42,7 @@ MODALITY = "part of a MuData file to read, such as rna; default: the only one"
 VALUES = "what the values are; auto: found out"
 ENCODER = "encoder"
 CACHE = "cache of embeddings"
+CHECKPOINT = "checkpoint of the run: best, last or checkpoint-step-N"
 SPLITS = "splits TOML"
 FEATURES = "perturbation features"
 N_CELLS = "cells of each perturbation"
@@ -152,10 +147,12 @@ def _plain(value: Any, kinds: tuple[type, ...]) -> Any:
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """A training's values as an earlier sest wrote them, with today's names, and numbers that it kept as text.
 
-    Before there was `val_contexts`, perturbations were held out in all contexts.
+    Before `val_contexts` perturbations were held out in all contexts; all runs had a head, and its val_loss monitored.
     """
     kinds, renamed = TrainConfig.kinds(), RENAMED["TrainConfig"]
-    now = {"val_contexts": "all"} | {renamed.get(key, key): value for key, value in values.items()}
+    now = {"val_contexts": "all", "head": "st", "monitor": "val_loss"} | {
+        renamed.get(key, key): value for key, value in values.items()
+    }
     return {key: _plain(value, kinds[key]) if key in kinds else value for key, value in now.items()}
 
 
@@ -235,8 +232,8 @@ class TrainConfig(Config):
 
     perturbations: str = option(
         "onehot",
-        f"{FEATURES}: 'onehot', 'genes' (from the control cells), a file (name -> vector: .pt, .npz, .safetensors, "
-        ".pickle, .csv, .tsv), an SE folder (its proteins), or several joined by +",
+        f"{FEATURES}: 'onehot', 'genes' (from the control cells), 'drugs' (drug and dose of labels), a file (name -> "
+        "vector: .pt, .npz, .safetensors, .pickle, .csv, .tsv), an SE folder (its proteins), or several joined by +",
     )
     splits: str | None = option(
         None, f"{SPLITS}: has [datasets], [training], [zeroshot], [fewshot]; default: all cells train"
@@ -269,6 +266,7 @@ class TrainConfig(Config):
         "context", "a set's controls: same file and cell type, or also the same batch", choices=("context", "batch")
     )
     control_targets: bool = option(False, "also learn control cells from control cells")
+    head: str = option("st", "State Transition, or none: the stack of baselines alone", choices=("st", "none"))
     hidden: int = option(672, "hidden width of the head", least=1)
     n_layers: int = option(4, "transformer layers", least=1)
     n_heads: int = option(8, "attention heads", least=1)
@@ -280,9 +278,14 @@ class TrainConfig(Config):
     val_sets: int = option(
         0, "sets a validation at most, one of each cell type and perturbation at least; 0: every cell", least=0
     )
+    monitor: str = option(
+        "val_loss",
+        "what best/ and early stopping go by; metrics over pairs as means of three validations",
+        choices=("val_loss", "energy_distance", "mae", "pearson_delta", "pds"),
+    )
     checkpoint_every: int = option(5_000, "steps between kept checkpoints", least=1)
     log_every: int = option(50, "steps between lines of metrics.jsonl", least=1)
-    early_stopping: bool = option(False, "stop when val_loss has not improved for --patience validations")
+    early_stopping: bool = option(False, "stop when --monitor has not improved for --patience validations")
     patience: int = option(10, "validations without improvement before stopping early", least=1)
     max_bad_steps: int = option(20, "steps in a row with a non-finite loss or gradient before giving up", least=1)
     precision: str = option(
@@ -306,10 +309,26 @@ class TrainConfig(Config):
 
 
 @dataclass(frozen=True)
+class BlendConfig(Config):
+    """`sest blend`."""
+
+    checkpoint: str | None = option(None, f"{CHECKPOINT}; default: best")
+    cache: str | None = option(None, f"{CACHE}: where the run's is now; default: where the run says")
+    perturbations: str | None = option(None, f"{FEATURES}: where their file is now; default: where the run says")
+    device: str = option("auto", DEVICE)
+
+
+@dataclass(frozen=True)
 class PredictConfig(Config):
     """`sest predict`."""
 
-    checkpoint: str | None = option(None, "checkpoint of the run: best, last or checkpoint-step-N; default: best")
+    blend: str = option(
+        "auto",
+        "what counts: head and baselines by the weights that training fitted, or one alone; auto: the blend, or of a "
+        "checkpoint without one the head",
+        choices=("auto", "head", "stack", "controls"),
+    )
+    checkpoint: str | None = option(None, f"{CHECKPOINT}; default: best")
     cache: str | None = option(None, f"{CACHE}: where the run's is now; default: where the run says")
     perturbations: str | None = option(None, f"{FEATURES}: a file that has the perturbations; default: the run's")
     template: str | None = option(None, ".h5ad whose obs says which cells to predict; rows are grouped, names kept")

@@ -175,6 +175,9 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
         "scale": state["scale"],
         "features": state["features"]["source"],
         "encoder": state["encoder"]["name"],
+        "blend": [f"{name} {weight:.2f}" for name, weight in state["blend"]["weights"].items()]
+        if "blend" in state
+        else None,
         "files": sorted(state["files"]),
         "bytes": sum((path / name).stat().st_size for name in state["files"]),
         "sest_version": state["sest_version"],
@@ -197,8 +200,8 @@ def _run(path: Path, metrics: Path, verify: bool) -> Facts:
         facts |= _checkpoint(found[0], verify) | {"kind": "run"}
         for folder in found[1:] if verify else ():
             open_checkpoint(folder)
-        best = open_checkpoint(find_checkpoint(path), check=False).state["run"]
-        facts |= {key: best.get(key) for key in ("val_loss", "best_val_loss", "best_step")}
+        best = _checkpoint(find_checkpoint(path), verify=False)  # what predicts
+        facts |= {key: best[key] for key in ("val_loss", "best_val_loss", "best_step", "blend")}
     facts["max_steps"] = config.get("max_steps")
     facts["checkpoints"] = [folder.name for folder in found]
     facts["cache"] = provenance.get("cache")

@@ -16,6 +16,7 @@ import torch
 
 import sest
 from sest.errors import InputError, TrainingFailed
+from sest.report.write import write_report
 
 SIZES: dict[str, Any] = {"batch_size": 4, "set_size": 8, "hidden": 16, "n_layers": 1, "n_heads": 2, "device": "cpu"}
 SIZES |= {"n_encoder_layers": 2, "n_decoder_layers": 2, "num_workers": 0, "dropout": 0.0, "lr": 1e-3}
@@ -143,7 +144,8 @@ def test_perturbations_are_named_or_counted_and_controls_may_be_new_cells(run: s
     counted = run.predict({names[0]: 5, names[1]: 7}, cell_type="alpha")
     assert counted.obs["target_gene"].value_counts()[names].tolist() == [5, 7]
     controls = cells[(cells.obs["target_gene"] == "non-targeting") & (cells.obs["cell_type"] == "alpha")].copy()
-    anew = run.predict(names, controls=controls, n_cells=10)
+    predicted = run.predict(names, cell_type="alpha", n_cells=10, blend="head")
+    anew = run.predict(names, controls=controls, n_cells=10, blend="head")
     # the same controls, embedded again with the run's encoder and projection
     np.testing.assert_allclose(
         anew[anew.obs["target_gene"] != "non-targeting"].X.toarray().mean(0),
@@ -232,3 +234,19 @@ def test_nothing_is_printed(screen: Path, tmp_path: Path, capfd: pytest.CaptureF
     sest.train(made, tmp_path / "run", max_steps=1, **SIZES)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def test_several_runs_are_averaged_and_reported_side_by_side(
+    cache: sest.Cache, screen: Path, run: sest.Run, tmp_path: Path
+) -> None:
+    files = {"perturbations": screen / "screen.npz", "splits": screen / "screen.toml"}
+    runs = [
+        sest.train(cache, tmp_path / "runs" / f"seed-{i}", seed=i, max_steps=1, val_every=1, **files, **SIZES)
+        for i in (0, 1)
+    ]
+    both = sest.predict(runs)
+    assert list(both.uns["sest"]["provenance"]["ensemble"]) == ["seed-0/best", "seed-1/best"]
+    np.testing.assert_array_equal(sest.predict(tmp_path / "runs").X.toarray(), both.X.toarray())
+    page = write_report(tmp_path / "runs", tmp_path / "r.html", with_model=False).path.read_text()
+    assert "2 runs compared" in page and "seed-0" in page and "seed-1" in page
+    np.testing.assert_array_equal(sest.predict(run).X.toarray(), run.predict().X.toarray())

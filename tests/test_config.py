@@ -125,6 +125,8 @@ def test_a_renamed_key_is_refused_with_its_new_name(config: type[Config]) -> Non
 def test_what_an_earlier_version_wrote_is_read_as_the_same_configuration() -> None:
     earlier = {"controls": "batch", "target_sum": "10000", "set_size": 8, "lr": 1e-4, "unknown": "kept"}
     assert upgraded(earlier) == {
+        "head": "st",
+        "monitor": "val_loss",
         "match_controls": "batch",
         "target_sum": 1e4,
         "set_size": 8,

@@ -11,6 +11,7 @@ import pytest
 from conftest import Demo
 
 from sest import demo as demo_module
+from sest.baselines.all import BASELINES
 from sest.cli.main import main
 from sest.demo import run_demo
 from sest.errors import InputError
@@ -27,8 +28,8 @@ def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
         "evaluation",
     }
     summary = json.loads((demo.folder / "evaluation" / "summary.json").read_text())["metrics"]
-    assert set(summary) == {"pearson_delta", "pearson_delta_independent", "mae", "pds"}
-    assert set(summary["mae"]) == {"model", "context_mean", "perturbation_mean", "ridge", "real_half"}
+    assert set(summary) == {"pearson_delta", "pearson_delta_independent", "mae", "pds", "energy_distance"}
+    assert set(summary["mae"]) == {"model", *BASELINES, "real_half"}
     assert summary["mae"]["model"] == demo.result.evaluation.summary["mae"]["model"]
     assert demo.result.training.step == 20
 

@@ -45,7 +45,7 @@ from sest.config import EmbedConfig, TrainConfig
 from sest.embedding.embed import embed
 from sest.files.cell_file import CellFile
 from sest.head.model import HeadSizes, new_model
-from sest.runs.curves import read_lines
+from sest.runs.curves import BASELINES, read_lines
 from sest.se.weights import save_safetensors_copy
 from sest.training.train import train
 
@@ -402,7 +402,7 @@ def _check_metrics(metrics: Path) -> None:
     text = (ROOT / "docs" / "formats.md").read_text()
     for line in read_lines(metrics):
         for key in line:
-            name = re.sub(r"_(perturbation_mean|controls|real_half)$", "", key)
+            name = re.sub(rf"_({'|'.join((*BASELINES, 'real_half'))})$", "", key)
             assert f"\n| `{name}` |" in text, key
 
 

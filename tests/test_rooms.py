@@ -13,10 +13,10 @@ from helpers.source_tree import ROOT, imported, modules, parsed, used
 # From the ground up: a room imports only rooms on the floors below its own.
 FLOORS = (
     ("errors",),
-    ("cache", "progress", "outputs"),
+    ("cache", "progress", "outputs", "baselines"),
     ("config", "files", "head", "machine", "untrusted"),
     ("cells", "se", "notebook"),
-    ("encoder", "data"),
+    ("encoder", "data", "blend"),
     ("embedding", "runs", "evaluation", "simulation"),
     ("training", "prediction"),
     ("report", "compat", "describe"),

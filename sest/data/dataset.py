@@ -72,10 +72,12 @@ def read_dataset(
     *,
     stored: StoredFeatures | None = None,
     scratch: Path | None = None,
+    like: Dataset | None = None,
 ) -> Dataset:
     """Read what training, prediction and validation need from a cache.
 
     Args:
+        like: of the same cache and target sum, whose targets and embeddings are taken instead of read again.
         cache: opened, or its path or URL.
         stored: what the checkpoint to go on from, or to predict with, keeps of its features.
         scratch: folder for the targets where memory does not hold them, or config.data_device is "disk".
@@ -98,8 +100,8 @@ def read_dataset(
         logger.info(note)
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
     where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
-    targets = None
-    if GENES in sources_of(config.perturbations) and (stored is None or stored.loadings is None):
+    targets = like.targets if like is not None else None
+    if targets is None and GENES in sources_of(config.perturbations) and (stored is None or stored.loadings is None):
         targets = read_targets(cache, config.target_sum, where=where, scratch=scratch)
     features = _features(labels, mask, config, targets, stored)
     if config.missing_perturbations == "drop":
@@ -107,7 +109,10 @@ def read_dataset(
     of_group = {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
     table = split_table(groups, dataclasses.replace(splits, masks=of_group))
     targets = targets or read_targets(cache, config.target_sum, where=where, scratch=scratch)
-    embeddings, embedding_row = read_embeddings(cache, labels)
+    if like is not None:
+        embeddings, embedding_row = like.embeddings, like.embedding_row
+    else:
+        embeddings, embedding_row = read_embeddings(cache, labels)
     return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
 
 
@@ -124,7 +129,7 @@ def _features(
     `targets` where the vectors of genes are to be made from them; `stored` see `read_dataset`.
     """
     loadings = stored.loadings if stored is not None else None
-    if targets is not None:
+    if targets is not None and loadings is None and GENES in sources_of(config.perturbations):
         rows = np.flatnonzero(labels.is_control & ((mask & TRAIN) > 0))
         loadings = gene_loadings(targets, rows, labels.context[rows], config.seed)
     names, columns = (stored.names, stored.columns) if stored is not None else (None, None)

@@ -1,4 +1,4 @@
-"""Where feature vectors come from: files, the genes of the cells, one-hot columns, or several of these side by side.
+"""Where feature vectors come from: files, the genes of the cells, one-hot columns, drugs, or several side by side.
 
 W: width of one source, P: width of all of them together.
 """
@@ -13,14 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sest.cells.labels import targets_of
+from sest.cells.labels import Treatment, targets_of, treatments_of
 from sest.errors import InputError, nearest, shown
 from sest.untrusted.tensors import read_vectors
 
 logger = logging.getLogger(__name__)
 
-ONE_HOT, GENES = "onehot", "genes"
-WORDS = (ONE_HOT, GENES)  # sources that are no files
+ONE_HOT, GENES, DRUGS = "onehot", "genes", "drugs"
+WORDS = (ONE_HOT, GENES, DRUGS)  # sources that are no files
+COLUMNS = (ONE_HOT, DRUGS)  # those that know a name by its column alone, of which only training says anything
+DECADE = 0.25  # what ten times the dose adds, so that doses of one drug stay alike (cosine)
+UNITS = {"pM": 1e-6, "nM": 1e-3, "uM": 1.0, "mM": 1e3, "M": 1e6, "ng/ml": 1e-3, "ug/ml": 1.0, "mg/ml": 1e3, "g/ml": 1e6}
 PROTEINS = "protein_embeddings.pt"  # in the folder of an SE encoder
 
 
@@ -83,7 +86,42 @@ class Source:
             return np.asarray(self.matrix[row])
         if self.is_sum(name):
             return np.asarray(self.matrix[[self.rows[part] for part in targets_of(name)]].sum(0))
+        if self.is_of_drugs(name):
+            return np.asarray(self.matrix[[self.rows[t.drug] for t in treatments_in(name)]].sum(0))
         return None
+
+    def is_of_drugs(self, name: str) -> bool:
+        """Whether a drug and its dose have no vector of their own, but the drug has one."""
+        treatments = treatments_in(name)
+        return self._row(name) is None and bool(treatments) and all(t.drug in self.rows for t in treatments)
+
+    def columns_of(self, name: str) -> list[str]:
+        """What the columns of a name stand for, of a source of `COLUMNS`."""
+        return [name] if name in self.rows else list(targets_of(name))
+
+
+@dataclass(frozen=True, eq=False)
+class Drugs(Source):
+    """Two columns a drug: that it is there, and the logarithm of its dose. See `drugs_of`."""
+
+    def find(self, name: str) -> np.ndarray | None:
+        """(W,): the sum over the drugs of a label; without a dose as at 1 uM. None where one is another drug."""
+        found = treatments_in(name) or tuple(Treatment(part, 1.0, "uM") for part in targets_of(name))
+        if not found or any(treatment.drug not in self.rows for treatment in found):
+            return None
+        vector = np.zeros(self.width, np.float32)
+        for treatment in found:
+            place = self.rows[treatment.drug]
+            vector[place] += 1.0
+            if treatment.dose > 0:
+                vector[len(self.rows) + place] += DECADE * np.log10(treatment.dose * UNITS[_unit(treatment)])
+        return vector
+
+    def is_sum(self, name: str) -> bool:
+        return False
+
+    def columns_of(self, name: str) -> list[str]:
+        return [treatment.drug for treatment in treatments_in(name)] or list(targets_of(name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +146,10 @@ class Vectors:
 
     @property
     def one_hot(self) -> slice | None:
-        """Which of the P columns are one-hot."""
+        """Which of the P columns are one-hot, or of drugs."""
         at = 0
         for source in self.sources:
-            if source.name == ONE_HOT:
+            if source.name in COLUMNS:
                 return slice(at, at + source.width)
             at += source.width
         return None
@@ -125,9 +163,8 @@ class Vectors:
         return np.concatenate([np.zeros(s.width, np.float32) if v is None else v for v, s in pairs])
 
     def columns_of(self, name: str) -> list[str]:
-        """What the one-hot columns of a perturbation stand for."""
-        source = self.of(ONE_HOT)
-        return [] if source is None else [name] if name in source.rows else list(targets_of(name))
+        """What the columns of a perturbation stand for, where a source knows it by these alone."""
+        return [column for source in self.sources if source.name in COLUMNS for column in source.columns_of(name)]
 
     def say_what_is_made(self, names: Sequence[str]) -> None:
         """Say which of the names, all found, get a sum or zeros in a source."""
@@ -137,12 +174,14 @@ class Vectors:
                 logger.info(
                     f"{len(sums)} combinations get the sum of their targets' vectors in {source.name}: {shown(sums)}."
                 )
+            if drugs := [name for name in names if source.name not in WORDS and source.is_of_drugs(name)]:
+                logger.info(f"{len(drugs)} doses get the vector of their drug in {source.name}: {shown(drugs)}.")
             if lacks := [name for name in names if source.find(name) is None]:
                 logger.info(f"{source.name} has no vector for {len(lacks)} perturbations, zeros there: {shown(lacks)}.")
 
     def has_only_a_column(self, name: str) -> bool:
         """Whether nothing is known of a name but which one it is."""
-        return all(source.name == ONE_HOT or source.find(name) is None for source in self.sources)
+        return all(source.name in COLUMNS or source.find(name) is None for source in self.sources)
 
 
 def one_hot(names: Sequence[str], columns: Sequence[str] | None = None) -> Source:
@@ -154,6 +193,41 @@ def one_hot(names: Sequence[str], columns: Sequence[str] | None = None) -> Sourc
     if columns is None:
         columns = list(dict.fromkeys(target for name in names for target in targets_of(name)))
     return Source(ONE_HOT, {name: i for i, name in enumerate(columns)}, np.eye(len(columns), dtype=np.float32))
+
+
+def treatments_in(name: str) -> tuple[Treatment, ...]:
+    """The drugs and doses of a label, or of all parts of a combination; () where one has none."""
+    parts = [treatments_of(part) for part in targets_of(name)]
+    if len(parts) > 1 and all(parts):
+        return tuple(treatment for part in parts for treatment in part)
+    return treatments_of(name)
+
+
+def drugs_of(names: Sequence[str]) -> Drugs:
+    """Columns for the drugs of labels such as [('Trametinib', 0.05, 'uM')] or Nutlin-3a_0.5uM.
+
+    Raises:
+        InputError: no label names a dose, or one has a unit that is not known.
+    """
+    found = [treatment for name in names for treatment in treatments_in(name)]
+    if not found:
+        raise InputError(
+            "--perturbations drugs reads labels such as [('Trametinib', 0.05, 'uM')] or Nutlin-3a_0.5uM; the data has: "
+            f"{shown(names)}."
+        )
+    for treatment in found:
+        if _unit(treatment) not in UNITS:
+            raise InputError(
+                f"{treatment.drug}: {treatment.unit!r} is no unit of a dose. Known: {', '.join(UNITS)}. Rename labels."
+            )
+    drugs = list(dict.fromkeys(treatment.drug for treatment in found))
+    return Drugs(DRUGS, {drug: i for i, drug in enumerate(drugs)}, np.zeros((len(drugs), 2 * len(drugs)), np.float32))
+
+
+def _unit(treatment: Treatment) -> str:
+    """Its unit as `UNITS` spells it: M is molar and m milli, whatever the case of the rest."""
+    unit = treatment.unit.strip().replace("µ", "u").replace("μ", "u")
+    return unit.lower() if unit.lower().endswith("g/ml") else f"{unit[:-1].lower()}M"
 
 
 def read_source(path: Path) -> Source:
@@ -172,7 +246,7 @@ def read_sources(
 
     Args:
         text: see `sources_of`.
-        names: the perturbations, for one-hot columns.
+        names: the perturbations, for one-hot columns and drugs.
         columns: the columns of a run that has them already.
         loadings: what `genes` stands for.
     """
@@ -181,6 +255,8 @@ def read_sources(
     for part in parts:
         if part == ONE_HOT:
             made.append(one_hot(names, columns))
+        elif part == DRUGS:
+            made.append(drugs_of(names))
         elif part == GENES:
             assert loadings is not None
             made.append(loadings)

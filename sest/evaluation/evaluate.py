@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 import sest
 from sest import progress
@@ -37,6 +38,7 @@ from sest.evaluation.cell_eval_scores import (
     overall_scores,
     stack,
 )
+from sest.evaluation.energy import PAIRS, energy_distances, sampled
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
@@ -125,9 +127,16 @@ def _own_scores(
     if len(alone):
         names = shown(task.cell_types[i] for i in alone)
         notes.append(f"One perturbation each is scored in {names}: no pds there (-), as it ranks several.")
-    predicted_cells, p_made = task.predicted.pseudobulks(task.n_groups, n_types, "predicted cells")
+    scored = _pairs_with_energy(task, seed, notes)
+    wanted = [*range(n_types), *(n_types + scored)]
+    keep = {side: sampled(side.group, wanted, seed) for side in (task.predicted, task.real)}
+    predicted_cells, p_made, p_sample = task.predicted.pseudobulks(
+        task.n_groups, n_types, "predicted cells", keep=keep[task.predicted]
+    )
     folds = n_folds(task.n_groups, len(task.genes))
-    real_cells, r_made = task.real.pseudobulks(task.n_groups, n_types, "real cells", folds, seed)
+    real_cells, r_made, r_sample = task.real.pseudobulks(
+        task.n_groups, n_types, "real cells", folds, seed, keep[task.real]
+    )
     predicted, n_predicted, real, n_real = (
         predicted_cells.means,
         predicted_cells.counts,
@@ -141,15 +150,18 @@ def _own_scores(
         predicted[without] = real[without]
         names = shown(task.cell_types[i] for i in without)
         notes.append(f"The prediction has no control cells of {names}: its effects are from the real ones.")
-    predictors = {"model": predicted[n_types:], "context_mean": real[own_type]}
+    predictors = {"model": predicted[n_types:], "controls": real[own_type]}
     if record is not None:
         predictors |= record.baselines_of(task.pairs, len(task.genes))
     table = pd.DataFrame(task.pairs, columns=["cell_type", "perturbation"])
     table["n_predicted"], table["n_real"] = n_predicted[n_types:], n_real[n_types:]
     observed, control = real[n_types:], real[own_type]
+    p_group, r_group = (side.group[keep[side]] for side in (task.predicted, task.real))
+    sides = (p_sample, p_group), (r_sample, r_group)
+    distances = _energy(task, predictors, scored, *sides, predicted[:n_types], n_predicted[n_types:], seed)
     parts = []
     for name, means in predictors.items():
-        own_control = control if name == "context_mean" else predicted[own_type]
+        own_control = control if name == "controls" else predicted[own_type]
         pds, independent = np.empty((2, len(means)))
         for i in range(n_types):
             at = np.flatnonzero(own_type == i)
@@ -166,9 +178,57 @@ def _own_scores(
                 pearson_delta_independent=independent,
                 mae=mean_absolute_error(means, observed),
                 pds=pds,
+                energy_distance=distances[name],
             )
         )
     return pd.concat(parts, ignore_index=True), predictors, real_cells
+
+
+def _pairs_with_energy(task: Comparison, seed: int, notes: list[str]) -> np.ndarray:
+    """The pairs that get an energy distance: all, or PAIRS of them, drawn."""
+    n = len(task.pairs)
+    if n <= PAIRS:
+        return np.arange(n)
+    notes.append(f"energy_distance is that of {PAIRS} of {n:,} pairs, drawn.")
+    return np.sort(np.random.default_rng([seed, n]).choice(n, PAIRS, replace=False))
+
+
+def _energy(
+    task: Comparison,
+    predictors: dict[str, np.ndarray],
+    scored: np.ndarray,
+    predicted: tuple[sp.csr_matrix, np.ndarray],
+    real: tuple[sp.csr_matrix, np.ndarray],
+    control_means: np.ndarray,
+    n_predicted: np.ndarray,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Energy distances (n_pairs,) by predictor, NaN of pairs that are not `scored`.
+
+    `predicted`, `real`: sampled cells (n, G), and the group of each. `control_means`: (cell types, G) of the
+    prediction's controls. `n_predicted`: (n_pairs,) cells.
+    """
+    n_types, own_type = len(task.cell_types), task.own_type
+    found = {name: np.full(len(task.pairs), np.nan) for name in predictors}
+    progress.begin("Comparing cells", len(scored), "pairs")
+    for pair in scored.tolist():
+        (p_cells, p_group), (r_cells, r_group), kind = predicted, real, own_type[pair]
+        real_controls = r_cells[r_group == kind]
+        own_controls = p_cells[p_group == kind]
+        distances = energy_distances(
+            r_cells[r_group == n_types + pair],
+            p_cells[p_group == n_types + pair],
+            real_controls,
+            own_controls if own_controls.shape[0] else real_controls,
+            {name: means[pair] for name, means in predictors.items()},
+            control_means[kind],
+            int(n_predicted[pair]),
+            np.random.default_rng([seed, 0x305E, pair]),
+        )
+        for name, distance in distances.items():
+            found[name][pair] = distance
+        progress.advance(1)
+    return found
 
 
 def _ceilings(task: Comparison, real_cells: Folds, notes: list[str]) -> list[Ceiling]:
@@ -224,7 +284,7 @@ def _scores_of_cell_eval(task: Comparison, predictors: dict[str, np.ndarray], th
             predicted = stack([predicted, controls_of(real)])
         predictions = {"model": predicted}
         for predictor in [name for name in predictors if name != "model"]:
-            controls = controls_of(real if predictor == "context_mean" else predicted)
+            controls = controls_of(real if predictor == "controls" else predicted)
             stand_in = [controls]
             for group, perturbation in rows.items():
                 n = int((task.predicted.group == group).sum())  # the model's number: the same power for its test

@@ -10,36 +10,29 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
+from sest.baselines.effects import Contexts, Effects, Query
 from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
 from sest.data.labels import NOTHING
 from sest.data.targets import Targets
-from sest.evaluation.baselines import TrainingMeans
 from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds
 
 ROWS_PER_BLOCK = 8192
 OTHER_PAIRS = 50  # of a context, that help to say whether there is an effect there
 
 
-def pseudobulks(targets: Targets, code: np.ndarray, n_groups: int) -> np.ndarray:
-    """Mean log1p expression of groups of cells.
+def sums_of(targets: Targets, code: np.ndarray, n_groups: int, squared: int = 0) -> tuple[np.ndarray, ...]:
+    """Sums of log1p cells by group, streamed in blocks.
 
     Args:
         code: (N,) int group of every cell, -1 for cells in none.
-        n_groups: how many groups; every one must have a cell.
+        squared: how many of the last groups also get sums of squares.
 
     Returns:
-        (n_groups, G) float64.
+        (n_groups, G) sums, (n_groups,) cells, (squared, G) sums of squares; float64.
     """
-    sums, counts = _sums(targets, code, n_groups)
-    assert (counts > 0).all(), "a group without cells"
-    return sums / counts[:, None]
-
-
-def _sums(targets: Targets, code: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of log1p cells, (n_groups, G) float64, and cells, (n_groups,)."""
     rows = np.flatnonzero(code >= 0)
-    sums = np.zeros((n_groups, len(targets.genes)))
+    sums, squares = np.zeros((n_groups, len(targets.genes))), np.zeros((squared, len(targets.genes)))
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         block = rows[start : start + ROWS_PER_BLOCK]
         values = targets.log1p(block).astype(np.float64)
@@ -47,7 +40,9 @@ def _sums(targets: Targets, code: np.ndarray, n_groups: int) -> tuple[np.ndarray
             (np.ones(len(block)), (code[block], np.arange(len(block)))), shape=(n_groups, len(block))
         )
         sums += (member @ values).toarray()
-    return sums, np.bincount(code[rows], minlength=n_groups)
+        if squared and (code[block] >= n_groups - squared).any():
+            squares += (member[n_groups - squared :] @ values.power(2)).toarray()
+    return sums, np.bincount(code[rows], minlength=n_groups), squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +53,14 @@ class Pairs:
     perturbation: np.ndarray  # (K,) codes of Labels.perturbations
     n_cells: np.ndarray  # (K,)
     observed: np.ndarray  # (K, G) float64
-    control: np.ndarray  # (K, G) float64
+    controls: Contexts
+    own: np.ndarray  # (K,) index into `controls`
+
+    @property
+    def control(self) -> np.ndarray:
+        """(K, G) float64."""
+        means: np.ndarray = self.controls.mean[self.own]
+        return means
 
 
 def split_pairs(data: Dataset, bit: int) -> Pairs:
@@ -75,11 +77,19 @@ def split_pairs(data: Dataset, bit: int) -> Pairs:
     code[key >= 0] = np.searchsorted(keys, key[key >= 0])
     controls = mask & labels.is_control & np.isin(labels.context, contexts)
     code[controls] = len(keys) + np.searchsorted(contexts, labels.context[controls])
-    means = pseudobulks(data.targets, code, len(keys) + len(contexts))
-    counts = np.bincount(code[code >= 0], minlength=len(keys))[: len(keys)]
-    return Pairs(
-        context, perturbation, counts, means[: len(keys)], means[len(keys) + np.searchsorted(contexts, context)]
-    )
+    n_pairs, n_contexts = len(keys), len(contexts)
+    sums, counts, squares = sums_of(data.targets, code, n_pairs + n_contexts, n_contexts)
+    assert (counts > 0).all(), "a group without cells"
+    means = sums / counts[:, None]
+    variance = np.maximum(squares / counts[n_pairs:, None] - means[n_pairs:] ** 2, 0.0)
+    names = tuple(context_name(data, int(c)) for c in contexts)
+    found = Contexts(names, means[n_pairs:], variance, counts[n_pairs:])
+    return Pairs(context, perturbation, counts[:n_pairs], means[:n_pairs], found, np.searchsorted(contexts, context))
+
+
+def context_name(data: Dataset, context: int) -> str:
+    """What baselines call a context: its file in the cache and its cell type."""
+    return "/".join(data.labels.contexts[context])
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class SplitCeiling:
     of_split: Ceiling | None  # over the perturbations of the split; None where they have too few cells
     verdict: str  # "", or why no score in this context means anything: over other perturbations than the test's too
     n_pairs: int  # of the split in this context
+    context: int  # code of Labels.contexts
 
 
 def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
@@ -113,27 +124,33 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         n_groups, cells = 1 + len(pairs), code >= 0
         folds = n_folds(n_groups, len(data.targets.genes))
         code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
-        sums, counts = _sums(data.targets, code, n_groups * folds)
+        sums, counts, _ = sums_of(data.targets, code, n_groups * folds)
         found = Folds(sums.reshape(n_groups, folds, -1), counts.reshape(n_groups, folds), seed)
         name, names = " / ".join(labels.contexts[context]), [labels.perturbations[p] for p in pairs]
         of_split = ceiling(found, 0, 1 + np.arange(len(mine)), name, names[: len(mine)], data.targets.genes)
         whole = (
             ceiling(found, 0, 1 + np.arange(len(pairs)), name, names, data.targets.genes) if len(others) else of_split
         )
-        result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine)))
+        result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine), int(context)))
     return result
 
 
-def training_means(data: Dataset) -> TrainingMeans:
+def training_effects(data: Dataset) -> Effects:
     """Effects of the training perturbations, from which the baselines learn."""
     pairs = split_pairs(data, TRAIN)
-    contexts, which = np.unique(pairs.context, return_inverse=True)
     perturbations, pair = np.unique(pairs.perturbation, return_inverse=True)
-    return TrainingMeans(
-        contexts=tuple("/".join(data.labels.contexts[c]) for c in contexts),
+    return Effects(
+        controls=pairs.controls,
         perturbations=tuple(data.labels.perturbations[p] for p in perturbations),
+        features=data.features.matrix[perturbations],
         delta=pairs.observed - pairs.control,
-        pair_context=which,
-        pair_perturbation=pair,
+        context=pairs.own,
+        perturbation=pair,
         n_cells=pairs.n_cells,
     )
+
+
+def query_of(data: Dataset, pairs: Pairs) -> Query:
+    """What asks the baselines for the effects of these pairs."""
+    names = tuple(data.labels.perturbations[p] for p in pairs.perturbation)
+    return Query(pairs.controls, pairs.own, names, data.features.matrix[pairs.perturbation])

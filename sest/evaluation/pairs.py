@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sest import progress
+from sest.baselines.all import baseline_pseudobulks
+from sest.blend.blend import ANCHORED, HEAD
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows, SetSampler
-from sest.evaluation.baselines import predict_baselines
-from sest.evaluation.means import Pairs, split_pairs, training_means
+from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
 from sest.machine.team import ALONE, Team
 
@@ -28,7 +30,7 @@ class HeldOut:
     """The cells of a split in fixed sets, and the pairs these belong to."""
 
     pairs: Pairs
-    perturbation_mean: np.ndarray  # (K, G) controls plus the mean training effect
+    baselines: dict[str, np.ndarray]  # name (see sest.baselines.all) -> (K, G) float32 pseudobulks
     sets: SetRows
     pair: np.ndarray  # (sets,) the pair of every set
     n_sets: int  # of all its cells; a limit takes fewer of them
@@ -49,9 +51,12 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int) -> Held
         pairs.context.astype(np.int64) * n_perturbations + pairs.perturbation,
         data.labels.context[sets["targets"][:, 0]].astype(np.int64) * n_perturbations + sets["perturbation"],
     )
-    names = [data.labels.perturbations[p] for p in pairs.perturbation]
-    mean = predict_baselines(training_means(data), names, pairs.control)["perturbation_mean"]
-    return HeldOut(pairs, mean, sets, pair, sampler.sets_per_epoch)
+    return HeldOut(pairs, baselines_of(data, pairs), sets, pair, sampler.sets_per_epoch)
+
+
+def baselines_of(data: Dataset, pairs: Pairs) -> dict[str, np.ndarray]:
+    """Name -> (K, G) float32: what every baseline, fitted on the training split, predicts for the pairs."""
+    return baseline_pseudobulks(training_effects(data), query_of(data, pairs))
 
 
 def some_sets(sets: SetRows, part: slice) -> SetRows:
@@ -104,6 +109,37 @@ def predicted_means(
     counts = np.bincount(held.pair, minlength=len(sums))
     means: np.ndarray = team.sum(sums).cpu().numpy() / counts[:, None]
     return means
+
+
+def head_effects(
+    model: nn.Module,
+    data: Dataset,
+    cells: ResidentCells,
+    held: HeldOut,
+    size: int,
+    cast: Callable[[], AbstractContextManager[None]],
+    what: str = "Predicting the validation pairs",
+) -> dict[str, np.ndarray]:
+    """Effects (K, G) of the pairs as the head predicts them, raw and anchored (see sest.blend.blend).
+
+    `what` names the step for people.
+    """
+    features = torch.from_numpy(data.features.matrix).to(cells.device)
+    progress.begin(what, 2 * len(held.pair), "sets")
+
+    def means(features: Tensor) -> np.ndarray:
+        return predicted_means(
+            model,
+            cells,
+            held,
+            features,
+            size,
+            cast,
+            each=lambda sets, _: progress.advance(len(sets["perturbation"])),
+        )
+
+    predicted, of_controls = means(features), means(features[:1].expand_as(features))
+    return {HEAD: predicted - held.pairs.control, ANCHORED: predicted - of_controls}
 
 
 def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str, np.ndarray]:

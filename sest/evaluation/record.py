@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sest.baselines.all import BASELINES
 from sest.cells.labels import same_targets
 from sest.errors import InputError, shown
 from sest.files.cell_file import CellFile
 from sest.files.nodes import check_below, child, damage_is_bad_input
 
 MAX_STORED = 2**32  # bytes of one array of uns that is read
-NOT_STORED = ("model", "context_mean")  # predictors that are always computed from the cells
+NOT_STORED = ("model", "controls")  # predictors that are always computed from the cells
+BASELINES_VERSION = 2  # before, context_mean was the name of the controls
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,8 @@ class Record:
             else:
                 continue
             raise InputError(f"The prediction's stored baseline {what}. Run `sest predict` again.")
-        return {name: values[at].astype(np.float64) for name, values in sorted(self.baselines.items())}
+        order = sorted(self.baselines, key=lambda name: (BASELINES.index(name) if name in BASELINES else -1, name))
+        return {name: self.baselines[name][at].astype(np.float64) for name in order}
 
 
 def read_record(file: CellFile) -> Record | None:
@@ -71,12 +74,13 @@ def read_record(file: CellFile) -> Record | None:
     absent = [f"{group}/{key}" for group, keys in needed.items() for key in keys if key not in told.get(group, {})]
     if absent:
         raise InputError(f"{file.path}: uns['sest'] has no {shown(absent)}. Run `sest predict` again.")
+    not_stored = NOT_STORED if told.get("baselines_version", 1) >= 2 else (*NOT_STORED, "context_mean")
     is_log1p, target_sum = told.get("scale") == "log1p", told.get("target_sum")
     return Record(
         columns={key: str(told["columns"][key]) for key in (*needed["columns"], "labels") if key in told["columns"]},
         is_log1p=is_log1p,
         target_sum=None if is_log1p or target_sum is None else float(target_sum),
-        baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in NOT_STORED},
+        baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in not_stored},
         pairs=told.get("pairs", {}),
         is_mixed=told.get("scale") == "mixed",
     )

@@ -26,8 +26,8 @@ class Evaluation:
 
     table: pd.DataFrame
     """One row a (cell_type, perturbation, predictor): n_predicted, n_real, pearson_delta, pearson_delta_independent,
-    mae, pds and, where cell-eval ran, des, cell_eval_mae, cell_eval_pds. `predictor`: model, context_mean or a stored
-    baseline."""
+    mae, pds, energy_distance and, where cell-eval ran, des, cell_eval_mae, cell_eval_pds. `predictor`: model, controls
+    or a stored baseline."""
     summary: dict[str, dict[str, float]]
     """metric -> predictor -> mean over all pairs; real_half is that of `ceilings`. Where cell-eval ran also
     overall_score_over: baseline -> the model's overall score with that baseline as zero (1 is perfect, worse than the

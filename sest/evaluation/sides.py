@@ -64,17 +64,20 @@ class Side:
         return rows[:, self.genes]
 
     def pseudobulks(
-        self, n_groups: int, n_types: int, what: str, folds: int = 1, seed: int = 0
-    ) -> tuple[Folds, Normalisation]:
-        """Sums of log1p cells of each group (n_groups, folds, G) float64, and how the cells were normalised.
+        self, n_groups: int, n_types: int, what: str, folds: int = 1, seed: int = 0, keep: np.ndarray | None = None
+    ) -> tuple[Folds, Normalisation, sp.csr_matrix]:
+        """Sums of log1p cells of each group (n_groups, folds, G) float64, their normalisation, and some cells.
 
-        That is as was asked, or what the sums of some controls say, which are the groups below n_types.
+        The normalisation is as was asked, or what the sums of some controls say, which are the groups below n_types.
+        The cells are those of `keep`, (N,) bool: (n, G) log1p, in the order of the file.
 
         Raises:
             InputError: a prediction has values below zero.
         """
         progress.begin(f"Reading {what}", self.file.n_cells, "cells")
         sums, sampled, n_sampled = np.zeros((n_groups * folds, len(self.genes))), [np.zeros((0, 7))], 0
+        keep = np.zeros(self.file.n_cells, bool) if keep is None else keep
+        kept = [sp.csr_matrix((0, len(self.genes)), dtype=np.float32)]
         cell = np.where(self.group < 0, -1, self.group * folds + deal(self.group, folds, seed))
         for start in range(0, self.file.n_cells, BLOCK):
             stop = min(start + BLOCK, self.file.n_cells)
@@ -90,13 +93,15 @@ class Side:
                 rows = self._log1p(stored)
                 if self.is_predicted and rows.nnz and rows.data.min() < 0:
                     raise InputError(_effects(self.file.path, int((rows.data < 0).sum())))
+                kept.append(rows[keep[start:stop]])
                 block = (member @ rows.astype(np.float64)).tocoo()
                 sums[block.row, block.col] += block.data  # a product has each place once
             progress.advance(stop - start)
         n_cells = np.bincount(cell[cell >= 0], minlength=len(sums)).reshape(n_groups, folds)
         found = Folds(sums.reshape(n_groups, folds, len(self.genes)), n_cells, seed)
         asked = self.target_sum
-        return found, normalisation_of(np.concatenate(sampled)) if asked is None else normalised_to(asked)
+        made = normalisation_of(np.concatenate(sampled)) if asked is None else normalised_to(asked)
+        return found, made, sp.vstack(kept, format="csr")
 
     def cells_of(self, names: dict[int, str]) -> LabelledCells:
         """All cells of the groups `names` (n, G), and the name of each one's group."""

@@ -176,6 +176,34 @@ def energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch
         return _EnergyDistance.apply(predicted, target, gram)
 
 
+def unbiased_energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32) -> Tensor:
+    """Energy distance without the distances of cells to themselves: (B, S, G), (B, T, G) -> (B,) float32.
+
+    E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| where x and x' are different cells (S, T >= 2; otherwise NaN): the U-statistic,
+    whose mean over sets of one distribution is 0. `energy_distance` counts each cell's zero distance to itself, which
+    takes a part 1 / S off the spread of a set, so that a prediction of too little spread earns by it. Not for training:
+    no gradient.
+    """
+    with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
+        n_x, n_y = predicted.shape[1], target.shape[1]
+        centre = target.mean(1, keepdim=True, dtype=torch.float32)
+        sets = [(cells.float() - centre).to(gram) for cells in (predicted, target)]
+        x, y = (_mean_distance(one, one) for one in sets)
+        between = _mean_distance(*sets)
+    # each cell's distance to itself is the clamp's root, not zero
+    own = MIN_SQUARED_DISTANCE**0.5
+    within = [(d * n - own) / (n - 1) if n > 1 else torch.full_like(d, torch.nan) for d, n in ((x, n_x), (y, n_y))]
+    return between - 0.5 * within[0] - 0.5 * within[1]
+
+
+def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
+    """(B, S, G), (B, T, G) -> (B,) mean over all pairs."""
+    one = torch.ones(len(a), 1, 1, device=a.device)
+    gram = _product(a, b.mT)
+    norms = [gram.diagonal(dim1=1, dim2=2)] * 2 if a is b else [_squared_norms(cells) for cells in (a, b)]
+    return _distances(gram, norms[0], norms[1], one, GRAMS[a.dtype])[0].mean((1, 2))
+
+
 def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference cell by cell (row i against row i): (B, S, G), (B, S, G) -> (B,) float32."""
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2))

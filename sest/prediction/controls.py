@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sest.encoder.obsm import ObsmEncoder
 from sest.encoder.pca import PCA
 from sest.encoder.projection import Projection
 from sest.errors import InputError, nearest, shown
+from sest.evaluation.means import context_name
 from sest.files.cell_file import CellFile
 from sest.files.remote import located
 from sest.runs.checkpoint import Checkpoint
@@ -49,6 +51,14 @@ class Pool:
     names: np.ndarray  # (n,) str, of the cells in their file
     batches: np.ndarray  # (n,) str
     files: np.ndarray  # (n,) int, which file each is of: a set never mixes files
+    context: str = ""  # what baselines call the context of most of them (`context_name`); "" for new cells
+
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance over the cells, both (G,) float64."""
+        values = self.expression.astype(np.float64)
+        mean = np.asarray(values.mean(0)).ravel()
+        return mean, np.maximum(np.asarray(values.power(2).mean(0)).ravel() - mean**2, 0.0)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,6 +95,7 @@ def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
         obs.index.to_numpy(str),
         obs["batch"].astype(str).to_numpy(str),
         files,
+        context_name(data, int(np.bincount(data.labels.context[rows]).argmax())),
     )
 
 

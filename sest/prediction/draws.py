@@ -8,12 +8,12 @@ import numpy as np
 
 from sest.prediction.requests import Request
 
-_SET_STREAM, _CONTROL_STREAM = 5, 6  # what a random stream is for
+_SET_STREAM, _CONTROL_STREAM, _MOVE_STREAM = 5, 6, 12  # what a random stream is for
 
 
 def draw_sets(request: Request, set_size: int, seed: int) -> np.ndarray:
     """Sets of control cells to predict from, as in training: (sets, S) rows of the pool, a set within one file."""
-    files, rng = request.pool.files, _random(request, seed)
+    files, rng = request.pool.files, random_of(request, seed)
     sets = []
     for _ in range(-(-request.n_cells // set_size)):
         of_file = np.flatnonzero(files == files[rng.integers(len(files))])
@@ -26,11 +26,14 @@ def control_rows(request: Request, seed: int) -> np.ndarray:
     n_pool = len(request.pool)
     if request.n_cells == n_pool:
         return np.arange(n_pool)
-    return np.sort(_random(request, seed).choice(n_pool, request.n_cells, replace=request.n_cells > n_pool))
+    return np.sort(random_of(request, seed).choice(n_pool, request.n_cells, replace=request.n_cells > n_pool))
 
 
-def _random(request: Request, seed: int) -> np.random.Generator:
-    """Randomness of a request depends on the seed and on what is asked, not on its place among others."""
+def random_of(request: Request, seed: int, *, moves: bool = False) -> np.random.Generator:
+    """Randomness of a request depends on the seed and on what is asked, not on its place among others.
+
+    `moves`: that of moving its cells, instead of choosing them.
+    """
     name = hashlib.sha256(f"{request.pool.cell_type}\n{request.perturbation}".encode()).digest()
-    stream = _CONTROL_STREAM if request.is_control else _SET_STREAM
+    stream = _MOVE_STREAM if moves else _CONTROL_STREAM if request.is_control else _SET_STREAM
     return np.random.default_rng([seed, stream, int.from_bytes(name[:8], "little")])

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sest import __version__
+from sest.baselines.all import baseline_pseudobulks
+from sest.baselines.effects import Effects, Query
+from sest.blend.weights import Weights
 from sest.cache import Cache
 from sest.cells.columns import Columns
 from sest.data.dataset import Dataset
 from sest.data.targets import compare_scales
-from sest.data.vectors import ONE_HOT
 from sest.errors import InputError
-from sest.evaluation.baselines import predict_baselines
-from sest.evaluation.means import training_means
+from sest.evaluation.record import BASELINES_VERSION
 from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request
-from sest.runs.checkpoint import Checkpoint
+from sest.runs.checkpoint import MODEL, Checkpoint
 
 RECORD = "sest"  # what a prediction says of itself stands below this name in uns
 
@@ -41,8 +42,20 @@ def is_source(path: Path, cache: Cache) -> bool:
         return False
 
 
-def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns, missing_genes: str) -> dict[str, Any]:
-    """Columns, scale, and where the cells come from; `missing_genes`: how those of new controls were filled."""
+def provenance(
+    checkpoints: Sequence[Checkpoint],
+    data: Dataset,
+    columns: Columns,
+    missing_genes: str,
+    weights: Sequence[Weights | None],
+) -> dict[str, Any]:
+    """Columns, scale, and where the cells come from.
+
+    Args:
+        missing_genes: how those of new controls were filled.
+        weights: what the parts of the prediction count, of every checkpoint; None: the head alone.
+    """
+    checkpoint = checkpoints[0]
     state, scale = checkpoint.state, data.targets.scale
     is_log1p = scale == "log1p"
     if scale == "mixed" and compare_scales(data.cache, data.targets.target_sum) is None:
@@ -56,17 +69,35 @@ def provenance(checkpoint: Checkpoint, data: Dataset, columns: Columns, missing_
             "checkpoint": checkpoint.folder.name,
             "run": checkpoint.folder.parent.name,
             "step": state["step"],
-            "model_sha256": state["files"]["model.safetensors"],
+            "model_sha256": state["files"].get(MODEL, ""),
             "cache_sha256": data.cache.sha256,
             "encoder": state["encoder"]["name"],
             "licence": state["encoder"]["licence"] or "",
             **({} if missing_genes == "error" else {"missing_genes": missing_genes}),
+            **_of_several(checkpoints),
         },
+        **_blend(weights),
     }
 
 
+def _of_several(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """The other members of an ensemble."""
+    if len(checkpoints) == 1:
+        return {}
+    names = [f"{c.folder.parent.name}/{c.folder.name}" for c in checkpoints]
+    return {"ensemble": np.array(names, dtype=object)}
+
+
+def _blend(weights: Sequence[Weights | None]) -> dict[str, Any]:
+    """Mean weights of the parts over the members."""
+    means = [{"head": 1.0} if w is None else w.means for w in weights]
+    names = sorted({name for one in means for name in one})
+    mean = {name: float(np.mean([one.get(name, 0.0) for one in means])) for name in names}
+    return {"blend": mean | {"controls": max(1.0 - sum(mean.values()), 0.0)}}
+
+
 def baselines(
-    requests: Sequence[Request], seed: int, data: Dataset, vectors: Mapping[str, np.ndarray], places: np.ndarray | None
+    effects: Effects, requests: Sequence[Request], seed: int, query: Query, places: np.ndarray | None
 ) -> dict[str, Any]:
     """Pseudobulks of the baselines, (pairs, genes of the file), around the mean of the controls in this file.
 
@@ -74,25 +105,38 @@ def baselines(
     template asks for.
 
     Args:
+        effects: what the baselines learn from.
+        requests: all that is written.
         seed: of the choice of control cells.
-        vectors: features (P,) of the perturbations that are predicted.
+        query: the pairs, each once (see `pairs_of`).
         places: where the file's genes stand among the run's; None: all, in its order.
     """
-    pairs = list(dict.fromkeys((r.pool.cell_type, r.perturbation) for r in requests if not r.is_control))
-    control = _control_means(requests, seed)
-    features = None if data.features.source == ONE_HOT else {**data.features.as_mapping(), **vectors}
-    means = np.stack([control[cell_type] for cell_type, _ in pairs])
-    predicted = predict_baselines(training_means(data), [name for _, name in pairs], means, features)
+    control, pairs = _control_means(requests, seed), pairs_of(requests)
+    means = np.empty_like(query.controls.mean)
+    for context, request in zip(query.context.tolist(), pairs, strict=True):
+        means[context] = control[request.pool.cell_type]
+    found = baseline_pseudobulks(effects, query, means)
+    del found["controls"]  # `sest evaluate` has the real ones
+    if places is not None:
+        found = {name: values[:, places] for name, values in found.items()}
+    labels = [(request.pool.cell_type, request.perturbation) for request in pairs]
     return {
-        "baselines": {
-            name: (values if places is None else values[:, places]).astype(np.float32)
-            for name, values in predicted.items()
-        },
+        "baselines": found,
+        "baselines_version": BASELINES_VERSION,
         "pairs": {
-            key: np.array([pair[i] for pair in pairs], dtype=object)
+            key: np.array([label[i] for label in labels], dtype=object)
             for i, key in enumerate(("cell_type", "perturbation"))
         },
     }
+
+
+def pairs_of(requests: Sequence[Request]) -> list[Request]:
+    """The first request of every (cell type, perturbation) that is predicted."""
+    first: dict[tuple[str, str], Request] = {}
+    for request in requests:
+        if not request.is_control:
+            first.setdefault((request.pool.cell_type, request.perturbation), request)
+    return list(first.values())
 
 
 def _control_means(requests: Sequence[Request], seed: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sest import progress
+from sest.blend.blend import HEAD, STACK
 from sest.cache import Cache, open_cache
 from sest.cache.schema import CacheError
 from sest.cells.split_file import SPLIT_NAMES, TEST, VAL
@@ -23,12 +23,14 @@ from sest.data.resident import resident_cells
 from sest.data.targets import remove_scratch
 from sest.errors import Error, InputError
 from sest.evaluation.metrics import pearson_delta
-from sest.evaluation.pairs import HeldOut, held_out, pair_metrics, predicted_means
+from sest.evaluation.pairs import HeldOut, head_effects, held_out, pair_metrics
 from sest.machine.devices import autocast, choose_precision
 from sest.report.embedding_map import EmbeddingMap, map_cells
 from sest.report.run_facts import RunFacts
 from sest.runs.provenance import check_data, require_sources
 from sest.runs.run_folder import stored_features
+
+STRONGEST = "stack"  # the baseline that stands beside every pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class PairResults:
     perturbations: list[str]  # (K,)
     n_cells: np.ndarray  # (K,)
     effect: np.ndarray  # (K,) L2 norm over genes of the observed change
-    scores: dict[str, np.ndarray]  # pearson_delta, mae, pds, perturbation_mean (its pearson_delta): each (K,)
+    scores: dict[str, np.ndarray]  # pearson_delta, mae, pds, stack (its pearson_delta): each (K,)
     observed: np.ndarray  # (K, G) change of the mean log1p expression against the controls
     predicted: np.ndarray  # (K, G)
     n_sets: int  # predicted
@@ -113,23 +115,20 @@ def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) ->
     check_data(run.checkpoint, data)
     cast = partial(autocast, device, choose_precision("auto", device, training=False))
     cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
-    features = torch.from_numpy(data.features.matrix).to(device)
-    model, results = run.checkpoint.model().to(device), []
+    blend = run.checkpoint.blend() if run.checkpoint.has_blend else None
+    model = run.checkpoint.model().to(device) if run.checkpoint.has_head else None
+    results = []
     perturbed = data.mask[~data.labels.is_control]
     for bit in (VAL, TEST):
         if (perturbed & bit).any():
             held = held_out(data, run.config, bit, n_sets)
-            progress.begin(f"Predicting the {SPLIT_NAMES[bit]} split", len(held.pair), "sets")
-            means = predicted_means(
-                model,
-                cells,
-                held,
-                features,
-                run.config.batch_size,
-                cast,
-                each=lambda sets, _: progress.advance(len(sets["perturbation"])),
-            )
-            results.append(_results(SPLIT_NAMES[bit], data, held, means))
+            control = held.pairs.control
+            parts = {STACK: held.baselines["stack"] - control}
+            if model is not None:
+                what = f"Predicting the {SPLIT_NAMES[bit]} split"
+                parts |= head_effects(model, data, cells, held, run.config.batch_size, cast, what)
+            effect = parts[HEAD] if blend is None else blend.effect(parts)
+            results.append(_results(SPLIT_NAMES[bit], data, held, np.maximum(control + effect, 0.0)))
     return results
 
 
@@ -139,14 +138,14 @@ def _results(split: str, data: Dataset, held: HeldOut, means: np.ndarray) -> Pai
     contexts = [labels.contexts[c] for c in pairs.context]
     change = pairs.observed - pairs.control
     never = set(data.never_learned())
-    baseline = pearson_delta(held.perturbation_mean, pairs.observed, pairs.control)
+    baseline = pearson_delta(held.baselines[STRONGEST], pairs.observed, pairs.control)
     return PairResults(
         split=split,
         cell_types=["/".join(c) if len(labels.groups) > 1 else c[1] for c in contexts],
         perturbations=[labels.perturbations[p] for p in pairs.perturbation],
         n_cells=pairs.n_cells,
         effect=np.linalg.norm(change, axis=1),
-        scores={**pair_metrics(data, pairs, means), "perturbation_mean": baseline},
+        scores={**pair_metrics(data, pairs, means), STRONGEST: baseline},
         observed=change,
         predicted=means - pairs.control,
         n_sets=len(held.pair),

@@ -10,7 +10,7 @@ from sest.report.figures import overlaid
 from sest.report.page import Html, Page, element, grid, join, paragraph, table
 from sest.report.run_facts import RunFacts
 from sest.report.sections import WORDS, direction
-from sest.runs.curves import BASELINES, METRICS
+from sest.runs.curves import METRICS
 from sest.runs.diagnose import WARNING
 from sest.runs.run_folder import PATHS
 
@@ -54,14 +54,16 @@ def _scores(runs: Sequence[RunFacts]) -> list[list[Any]]:
     """A row a run, then the baselines: once where all runs have the same, else those of every run."""
     rows: list[list[Any]] = []
     for run in runs:
-        heads: list[Any] = [score.head for score in run.scores()]
-        rows.append([run.name, run.best_step, *(heads or [None] * len(METRICS))])
+        heads_of = {score.metric: score.head for score in run.scores()}
+        rows.append([run.name, run.best_step, *(heads_of.get(metric) for metric in METRICS)])
     alike = same_baselines(runs)
     validated = [run for run in runs if run.scores()]
     for run in validated[:1] if alike else validated:
         of = "" if alike else f" for {run.name}"
-        for name in BASELINES:
-            rows.append([f"{name.replace('_', ' ')}{of}", None, *(s.baselines[name] for s in run.scores())])
+        scores = {score.metric: score.baselines for score in run.scores()}
+        for name in scores["val_loss"]:
+            values = (scores.get(metric, {}).get(name) for metric in METRICS)
+            rows.append([f"{name.replace('_', ' ')}{of}", None, *values])
     return rows
 
 

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 from sest.report.cache_facts import PairResults
 from sest.report.embedding_map import CONTROL, EmbeddingMap
 from sest.report.run_facts import RunFacts
-from sest.runs.curves import Curves
+from sest.runs.curves import Curves, strongest
 
 MOST_POINTS = 2_000  # of a curve
 MOST_ROWS = 100  # of the table of a curve
@@ -166,14 +166,14 @@ def log_curve(curves: Curves, name: str, y: str, *, limit: str = "") -> Figure |
 
 
 def validation_curve(run: RunFacts, metric: str) -> Figure | None:
-    """A metric of the validations beside both baselines (no legend: the page has one for all metrics)."""
+    """A metric of the validations beside two baselines (no legend: the page has one for all metrics)."""
     columns = run.curves.validation
     if not len(columns["step"]):
         return None
-    step = columns["step"]
+    step, beside = columns["step"], strongest(columns)
     lines = [
         Line("head", step, _column(columns, metric)),
-        Line("perturbation mean", step, _column(columns, f"{metric}_perturbation_mean"), COLOURS[1], "dash"),
+        Line(beside.replace("_", " "), step, _column(columns, f"{metric}_{beside}"), COLOURS[1], "dash"),
         Line("controls", step, _column(columns, f"{metric}_controls"), QUIET, "dot"),
     ]
     best = run.best()
@@ -216,12 +216,11 @@ def overview(results: Sequence[PairResults]) -> Figure:
                     "line": {"width": 1, "color": "var(--page)"},
                 },
                 text=[
-                    f"{escape(name)}<br>pearson_delta {_short(r)} (perturbation mean {_short(b)})<br>"
-                    f"{n:,} cells, effect {e:.3g}"
+                    f"{escape(name)}<br>pearson_delta {_short(r)} (stack {_short(b)})<br>{n:,} cells, effect {e:.3g}"
                     for name, r, b, n, e in zip(
                         names,
                         scores["pearson_delta"],
-                        scores["perturbation_mean"],
+                        scores["stack"],
                         result.n_cells,
                         result.effect,
                         strict=True,

@@ -49,7 +49,7 @@ def _means(result: PairResults) -> Html:
     return paragraph(
         element("b", f"{sentence_case(result.split)} split"),
         f": {len(result.perturbations):,} pairs, {int(result.n_cells.sum()):,} cells ({sets} predicted). Means: "
-        f"pearson_delta {scores['pearson_delta']:.3f} (perturbation mean {scores['perturbation_mean']:.3f}), "
+        f"pearson_delta {scores['pearson_delta']:.3f} (stack {scores['stack']:.3f}), "
         f"mae {scores['mae']:.4g}, pds {pds}.{never}",
     )
 
@@ -79,7 +79,7 @@ def _genes(page: Page, results: Sequence[PairResults], genes: Sequence[str]) -> 
 
 def _pair_tables(result: PairResults) -> Html:
     order = ranked(result)
-    columns = ["perturbation", "cell type", "cells", "pearson_delta", "perturbation mean", "mae", "pds", "effect"]
+    columns = ["perturbation", "cell type", "cells", "pearson_delta", "stack", "mae", "pds", "effect"]
 
     def rows(chosen: np.ndarray) -> list[list[Any]]:
         scores = result.scores
@@ -88,7 +88,7 @@ def _pair_tables(result: PairResults) -> Html:
                 result.perturbations[k],
                 result.cell_types[k],
                 int(result.n_cells[k]),
-                *(float(scores[name][k]) for name in ("pearson_delta", "perturbation_mean", "mae", "pds")),
+                *(float(scores[name][k]) for name in ("pearson_delta", "stack", "mae", "pds")),
                 float(result.effect[k]),
             ]
             for k in chosen

@@ -14,7 +14,16 @@ import numpy as np
 from sest.config import TrainConfig
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint, checkpoints, find_checkpoint, sound_checkpoint
-from sest.runs.curves import BASELINES, HIGHER_IS_BETTER, METRICS, Curves, curves_of, read_lines
+from sest.runs.curves import (
+    BASELINES,
+    HIGHER_IS_BETTER,
+    METRICS,
+    Curves,
+    best_of,
+    curves_of,
+    judged_by,
+    read_lines,
+)
 from sest.runs.diagnose import Finding, diagnose
 from sest.runs.run_folder import METRICS as METRICS_FILE
 from sest.runs.run_folder import read_run_config
@@ -30,7 +39,7 @@ class Score:
 
     def beats(self, baseline: str) -> bool:
         """Whether the head is better than a baseline; not where one of them is no number."""
-        other = self.baselines[baseline]
+        other = self.baselines.get(baseline, math.nan)
         return self.head > other if self.metric in HIGHER_IS_BETTER else self.head < other
 
 
@@ -65,9 +74,8 @@ class RunFacts:
         return self.checkpoint.state if self.checkpoint else {}
 
     def best(self) -> int | None:
-        """Which validation has the lowest val_loss; None before there is one."""
-        losses = self.curves.validation.get("val_loss", np.zeros(0))
-        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+        """Which validation is the best by what the run monitors; None before there is one."""
+        return best_of(self.curves.validation.get(self.config.monitor, np.zeros(0)), self.config.monitor)
 
     def scores(self) -> list[Score]:
         """Every metric at the best validation; empty before there is one."""
@@ -79,7 +87,14 @@ class RunFacts:
             values = self.curves.validation.get(name)
             return math.nan if values is None else float(values[best])
 
-        return [Score(m, at(m), {b: at(f"{m}_{b}") for b in BASELINES}) for m in METRICS]
+        columns = self.curves.validation
+        baselines = [b for b in BASELINES if any(f"{m}_{b}" in columns for m in METRICS)]
+        known = [m for m in METRICS if m != "energy_distance" or m in columns]  # older runs have none
+        return [Score(m, at(m), {b: at(f"{m}_{b}") for b in baselines}) for m in known]
+
+    def judged(self) -> Score | None:
+        """The score by which the head is held against baselines; None before there is one."""
+        return next((score for score in self.scores() if score.metric == judged_by(self.curves.validation)), None)
 
     @property
     def best_step(self) -> int | None:

@@ -9,19 +9,29 @@ from typing import Any
 import numpy as np
 
 from sest.config import TrainConfig
-from sest.data.vectors import GENES, ONE_HOT
+from sest.data.vectors import DRUGS, GENES, ONE_HOT
 from sest.report.cache_facts import CacheFacts
 from sest.report.embedding_map import LABELS, MOST_CELLS
 from sest.report.figures import MOST_POINTS, MOST_ROWS, embedding_map, log_curve, validation_curve
 from sest.report.held_out import NO_CACHE, perturbations
 from sest.report.page import Html, Page, details, element, grid, join, note, paragraph, sentence_case, table
 from sest.report.run_facts import RunFacts, Score
-from sest.runs.curves import HIGHER_IS_BETTER, METRICS, NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, is_no_measure
+from sest.runs.curves import (
+    HIGHER_IS_BETTER,
+    METRICS,
+    NOT_LEARNED,
+    NOT_MEASURABLE,
+    VAL_PAIRS,
+    WITH_CELLS,
+    is_no_measure,
+    strongest,
+)
 from sest.runs.diagnose import GOOD, NOTE, WARNING, Finding
 
 WORDS = {GOOD: "Good", NOTE: "Note", WARNING: "Warning"}
 MEANINGS = {
-    "val_loss": "energy distance between predicted and real held-out cells; lower is better",
+    "val_loss": "the training loss, of held-out cells: by it best/ is chosen; lower is better",
+    "energy_distance": "between predicted and real held-out cells, none compared with itself; lower is better",
     "pearson_delta": "correlation over genes of predicted and observed change; higher is better",
     "mae": "mean absolute error of the mean log1p expression; lower is better",
     "pds": "how well perturbations are told apart by the predictions, 0.5 is chance; higher is better",
@@ -43,7 +53,13 @@ def sentence(run: RunFacts, cache: CacheFacts | None) -> str:
     if not state:
         return f"A State Transition head, {done}; it has no checkpoint that can be read."
     encoder, sizes, source = state["encoder"], state["sizes"], state["features"]["source"]
-    features = {ONE_HOT: "one-hot features", GENES: "the genes' own features"}.get(source, f"the features in {source}")
+    known = {ONE_HOT: "one-hot features", GENES: "the genes' own features", DRUGS: "drugs and doses"}
+    features = known.get(source, f"the features in {source}")
+    if run.config.head == "none":
+        return (
+            f"Stack of baselines without a head, which predicts the expression of {sizes['n_genes']:,} genes after a "
+            f"perturbation from its effects in other cells and from {features} of the perturbation."
+        )
     cells = f" of {cache.map.n_cells:,} cells" if cache is not None and cache.map is not None else ""
     return (
         f"A State Transition head with {state['trainable_parameters']:,} parameters that predicts the expression of "
@@ -56,14 +72,19 @@ def _cards(run: RunFacts) -> Html:
     scores = run.scores()
     if not scores:
         return note("No validation yet, so there is nothing to hold against the baselines.")
-    loss = scores[0]
-    cards = [_card(f"{loss.head:.4g}", f"best val_loss, at step {run.best_step:,}")]
-    for baseline, words in (("perturbation_mean", "the perturbation mean"), ("controls", "predicting the controls")):
-        other = loss.baselines[baseline]
-        verdict = element("span", "beaten" if loss.beats(baseline) else "not beaten", class_=_yes(loss.beats(baseline)))
+    score = run.judged()
+    assert score is not None
+    name = score.metric.replace("_", " ") if score.metric != "val_loss" else score.metric
+    cards = [_card(f"{score.head:.4g}", f"{name} at the best val_loss, step {run.best_step:,}")]
+    for baseline, other in score.baselines.items():
+        if baseline not in WITH_CELLS:
+            continue
+        beats = score.beats(baseline)
+        verdict = element("span", "beaten" if beats else "not beaten", class_=_yes(beats))
         if _is_no_measure(run):
             verdict = Html("no measure, see the diagnosis")
-        cards.append(_card(f"{other:.4g}" if np.isfinite(other) else "-", "val_loss of ", words, ": ", verdict))
+        words = f"{name} of the {baseline.replace('_', ' ')}: "
+        cards.append(_card(f"{other:.4g}" if np.isfinite(other) else "-", words, verdict))
     return element("div", *cards, class_="cards")
 
 
@@ -83,15 +104,18 @@ def _score_table(run: RunFacts) -> Html:
     scores = run.scores()
     if not scores:
         return Html("")
-    columns = ["metric", f"head, step {run.best_step:,}", "perturbation mean", "controls", "beats both", "what it is"]
+    baselines = [name.replace("_", " ") for name in scores[0].baselines]
+    who = "stack" if run.config.head == "none" else f"head, step {run.best_step:,}"
+    columns = ["metric", who, *baselines, "beats all", "what it is"]
     return table(columns, [_score_row(score, no_measure=_is_no_measure(run)) for score in scores])
 
 
 def _score_row(score: Score, *, no_measure: bool) -> list[Any]:
     if no_measure or not np.isfinite(score.head):
         return [score.metric, score.head, *score.baselines.values(), None, MEANINGS[score.metric]]
-    beats = all(score.beats(name) for name in score.baselines)
-    equals = not beats and all(score.beats(name) or score.head == v for name, v in score.baselines.items())
+    known = {name: value for name, value in score.baselines.items() if np.isfinite(value)}
+    beats = all(score.beats(name) for name in known)
+    equals = not beats and all(score.beats(name) or score.head == value for name, value in known.items())
     verdict: Any = "equal" if equals else element("span", _yes(beats), class_=_yes(beats))
     return [score.metric, score.head, *score.baselines.values(), verdict, MEANINGS[score.metric]]
 
@@ -124,14 +148,17 @@ def curves(page: Page, run: RunFacts) -> Html:
     most = max(len(log["step"]), len(run.curves.validation["step"]))
     thinned = f"Curves show at most {MOST_POINTS:,} points, tables {MOST_ROWS} rows." if most > MOST_ROWS else ""
     metrics = [
-        page.plot(f"{metric}, {direction(metric)} is better", validation_curve(run, metric)) for metric in METRICS
+        page.plot(f"{metric}, {direction(metric)} is better", validation_curve(run, metric))
+        for metric in METRICS
+        if metric in ("val_loss", *run.curves.validation)
     ]
     loss = page.plot("Training loss", log_curve(run.curves, "loss", "loss"))
     norm = page.plot("Gradient norm, before clipping", log_curve(run.curves, "grad_norm", "norm"))
     rate = page.plot("Speed", log_curve(run.curves, "it_per_s", "it/s", limit="limit_it_per_s"))
+    beside = strongest(run.curves.validation).replace("_", " ")
     key = element(
         "p",
-        *(element("span", words) for words in ("head", "perturbation mean", "controls", "best step")),
+        *(element("span", words) for words in ("head", beside, "controls", "best step")),
         class_="key",
     )
     parts = [grid([loss, metrics[0]]), grid(metrics[1:], three=True), grid([norm, rate])]

@@ -20,7 +20,7 @@ from sest.report.run_facts import RunFacts, read_runs
 from sest.report.sections import header, run_sections
 from sest.runs.diagnose import Finding
 from sest.runs.provenance import files_of
-from sest.runs.run_folder import SCRATCH
+from sest.runs.run_folder import SCRATCH, seeds_of
 
 REPORT = "report.html"
 HEAD = 4096  # bytes of a page within which it says what made it
@@ -50,7 +50,7 @@ def write_report(
     """Write the report.
 
     Args:
-        runs: a run folder, or several to compare.
+        runs: a run folder, or several to compare, such as those in a folder of `sest train --seeds`.
         out: the .html file; None: report.html in the run folder, of several runs in the working folder.
         with_model: also predict the held-out cells and map the embeddings, which needs the cache.
         n_sets: sets of each split to predict at most, but one of every pair; 0: all.
@@ -62,9 +62,9 @@ def write_report(
         InputError: no such run or device, or a place that cannot or must not be written to (see `check_output`). A
             cache that cannot be used is no error: the page says so where it would have been needed.
     """
-    folders = [runs] if isinstance(runs, (str, os.PathLike)) else runs
+    given = [Path(folder) for folder in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
     facts = read_runs(
-        [Path(folder) for folder in folders],
+        [run for folder in given for run in (seeds_of(folder) or [folder])],
         cache=None if cache is None else os.fspath(cache),
         perturbations=None if perturbations is None else os.fspath(perturbations),
     )

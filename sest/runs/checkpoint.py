@@ -3,6 +3,7 @@
     checkpoint-step-500/model.safetensors       the head alone
                         projection.safetensors  the PCA of the embeddings, for new cells (where there is one)
                         features.safetensors    vectors of the genes, where these are the features
+                        blend.safetensors       effects of the training pairs (best/, once training has ended)
                         optimizer.safetensors   AdamW's moments (not in best/)
                         state.json              step, configuration, genes, hashes; sha256 of every file, also its own
 
@@ -28,16 +29,18 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from sest.blend.blend import Blend, from_stored, to_stored
 from sest.cache.disk import NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
 from sest.config import upgraded
 from sest.errors import InputError, shown
 from sest.head.model import HeadSizes, StateTransition
 
 FORMAT_VERSION = 1
-FILES = MODEL, PROJECTION, FEATURES, OPTIMIZER, STATE = (
+FILES = MODEL, PROJECTION, FEATURES, BLEND, OPTIMIZER, STATE = (
     "model.safetensors",
     "projection.safetensors",
     "features.safetensors",
+    "blend.safetensors",
     "optimizer.safetensors",
     "state.json",
 )
@@ -89,8 +92,27 @@ class Checkpoint:
         """(G, W) float32 vectors of the run's genes, where these are its features."""
         return _read(self.folder / FEATURES)["genes"].numpy() if FEATURES in self.state["files"] else None
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a head in it; a run of --head none has none."""
+        return MODEL in self.state["files"]
+
+    @property
+    def has_blend(self) -> bool:
+        return BLEND in self.state["files"]
+
+    def blend(self) -> Blend:
+        """Weights of the head and of the baselines, and what the baselines need; see `has_blend`."""
+        return from_stored(self.state["blend"], _read(self.folder / BLEND))
+
     def model(self) -> StateTransition:
-        """The head in eval mode, on the CPU, float32."""
+        """The head in eval mode, on the CPU, float32.
+
+        Raises:
+            InputError: it does not fit state.json, or there is none.
+        """
+        if not self.has_head:
+            raise InputError(f"{self.folder} is of a run without a head (--head none): only its blend can predict.")
         with torch.device("meta"):
             model = StateTransition(self.sizes)
         try:
@@ -110,8 +132,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 def save_checkpoint(
     folder: Path,
     state: Mapping[str, Any],
-    model: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | None,
     *,
+    blend: Blend | None = None,
     optimizer: Mapping[str, Tensor] | None = None,
     projection: Mapping[str, Tensor] | None = None,
     features: Mapping[str, Tensor] | None = None,
@@ -121,11 +144,14 @@ def save_checkpoint(
     Args:
         folder: where it will be.
         state: plain values; `sizes` (see HeadSizes) among them. The hashes of the files are added.
-        model, optimizer, projection, features: tensors by name.
+        model: tensors by name; None: a run without a head.
+        blend: what else predicts beside it.
+        optimizer, projection, features: tensors by name.
 
     Raises:
         OSError: the disk is full or not writable; the older folder is still there.
     """
+    values, of_blend = to_stored(blend) if blend is not None else (None, None)
     with folder_aside(folder) as aside:
         files = {
             name: to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())})
@@ -134,15 +160,45 @@ def save_checkpoint(
                 (OPTIMIZER, optimizer),
                 (PROJECTION, projection),
                 (FEATURES, features),
+                (BLEND, of_blend),
             )
             if tensors is not None
         }
         for name, data in files.items():
             write_flushed(aside / name, data)
         hashes = {name: sha256(data) for name, data in files.items()}
-        content = {**state, "format_version": FORMAT_VERSION, "files": hashes}
-        content["sha256"] = _state_sha256(content)
-        write_flushed(aside / STATE, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
+        _write_state(aside, {**state, **({} if values is None else {"blend": values}), "files": hashes})
+
+
+def add_blend(folder: Path, blend: Blend) -> None:
+    """Put a blend into a checkpoint, instead of an older one; the other files are not written again.
+
+    Raises:
+        OSError: as `save_checkpoint`; the older folder is still there.
+    """
+    state = json.loads((folder / STATE).read_text())
+    values, tensors = to_stored(blend)
+    data = to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())})
+    with folder_aside(folder.with_name(_meant(folder.name))) as aside:
+        for name in state["files"]:
+            if name != BLEND:
+                _share(folder / name, aside / name)
+        write_flushed(aside / BLEND, data)
+        _write_state(aside, {**state, "blend": values, "files": {**state["files"], BLEND: sha256(data)}})
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    content = {**state, "format_version": FORMAT_VERSION}
+    content["sha256"] = _state_sha256(content)
+    write_flushed(folder / STATE, (json.dumps(content, sort_keys=True, indent=1) + "\n").encode())
+
+
+def _share(source: Path, target: Path) -> None:
+    """The same file under another name, where the file system can; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        write_flushed(target, source.read_bytes())
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -159,10 +215,7 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     """Make `folder` the same checkpoint as `source`, sharing the files on disk where the file system can."""
     with folder_aside(folder) as aside:
         for name in (*json.loads((source / STATE).read_text())["files"], STATE):
-            try:
-                os.link(source / name, aside / name)
-            except OSError:  # a file system without hard links
-                write_flushed(aside / name, (source / name).read_bytes())
+            _share(source / name, aside / name)
 
 
 def remove_unfinished(run: Path) -> None:

@@ -7,7 +7,7 @@ the metrics of sest.training.validate and their baselines).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,15 @@ import numpy as np
 
 from sest.errors import InputError
 
-METRICS = ("val_loss", "pearson_delta", "mae", "pds")
-BASELINES = ("perturbation_mean", "controls")
+METRICS = ("val_loss", "energy_distance", "pearson_delta", "mae", "pds")
+BASELINES = ("controls", "context_mean", "perturbation_mean", "nearest", "ridge", "kernel", "stack")
+WITH_CELLS = (
+    "controls",
+    "perturbation_mean",
+    "stack",
+)  # those with an energy distance and a val_loss, which need cells
 HIGHER_IS_BETTER = ("pearson_delta", "pds")
+SMOOTHED = 3  # validations over which a metric of few pairs is averaged, to say which is the best
 VAL_PAIRS = "val_pairs"  # in a validation: its (cell type, perturbation) pairs
 NOT_MEASURABLE = "val_pairs_not_measurable"  # in a validation: pairs of cell types whose real cells show no effect
 NOT_LEARNED = "val_perturbations_not_learned"  # in a validation: their number, where none of them can be learned
@@ -31,6 +37,33 @@ def is_no_measure(validation: Mapping[str, Any]) -> bool:
     """
     nothing = validation.get(NOT_MEASURABLE) or 0
     return bool(validation.get(NOT_LEARNED)) or 0 < nothing == validation.get(VAL_PAIRS)
+
+
+def best_of(values: Sequence[float] | np.ndarray, monitor: str) -> int | None:
+    """Which of the validations is the best by the metric `monitor`; None of none that is finite.
+
+    A val_loss or energy_distance is a mean over sets, and counts as it is. The other metrics are means over pairs,
+    which are few and swing: each counts as its mean with the two validations before it.
+    """
+    known = np.asarray(values, np.float64)
+    if monitor in HIGHER_IS_BETTER:
+        known = -known
+    if monitor not in ("val_loss", "energy_distance"):
+        known = np.array([known[max(i - SMOOTHED + 1, 0) : i + 1].mean() for i in range(len(known))])
+    return int(np.nanargmin(known)) if np.isfinite(known).any() else None
+
+
+def judged_by(validation: Mapping[str, Any]) -> str:
+    """The metric by which a head is held against baselines: runs before sest had energy_distance have val_loss alone.
+
+    A val_loss counts each cell's distance to itself, by which cells of too little spread earn.
+    """
+    return "energy_distance" if "energy_distance" in validation else "val_loss"
+
+
+def strongest(validation: Mapping[str, Any]) -> str:
+    """The baseline that is shown where there is room for one; runs before sest had the stack know two others."""
+    return "stack" if "mae_stack" in validation else "perturbation_mean"
 
 
 @dataclass(frozen=True, eq=False)

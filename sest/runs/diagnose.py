@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, Curves
+from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS, Curves, judged_by
 
 GOOD, NOTE, WARNING = "good", "note", "warning"
 
@@ -102,13 +102,15 @@ def _baselines(curves: Curves, max_steps: int | None) -> Iterator[Finding]:
     if not len(losses):
         return
     best = int(losses.argmin())
-    names = {"perturbation mean": "val_loss_perturbation_mean", "controls": "val_loss_controls"}
-    others = {name: _last(curves.validation, key) for name, key in names.items()}
-    others = {name: value for name, value in others.items() if math.isfinite(value)}
-    if not others:
+    metric = judged_by(curves.validation)
+    value = float(curves.validation[metric][np.flatnonzero(curves.validation["step"] == steps[best])[-1]])
+    others = {name.replace("_", " "): _last(curves.validation, f"{metric}_{name}") for name in WITH_CELLS}
+    others = {name: other for name, other in others.items() if math.isfinite(other)}
+    if not others or not math.isfinite(value) or not len(curves.log["step"]):  # without a head nothing was trained
         return
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in others.items())
-    text = f"Best val_loss {losses[best]:.4g} at step {steps[best]:,.0f} ({figures})"
+    figures = ", ".join(f"{name} {other:.4g}" for name, other in others.items())
+    text = f"Best {metric} {value:.4g}" if metric == "val_loss" else f"At the best val_loss {metric} {value:.4g}"
+    text += f" at step {steps[best]:,.0f} ({figures})"
     if (n := _last(curves.validation, NOT_LEARNED)) > 0:
         yield Finding(
             "validation of perturbations that cannot be learned",
@@ -125,8 +127,8 @@ def _baselines(curves: Curves, max_steps: int | None) -> Iterator[Finding]:
             f"{text}: neither a win nor a loss.",
             "Validate where there are more cells or stronger effects; `sest evaluate` shows it for other cells.",
         )
-    elif losses[best] < min(others.values()):
-        yield Finding("beats the baselines", GOOD, f"{text}: lower than both.")
+    elif value < min(others.values()):
+        yield Finding("beats the baselines", GOOD, f"{text}: lower than all of them.")
     else:
         early = max_steps is not None and steps[-1] < max_steps / 2
         yield Finding(

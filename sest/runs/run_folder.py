@@ -34,8 +34,17 @@ from sest.runs.checkpoint import (
 logger = logging.getLogger(__name__)
 
 METRICS, CONFIG, SPLITS, SCRATCH = "metrics.jsonl", "config.toml", "splits.toml", "scratch"
+SEED = "seed-"  # and its number: a run of several that differ in nothing else
 PATHS = ("perturbations", "splits")  # where files lie is no part of a run's identity; their content is
 SAME_STEPS = ("lr", "weight_decay", "clip", "precision")  # RESUMABLE, but with others the steps are other ones
+
+
+def seeds_of(folder: Path) -> list[Path]:
+    """The runs in a folder that `sest train --seeds` made, in order; empty for any other folder."""
+    if (folder / CONFIG).exists() or not folder.is_dir():
+        return []
+    found = [one for one in folder.glob(f"{SEED}*") if (one / CONFIG).is_file()]
+    return sorted(found, key=lambda one: (len(one.name), one.name))
 
 
 def find_start(

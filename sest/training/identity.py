@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sest.config import RESUMABLE, TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import Features
-from sest.data.vectors import ONE_HOT
+from sest.data.vectors import GENES, ONE_HOT
 from sest.errors import InputError, brief
 from sest.head.model import HeadSizes
 from sest.runs.checkpoint import Checkpoint, sizes_to_values
@@ -45,6 +48,18 @@ def identity_of(data: Dataset, config: TrainConfig, precision: str) -> dict[str,
         "target_sum": data.targets.target_sum,
         "columns": next(iter(data.cache.groups.values())).attributes["columns"],
     }
+
+
+def projection_to_keep(data: Dataset) -> dict[str, Tensor] | None:
+    """The PCA of the embeddings, for new cells, where there is one."""
+    projection = data.cache.projection
+    return {name: torch.from_numpy(values) for name, values in projection.items()} if projection else None
+
+
+def features_to_keep(data: Dataset) -> dict[str, Tensor] | None:
+    """Vectors of the genes, where these are the features: they cannot be had again from a file."""
+    genes = data.features.vectors.of(GENES)
+    return None if genes is None else {"genes": torch.from_numpy(genes.matrix)}
 
 
 def _means(data: Dataset) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from contextlib import closing
@@ -65,9 +66,9 @@ def prepare(
     """
     precision = choose_precision(config.precision, device, training=True)
     _check(config, device, precision)
-    data = _read_in_turn(cache, config, stored_features(start), scratch, team)
-    _say_what_is_not_learned(data)
-    sizes = _sizes(data, config)
+    data = read_in_turn(cache, config, stored_features(start), scratch, team)
+    say_what_is_not_learned(data)
+    sizes = head_sizes(data, config)
     model = (_new_model(sizes, config.seed, data) if start is None else start.model()).to(device).train()
     # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
     gram = torch.float16 if device.type == "cuda" and precision != "fp32" else torch.float32
@@ -92,6 +93,11 @@ def prepare(
         rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
         logger.info(f"Batches from {scratch}: {rate:.3g} a second.")
     validator = Validator(data, cells, config, device, criterion, team)
+    if config.monitor == "pds" and not math.isfinite(validator.baselines["pds_controls"]):
+        raise InputError(
+            "--monitor pds, but no cell type has two validation perturbations, so there is no pds. Monitor another "
+            "metric, or hold out more perturbations."
+        )
     ddp = team.ddp(model, config.gradients)
     network = _compiled(ddp, device) if config.compile else ddp
     team.wait()  # all have read what is in the folder
@@ -113,8 +119,16 @@ def prepare(
         validator=validator,
         limit=measure_limit(model, n_sets, config.set_size, DTYPES[precision]),
         identity=identity,
-        state=RunState() if start is None else RunState(**start.state["run"]),
+        state=RunState() if start is None else _state_of(start),
     )
+
+
+def _state_of(start: Checkpoint) -> RunState:
+    """Where a checkpoint's run was; one of an earlier sest kept its best val_loss alone."""
+    state = RunState(**start.state["run"])
+    if not state.monitored and state.best_val_loss is not None:
+        state.monitored = [state.best_val_loss]
+    return state
 
 
 def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
@@ -127,9 +141,7 @@ def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
             logger.info(hint)
 
 
-def _read_in_turn(
-    cache: Path, config: TrainConfig, stored: StoredFeatures | None, scratch: Path, team: Team
-) -> Dataset:
+def read_in_turn(cache: Path, config: TrainConfig, stored: StoredFeatures | None, scratch: Path, team: Team) -> Dataset:
     """Read the data; of several processes the first goes ahead, as it may write the files that the others map."""
 
     def read() -> Dataset:
@@ -147,7 +159,7 @@ def _read_in_turn(
     return data if team.leads else read()
 
 
-def _say_what_is_not_learned(data: Dataset) -> None:
+def say_what_is_not_learned(data: Dataset) -> None:
     """Say which perturbations the head cannot learn or tell apart, and which scores therefore say nothing."""
     labels, features, never = data.labels, data.features, data.never_learned()
     if features.source != ONE_HOT:
@@ -172,7 +184,7 @@ def _say_what_is_not_learned(data: Dataset) -> None:
         logger.info(f"One perturbation each is validated in {shown(alone)}: no pds there (-), as it ranks several.")
 
 
-def _sizes(data: Dataset, config: TrainConfig) -> HeadSizes:
+def head_sizes(data: Dataset, config: TrainConfig) -> HeadSizes:
     if config.hidden % config.n_heads:
         raise InputError(f"hidden ({config.hidden}) must divide by n-heads ({config.n_heads}).")
     return HeadSizes(

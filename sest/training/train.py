@@ -6,6 +6,7 @@ weights alone, so a resumed run is the run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from sest import progress
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.targets import remove_scratch
-from sest.errors import TrainingFailed, is_out_of_memory
+from sest.errors import InputError, TrainingFailed, is_out_of_memory
 from sest.head.model import StateTransition, n_parameters
 from sest.machine.devices import choose_device
 from sest.machine.ranks import SINGLE, Ranks
@@ -24,10 +25,14 @@ from sest.machine.signals import Interrupted, StopRequest, stop_requests
 from sest.machine.team import join_team
 from sest.progress import STEPS
 from sest.runs.checkpoint import LAST
-from sest.runs.run_folder import METRICS, SCRATCH, append_metrics, find_start, opened_run
+from sest.runs.run_folder import CONFIG, METRICS, SCRATCH, SEED, append_metrics, find_start, opened_run
 from sest.runs.sinks import open_sinks
+from sest.training.blend import say_blend
 from sest.training.prepare import prepare
 from sest.training.trainer import Trainer
+from sest.training.without_head import fit_without_head
+
+logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 
@@ -39,9 +44,10 @@ class TrainResult:
     step: int
     best_step: int | None
     best_val_loss: float | None
-    reason: str  # "max_steps" or "early_stopping"
+    reason: str  # "max_steps", "early_stopping" or "no_head"
     metrics: dict[str, float]  # of the last validation
     n_parameters: int
+    blend: tuple[str, ...] = ()  # what head and baselines count in predictions, a sentence each
 
 
 def train(
@@ -51,7 +57,7 @@ def train(
     *,
     resume: str | None = None,
     ranks: Ranks = SINGLE,
-    on_start: Callable[[Dataset, StateTransition], None] | None = None,
+    on_start: Callable[[Dataset, StateTransition | None], None] | None = None,
     on_log: Callable[[Line], None] | None = None,
 ) -> TrainResult:
     """Train the head.
@@ -62,7 +68,7 @@ def train(
         config: see `TrainConfig`. A resumed run keeps its own; only the fields in `RESUMABLE` may differ.
         resume: "auto" (the run's furthest sound checkpoint; its beginning before there is one), or a checkpoint folder.
         ranks: of the processes that torchrun started, which one this is; the first writes all files.
-        on_start: is given the data and the model once, before the first step.
+        on_start: is given the data and the model (None: --head none) once, before the first step.
         on_log: is given every line of metrics.jsonl.
 
     Raises:
@@ -71,6 +77,8 @@ def train(
             checkpoint is kept.
         Interrupted: after SIGINT or SIGTERM; the step was finished and saved to last/.
     """
+    if config.head == "none":
+        return _without_head(cache, run, config, resume, ranks, on_start, on_log)
     device = choose_device(config.device)
     scratch = Path(config.scratch) if config.scratch else run / SCRATCH
     with ExitStack() as stack:
@@ -100,10 +108,79 @@ def train(
             raise TrainingFailed(trainer.out_of_memory()) from error
     if team.leads and not config.scratch:
         remove_scratch(scratch)
-    state = trainer.state
+    state, blend = trainer.state, trainer.blend
     return TrainResult(
-        state.step, state.best_step, state.best_val_loss, reason, trainer.metrics, n_parameters(trainer.model)
+        state.step,
+        state.best_step,
+        state.best_val_loss,
+        reason,
+        trainer.metrics,
+        n_parameters(trainer.model),
+        tuple(say_blend(blend, trainer.data, trainer.validator.held)) if blend is not None else (),
     )
+
+
+def _without_head(
+    cache: Path,
+    run: Path,
+    config: TrainConfig,
+    resume: str | None,
+    ranks: Ranks,
+    on_start: Callable[[Dataset, StateTransition | None], None] | None,
+    on_log: Callable[[Line], None] | None,
+) -> TrainResult:
+    """What `train` does where there is no head: the first process fits the stack."""
+    if ranks.rank:
+        return TrainResult(0, None, None, "no_head", {}, 0)
+    scratch = Path(config.scratch) if config.scratch else run / SCRATCH
+    validator, blend, line = fit_without_head(
+        cache,
+        run,
+        config,
+        scratch,
+        resume=resume,
+        on_start=None if on_start is None else lambda data: on_start(data, None),
+    )
+    if not config.scratch:
+        remove_scratch(scratch)
+    if on_log is not None:
+        on_log(line)
+    metrics = {key: value for key, value in line.items() if key != "step"}
+    said = tuple(say_blend(blend, validator.data, validator.held))
+    return TrainResult(0, 0, line["val_loss"], "no_head", metrics, 0, said)
+
+
+def train_seeds(
+    folder: Path,
+    first: int,
+    n_seeds: int,
+    train_one: Callable[[Path, int, str | None], object],
+    *,
+    resume: bool = False,
+) -> list[Path]:
+    """Train several runs that differ in their seed alone, one after another, each in a folder of its own.
+
+    Args:
+        folder: gets seed-0, seed-1 ...; `sest predict` averages the runs in it.
+        first: seed of the first; the others count up.
+        train_one: trains one run: its folder, seed, and what `resume` of `train` is.
+        resume: go on with those that were begun, and begin the others.
+
+    Returns:
+        the folders of the runs.
+
+    Raises:
+        InputError: `folder` exists and is not to be continued, or is a run itself.
+    """
+    if (folder / CONFIG).exists():
+        raise InputError(f"{folder} is a run itself. Choose another --run folder for --seeds.")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} exists. Continue it with --resume auto, or choose another --run folder.")
+    runs = [folder / f"{SEED}{number}" for number in range(n_seeds)]
+    for number, run in enumerate(runs):
+        logger.info(f"Seed {first + number} ({number + 1} of {n_seeds}): {run}.")
+        train_one(run, first + number, "auto" if (run / CONFIG).exists() else None)
+    return runs
 
 
 def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> str:
@@ -142,4 +219,5 @@ def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> s
             reason = "early_stopping"
             break
     trainer.save_last()
+    trainer.save_blend()
     return reason

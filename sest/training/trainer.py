@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sest import __version__
+from sest.blend.blend import Blend
 from sest.cache.disk import flush
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset
-from sest.data.vectors import GENES
 from sest.errors import InputError, TrainingFailed, one_line
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
@@ -30,13 +30,18 @@ from sest.runs.checkpoint import (
     BEST,
     LAST,
     copy_checkpoint,
+    find_checkpoint,
+    open_checkpoint,
     optimizer_to_tensors,
     resumable,
     save_checkpoint,
     sizes_to_values,
     step_folder,
 )
+from sest.runs.curves import best_of
 from sest.runs.run_folder import METRICS
+from sest.training.blend import store_blend
+from sest.training.identity import features_to_keep, projection_to_keep
 from sest.training.limit import Limit
 from sest.training.validate import Validator
 from sest.training.window import Window
@@ -54,6 +59,7 @@ class RunState:
     val_loss: float | None = None
     validations_without_improvement: int = 0
     skipped_steps: int = 0
+    monitored: list[float] = field(default_factory=list)  # what the run monitors, of all validations
 
 
 @dataclass(eq=False)
@@ -79,6 +85,7 @@ class Trainer:
     state: RunState
     window: Window = field(init=False)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
+    blend: Blend | None = None  # once training has ended
 
     def __post_init__(self) -> None:
         self.window = Window(self.device)
@@ -188,7 +195,7 @@ class Trainer:
             )
 
     def evaluate(self) -> bool:
-        """Validate; returns whether val_loss is the best so far.
+        """Validate; returns whether this is the best validation so far, by what the run monitors.
 
         Raises:
             TrainingFailed: it is not finite.
@@ -198,7 +205,9 @@ class Trainer:
         loss = state.val_loss = self.metrics["val_loss"]
         if not math.isfinite(loss):
             raise TrainingFailed(f"The validation loss is {loss} at step {state.step}. {self._advice()}")
-        if state.best_val_loss is None or loss < state.best_val_loss:
+        monitor = self.config.monitor
+        state.monitored.append(self.metrics[monitor])
+        if best_of(state.monitored, monitor) == len(state.monitored) - 1:
             state.best_val_loss, state.best_step, state.validations_without_improvement = loss, state.step, 0
             return True
         state.validations_without_improvement += 1
@@ -238,13 +247,18 @@ class Trainer:
         elif self.team.leads:
             copy_checkpoint(self.run / step_folder(self._kept_at), self.run / LAST)
 
+    def save_blend(self) -> None:
+        """Fit what head and baselines are to count in predictions, and put it into best/."""
+        if not self.team.leads or self.state.best_step is None:
+            return
+        checkpoint, validator = open_checkpoint(find_checkpoint(self.run, BEST), check=False), self.validator
+        self.blend = store_blend(checkpoint, self.data, validator.cells, validator.held, self.config, self.autocast)
+
     def _save(self, name: str, *, with_optimizer: bool = True) -> None:
         if not self.team.leads:
             return
         flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
         names = [parameter for parameter, _ in self.model.named_parameters()]
-        projection = self.data.cache.projection
-        genes = self.data.features.vectors.of(GENES)
         save_checkpoint(
             self.run / name,
             {
@@ -259,8 +273,8 @@ class Trainer:
             },
             self.model.state_dict(),
             optimizer=optimizer_to_tensors(self.optimizer, names) if with_optimizer else None,
-            projection={k: torch.from_numpy(v) for k, v in projection.items()} if projection else None,
-            features={"genes": torch.from_numpy(genes.matrix)} if genes is not None else None,
+            projection=projection_to_keep(self.data),
+            features=features_to_keep(self.data),
         )
 
 

@@ -1,8 +1,8 @@
 """Validation during training: the loss on held-out cells and pseudobulk metrics, each beside its baselines.
 
-Shapes: K (context, perturbation) pairs, G genes. Baselines: `perturbation_mean` (controls plus the mean training
-effect of the perturbation) and `controls` (nothing happens); see sest.evaluation.baselines. `real_half` is half of the
-real cells, see sest.evaluation.ceiling.
+val_loss is the training loss; energy_distance that of different cells alone, by which heads and baselines are compared.
+Shapes: K (context, perturbation) pairs, G genes. Baselines: see sest.baselines. `real_half` is half of the real cells,
+see sest.evaluation.ceiling.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from sest.data.sampler import SetRows
 from sest.evaluation.ceiling import means_of_halves
 from sest.evaluation.means import split_ceilings
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
+from sest.head.loss import unbiased_energy_distance
 from sest.machine.team import ALONE, Team
-from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS
+from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ class Validator:
         team: Team = ALONE,
     ) -> None:
         self._team = team
-        self._data, self._cells, self._device, self._criterion = data, cells, device, criterion
+        self.data, self.cells, self._device, self._criterion = data, cells, device, criterion
         self._size = config.batch_size // team.size
-        self._held = held_out(data, config, VAL, config.val_sets)
-        self.sets = self._held.sets
+        self.held = held_out(data, config, VAL, config.val_sets)
+        self.sets = self.held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
         self.baselines = self._baselines()
         ceilings = split_ceilings(data, VAL, config.seed)
@@ -61,35 +62,48 @@ class Validator:
 
     def _baselines(self) -> dict[str, float]:
         """Metrics of the baselines; their cells are the sets' own controls, moved by the mean effect."""
-        held, losses = self._held, {"controls": 0.0, "perturbation_mean": 0.0}
-        shift = torch.from_numpy(held.perturbation_mean - held.pairs.control).float().to(self._device)
+        held = self.held
         n_sets = len(held.pair)
+        losses, distances = dict.fromkeys(WITH_CELLS, 0.0), dict.fromkeys(WITH_CELLS, 0.0)
+        shifts = {
+            name: torch.from_numpy(held.baselines[name] - held.pairs.control).float().to(self._device)
+            for name in WITH_CELLS
+        }
         for start in range(0, n_sets, self._size):
             part = slice(start, start + self._size)
             sets = some_sets(self.sets, part)
-            target = self._cells.expression(sets["targets"])
-            controls = self._cells.expression(sets["controls"])
-            moved = (controls + shift[torch.as_tensor(held.pair[part])].unsqueeze(1)).clamp_min(0)
-            losses["controls"] += float(self._criterion(controls, target).sum())
-            losses["perturbation_mean"] += float(self._criterion(moved, target).sum())
+            target = self.cells.expression(sets["targets"])
+            controls = self.cells.expression(sets["controls"])
+            pair = torch.as_tensor(held.pair[part])
+            for name, shift in shifts.items():
+                moved = controls if name == "controls" else (controls + shift[pair].unsqueeze(1)).clamp_min(0)
+                losses[name] += float(self._criterion(moved, target).sum())
+                distances[name] += float(unbiased_energy_distance(moved, target).sum())
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
-        for name, means in (("controls", held.pairs.control), ("perturbation_mean", held.perturbation_mean)):
+        result |= {f"energy_distance_{name}": total / n_sets for name, total in distances.items()}
+        for name, means in held.baselines.items():
             result |= {f"{metric}_{name}": value for metric, value in self._metrics(means).items()}
         return result
 
     def _metrics(self, predicted: np.ndarray) -> dict[str, float]:
         """Means over the pairs of pearson_delta, mae and pds. predicted: (K, G)."""
-        return mean_scores(pair_metrics(self._data, self._held.pairs, predicted))
+        return mean_scores(pair_metrics(self.data, self.held.pairs, predicted))
 
     def run(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
-        """Validate: val_loss (mean over sets), pearson_delta, mae and pds (means over pairs), beside the baselines'."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        """Validate: val_loss and energy_distance (means over sets), pearson_delta, mae and pds (means over pairs).
 
-        def add_loss(sets: SetRows, predicted: Tensor) -> None:
-            total.add_(self._criterion(predicted, self._cells.expression(sets["targets"])).double().sum())
+        Those of the baselines stand beside them.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+
+        def add_losses(sets: SetRows, predicted: Tensor) -> None:
+            target = self.cells.expression(sets["targets"])
+            total[0] += self._criterion(predicted, target).double().sum()
+            total[1] += unbiased_energy_distance(predicted, target).double().sum()
 
         means = predicted_means(
-            model, self._cells, self._held, self._features, self._size, autocast, team=self._team, each=add_loss
+            model, self.cells, self.held, self._features, self._size, autocast, team=self._team, each=add_losses
         )
         self._team.sum(total)
-        return {"val_loss": float(total) / len(self._held.pair), **self._metrics(means), **self.baselines}
+        loss, distance = (total / len(self.held.pair)).tolist()
+        return {"val_loss": loss, "energy_distance": distance, **self._metrics(means), **self.baselines}

@@ -52,7 +52,7 @@ def test_the_panel_shows_everything_a_run_is_watched_for() -> None:
     for part in (
         "step 12,350/40,000", "31%, 2 min left", "212 it/s, 35% of the limit (compute), 0.1% waiting for data",
         "loss      0.01606", "val_loss  1.44", "best 1.4100, step 9,000",
-        "beaten  perturbation mean 1.5400, controls 1.9400",
+        "beaten  controls 1.9400, perturbation mean 1.5400",
         "pearson_delta 0.820 > 0.790", "mae 0.070 > 0.060", "pds 0.970 > 0.900",
         "lr 0.0001, gradient norm 0.52, 3 skipped, memory 3.2 GB",
     ):  # fmt: skip
@@ -109,7 +109,7 @@ def test_baselines_that_are_not_beaten_are_named_so() -> None:
     panel = TrainingPanel(100)
     panel.add(log_line(10))
     panel.add(validation(10, val_loss=1.6))
-    assert "not beaten  perturbation mean 1.5400" in "\n".join(drawn(panel))
+    assert "not beaten  controls 1.9400, perturbation mean 1.5400" in "\n".join(drawn(panel))
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest_bar() -> None:

@@ -16,8 +16,11 @@ from safetensors.numpy import save_file
 
 from sest.cells.labels import targets_of
 from sest.data.vectors import (
+    DECADE,
     PROTEINS,
+    Source,
     absent_hint,
+    drugs_of,
     label_of,
     one_hot,
     read_source,
@@ -99,3 +102,51 @@ def test_the_sum_of_targets_does_not_depend_on_their_order(parts: list[str], ran
 def test_the_hint_names_what_is_near() -> None:
     assert "STAT1" in absent_hint(["STAT"], ["STAT1", "JAK2"])
     assert absent_hint(["STAT+JAK2"], ["STAT1", "JAK2"]) == " Of STAT+JAK2 it lacks STAT. Did you mean 'STAT1'?"
+
+
+def vector(source: Source, name: str) -> np.ndarray:
+    found = source.find(name)
+    assert found is not None, name
+    return found
+
+
+LABELS = ("[('Trametinib', 0.05, 'uM')]", "Nutlin-3a_500nM", "Nutlin-3a_5uM", "STAT1")
+
+
+def test_a_drug_has_a_column_and_another_for_the_logarithm_of_its_dose() -> None:
+    source = drugs_of(LABELS)
+    assert list(source.rows) == ["Trametinib", "Nutlin-3a"] and source.width == 4
+    for label, doses in ((LABELS[0], (0.05, None)), (LABELS[1], (None, 0.5)), (LABELS[2], (None, 5.0))):
+        there = [float(dose is not None) for dose in doses]
+        logarithms = [DECADE * np.log10(dose) if dose else 0.0 for dose in doses]
+        np.testing.assert_allclose(vector(source, label), [*there, *logarithms], rtol=1e-6)
+    assert source.find("STAT1") is None and source.find("Aspirin_1uM") is None
+
+
+def test_a_dose_that_did_not_train_is_known_and_combinations_are_sums() -> None:
+    source = drugs_of(LABELS)
+    np.testing.assert_allclose(vector(source, "Nutlin-3a_50uM"), [0, 1, 0, DECADE * np.log10(50)], rtol=1e-6)
+    both = vector(source, "[('Trametinib', 1.0, 'uM'), ('Nutlin-3a', 10.0, 'uM')]")
+    np.testing.assert_allclose(both, [1, 1, 0, DECADE], rtol=1e-6)
+    np.testing.assert_allclose(vector(source, "Trametinib_1uM+Nutlin-3a_10uM"), both)
+    assert source.columns_of("Nutlin-3a_50uM") == ["Nutlin-3a"]
+
+
+def test_labels_without_doses_and_units_that_are_not_known_are_refused() -> None:
+    with pytest.raises(InputError, match=r"reads labels such as .*; the data has: STAT1, JAK2"):
+        drugs_of(["STAT1", "JAK2"])
+    with pytest.raises(InputError, match=r"Aspirin: 'mol' is no unit of a dose"):
+        drugs_of(["[('Aspirin', 1.0, 'mol')]"])
+
+
+def test_a_file_of_drugs_gives_its_vector_at_every_dose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.savez(tmp_path / "fingerprints.npz", **{"Nutlin-3a": np.ones(3), "Trametinib": np.full(3, 2.0)})  # type: ignore[arg-type]
+    vectors = read_sources(f"drugs+{tmp_path / 'fingerprints.npz'}", LABELS)
+    low, high = (vectors.find(label) for label in LABELS[1:3])
+    assert low is not None and high is not None and vectors.width == 4 + 3
+    np.testing.assert_array_equal(low[4:], high[4:])
+    assert (low[:4] != high[:4]).any() and vectors.columns_of(LABELS[1]) == ["Nutlin-3a"]
+    assert not vectors.has_only_a_column(LABELS[1]) and vectors.one_hot == slice(0, 4)
+    with caplog.at_level("INFO"):
+        vectors.say_what_is_made(LABELS[:3])
+    assert "3 doses get the vector of their drug in fingerprints.npz" in caplog.text

@@ -21,7 +21,7 @@ from sest.evaluation.cell_eval_scores import CONTROL, LabelledCells
 from sest.evaluation.evaluate import evaluate
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 
-METRICS = ["pearson_delta", "pearson_delta_independent", "mae", "pds"]
+METRICS = ["pearson_delta", "pearson_delta_independent", "mae", "pds", "energy_distance"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_every_score_equals_a_dense_computation_from_the_two_files(written: Call
         control, own = r[cell_type, "control"], p[cell_type, "control"]
         for predictor, values, its_control in (
             ("model", np.stack([p[cell_type, name] for name in names]), own),
-            ("context_mean", np.repeat(control[None], len(names), axis=0), control),
+            ("controls", np.repeat(control[None], len(names), axis=0), control),
         ):
             rows = table[(table["cell_type"] == cell_type) & (table["predictor"] == predictor)]
             assert rows["perturbation"].tolist() == names
@@ -59,7 +59,7 @@ def test_the_table_counts_cells_and_the_summary_is_the_mean_over_pairs(written: 
     assert len(evaluation.table) == 2 * len(PAIRS)
     model = evaluation.table[evaluation.table["predictor"] == "model"]
     assert evaluation.summary["mae"]["model"] == pytest.approx(model["mae"].mean())
-    assert evaluation.summary["pearson_delta"]["context_mean"] == 0.0
+    assert evaluation.summary["pearson_delta"]["controls"] == 0.0
     assert list(evaluation.summary) == METRICS
 
 
@@ -152,11 +152,11 @@ def test_cell_eval_gets_the_cells_of_one_cell_type_and_baselines_made_into_as_ma
     evaluation = evaluate(*paths, EvaluateConfig(threads=3))
     p, r = means(paths[0], None), means(paths[1], 1000.0)
     for cell_type, (real, predictions) in zip(("k562", "rpe1"), calls, strict=True):
-        assert list(predictions) == ["model", "context_mean", "ridge"]
+        assert list(predictions) == ["model", "controls", "ridge"]
         names = sorted(name for of, name in PAIRS if of == cell_type)
         expected = {
             "model": [p[cell_type, name] for name in names],
-            "context_mean": [r[cell_type, "control"]] * len(names),
+            "controls": [r[cell_type, "control"]] * len(names),
             "ridge": [ridge[PAIRS.index((cell_type, name))] for name in names],
         }
         for predictor, (cells, labelled) in {"real": real, **predictions}.items():
@@ -226,9 +226,9 @@ def test_cell_eval_agrees_with_our_mae_and_pds_and_knows_that_controls_have_no_e
     np.testing.assert_allclose(table["cell_eval_mae"], table["mae"], atol=1e-5)
     np.testing.assert_allclose(table["cell_eval_pds"], table["pds"], atol=1e-9)
     des = evaluation.summary["des"]
-    assert des["context_mean"] == 0.0 < des["model"]
+    assert des["controls"] == 0.0 < des["model"]
     assert des["oracle"] > 0.0  # stand-in cells with the model's means find some of its genes
-    assert 0.0 < evaluation.summary["overall_score_over"]["context_mean"] < 1.0
+    assert 0.0 < evaluation.summary["overall_score_over"]["controls"] < 1.0
     evaluation.write(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["provenance"]["cell_eval"] is not None
 

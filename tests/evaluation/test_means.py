@@ -13,7 +13,7 @@ from helpers.datasets import TWO_SCREENS, dataset_of, two_screens
 from sest.cells.split_file import TEST, TRAIN, VAL
 from sest.data.dataset import Dataset
 from sest.evaluation.ceiling import FOLDS, Folds, ceiling, deal
-from sest.evaluation.means import pseudobulks, split_ceilings, split_pairs, training_means
+from sest.evaluation.means import query_of, split_ceilings, split_pairs, sums_of, training_effects
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +21,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return dataset_of(tmp_path_factory.mktemp("means"), two_screens(), TWO_SCREENS)
 
 
-def test_pseudobulks_are_means_of_log1p_cells(data: Dataset) -> None:
+def test_sums_are_those_of_log1p_cells_and_of_their_squares(data: Dataset) -> None:
     code = np.where(data.labels.perturbation == 2, -1, data.labels.perturbation % 2)
-    got = pseudobulks(data.targets, code, 2)
+    sums, counts, squares = sums_of(data.targets, code, 2, 1)
     dense = data.targets.log1p(np.arange(len(code))).toarray().astype(np.float64)
-    np.testing.assert_allclose(got, [dense[code == 0].mean(0), dense[code == 1].mean(0)], rtol=1e-12)
+    np.testing.assert_allclose(sums, [dense[code == 0].sum(0), dense[code == 1].sum(0)], rtol=1e-12)
+    np.testing.assert_allclose(squares, [(dense[code == 1] ** 2).sum(0)], rtol=1e-12)
+    assert counts.tolist() == [(code == 0).sum(), (code == 1).sum()]
 
 
-def test_pseudobulks_in_blocks_are_the_same(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pseudobulks(data.targets, data.labels.context, 4)
+def test_sums_in_blocks_are_the_same(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sums_of(data.targets, data.labels.context, 4, 2)
     monkeypatch.setattr("sest.evaluation.means.ROWS_PER_BLOCK", 9)
-    np.testing.assert_allclose(pseudobulks(data.targets, data.labels.context, 4), whole, rtol=1e-12)
+    for one, other in zip(sums_of(data.targets, data.labels.context, 4, 2), whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
 def test_the_pairs_of_a_split_stand_beside_the_controls_of_their_context(data: Dataset) -> None:
@@ -44,23 +47,34 @@ def test_the_pairs_of_a_split_stand_beside_the_controls_of_their_context(data: D
     for k, (c, p) in enumerate(zip(pairs.context, pairs.perturbation, strict=True)):
         mine = (labels.context == c) & (labels.perturbation == p)
         np.testing.assert_allclose(pairs.observed[k], dense[mine].mean(0), rtol=1e-12)
-        np.testing.assert_allclose(
-            pairs.control[k], dense[(labels.context == c) & labels.is_control].mean(0), rtol=1e-12
-        )
+        controls = dense[(labels.context == c) & labels.is_control]
+        np.testing.assert_allclose(pairs.control[k], controls.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(pairs.controls.variance[pairs.own[k]], controls.var(0), rtol=1e-9, atol=1e-12)
+        assert pairs.controls.n_cells[pairs.own[k]] == len(controls)
 
 
-def test_training_means_are_effects_against_the_context_s_own_controls(data: Dataset) -> None:
-    means, pairs = training_means(data), split_pairs(data, TRAIN)
-    assert len(means.delta) == 4 + 5 + 5  # P of screen/x validates, other/y is for the test
+def test_training_effects_are_against_the_context_s_own_controls(data: Dataset) -> None:
+    effects, pairs = training_effects(data), split_pairs(data, TRAIN)
+    assert len(effects) == 4 + 5 + 5  # P of screen/x validates, other/y is for the test
     expression, labels = data.targets.log1p(np.arange(len(data.labels))).toarray(), data.labels
-    for delta, context, perturbation in zip(means.delta, pairs.context, pairs.perturbation, strict=True):
+    for delta, context, perturbation in zip(effects.delta, pairs.context, pairs.perturbation, strict=True):
         cells = data.in_split(TRAIN) & (labels.context == context)
         perturbed, controls = cells & (labels.perturbation == perturbation), cells & labels.is_control
         # means of at most 9 float32 values of up to 9
         np.testing.assert_allclose(delta, expression[perturbed].mean(0) - expression[controls].mean(0), atol=1e-5)
-    assert means.contexts == ("screen/x", "screen/y", "other/x") and means.perturbations == tuple(SIZES)
-    first = means.pair_context.tolist().index(1)
-    assert means.perturbations[means.pair_perturbation[first]] == "P"
+    assert effects.controls.names == ("screen/x", "screen/y", "other/x") and effects.perturbations == tuple(SIZES)
+    first = effects.context.tolist().index(1)
+    assert effects.perturbations[effects.perturbation[first]] == "P"
+    for name, features in zip(effects.perturbations, effects.features, strict=True):
+        np.testing.assert_array_equal(features, data.features.as_mapping()[name])
+
+
+def test_what_is_asked_of_baselines_is_known_by_the_names_of_training(data: Dataset) -> None:
+    effects, asked = training_effects(data), query_of(data, split_pairs(data, VAL))
+    assert asked.perturbations == ("P",) and asked.controls.names == ("screen/x",)
+    assert effects.contexts_of(asked).tolist() == [0] and effects.perturbations_of(asked).tolist() == [0]
+    new = query_of(data, split_pairs(data, TEST))
+    assert set(effects.contexts_of(new).tolist()) == {-1}
 
 
 LARGE = dict.fromkeys(SIZES, 24)

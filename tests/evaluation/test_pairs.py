@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from helpers.caches import SIZES, small_screen
 from helpers.configs import small_config
 from helpers.datasets import dataset_of
+from sest.baselines.all import BASELINES
+from sest.baselines.effects import Contexts
+from sest.baselines.stack import Stack
 from sest.cells.split_file import VAL
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
-from sest.evaluation.means import Pairs, split_pairs, training_means
-from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
+from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
+from sest.evaluation.pairs import head_effects, held_out, mean_scores, pair_metrics, predicted_means, some_sets
 
 SPLITS = """
 [datasets]
@@ -59,14 +62,21 @@ def test_every_set_belongs_to_the_pair_of_its_cells_and_a_limit_leaves_out_none(
             assert set(data.labels.perturbation[rows]) == {code} == {held.pairs.perturbation[k]}
 
 
-def test_the_mean_effect_in_training_moves_the_controls_of_a_pair(data: Dataset) -> None:
-    """P is in no training context: it gets what all training perturbations do on average; T and R their own."""
-    held, train = held_out(data, small_config(), VAL, 0), training_means(data)
-    effects = train.effects()
-    for k, (_, name) in enumerate(PAIRS):
-        own = effects[train.perturbations.index(name)] if name in train.perturbations else effects.mean(axis=0)
-        assert (name in train.perturbations) == (name != "P")
-        np.testing.assert_allclose(held.perturbation_mean[k], np.maximum(held.pairs.control[k] + own, 0))
+def test_baselines_stand_beside_every_pair_as_they_are_fitted_on_the_training_split(data: Dataset) -> None:
+    """P is in no training context: it gets what its context's perturbations do on average; T and R their own."""
+    held, train = held_out(data, small_config(), VAL, 0), training_effects(data)
+    assert list(held.baselines) == list(BASELINES)
+    np.testing.assert_allclose(held.baselines["controls"], held.pairs.control, rtol=1e-6)
+    for k, (context, name) in enumerate(PAIRS):
+        mine = [i for i, p in enumerate(train.perturbation) if train.perturbations[p] == name]
+        if not mine:
+            mine = np.flatnonzero(train.context == ["x", "y"].index(context)).tolist()
+        weights = train.n_cells[mine] if name != "P" else np.ones(len(mine))
+        own = np.average(train.delta[mine], axis=0, weights=weights)
+        expected = np.maximum(held.pairs.control[k] + own, 0)
+        np.testing.assert_allclose(held.baselines["perturbation_mean"][k], expected, rtol=1e-5, atol=1e-6)
+    alone = Stack().fit(train).predict(query_of(data, held.pairs))
+    np.testing.assert_allclose(held.baselines["stack"], np.maximum(held.pairs.control + alone, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_other_controls_are_drawn_with_another_seed_and_of_the_batch_where_asked(data: Dataset) -> None:
@@ -142,11 +152,11 @@ def test_metrics_of_pairs_by_hand(data: Dataset) -> None:
     """Three genes are enough: the others are zero on both sides."""
     pairs = split_pairs(data, VAL)
     assert pairs.n_cells.tolist() == [SIZES[name] for _, name in PAIRS]
-    control = np.zeros((4, 20))
     observed, predicted = np.zeros((4, 20)), np.zeros((4, 20))
     observed[:, :3] = [[1, 0, 0], [0, 1, 0], [3, 0, 0], [0, 0, 2]]
     predicted[:, :3] = [[2, 0, 0], [1, 0, 0], [3, 0, 0], [0, 0, 2]]
-    made = Pairs(pairs.context, pairs.perturbation, pairs.n_cells, observed, control)
+    controls = Contexts(("screen/x", "screen/y"), np.zeros((2, 20)), np.ones((2, 20)), np.array([9, 9]))
+    made = Pairs(pairs.context, pairs.perturbation, pairs.n_cells, observed, controls, pairs.own)
     scores = pair_metrics(data, made, predicted)
     assert scores["mae"].tolist() == [1 / 20, 2 / 20, 0, 0]
     np.testing.assert_allclose(scores["pearson_delta"], [1, -1 / 19, 1, 1])  # unit vectors of 20 genes: r = -1/19
@@ -158,3 +168,21 @@ def test_metrics_of_pairs_by_hand(data: Dataset) -> None:
 def test_the_mean_pds_is_that_of_pairs_that_have_one() -> None:
     scores = {"mae": np.array([1.0, 3.0]), "pds": np.array([np.nan, 0.5])}
     assert mean_scores(scores) == {"mae": 2.0, "pds": 0.5}
+
+
+def test_effects_of_a_head_are_against_the_controls_or_against_what_it_predicts_for_them(
+    data: Dataset, cells: ResidentCells
+) -> None:
+    """A head that adds 1 to a gene for every perturbation, and 5 to all genes for whatever it is given."""
+    held = held_out(data, small_config(), VAL, 0)
+    n_genes = len(data.targets.genes)
+
+    class Biased(nn.Module):
+        def forward(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+            effect = 5.0 + (perturbation.abs().sum(1) > 0).float()[:, None, None] * torch.eye(n_genes)[3]
+            return effect.expand(len(basal), basal.shape[1], n_genes)
+
+    found = head_effects(Biased(), data, cells, held, 3, nullcontext)
+    np.testing.assert_allclose(found["anchored"], np.eye(n_genes)[[3] * len(PAIRS)], atol=1e-6)
+    expected = 5.0 + np.eye(n_genes)[[3] * len(PAIRS)] - held.pairs.control
+    np.testing.assert_allclose(found["head"], expected, atol=1e-6)

@@ -31,10 +31,17 @@ def test_stored_baselines_are_matched_by_their_labels(written: Callable[..., Wri
     wrong = np.zeros_like(truth)
     uns = sest_uns(baselines={"ridge": truth, "perturbation_mean": truth + 0.5, "context_mean": wrong}, pairs=labels)
     summary = evaluate(*written(uns), EvaluateConfig(cell_eval=False)).summary
-    assert list(summary["mae"]) == ["model", "context_mean", "perturbation_mean", "ridge", "real_half"]
+    assert list(summary["mae"]) == ["model", "controls", "perturbation_mean", "ridge", "real_half"]
     assert summary["mae"]["ridge"] < 1e-6
     assert summary["mae"]["perturbation_mean"] == pytest.approx(0.5, abs=1e-6)
-    assert summary["mae"]["context_mean"] < 1.0  # of the real controls, never the stored one (all zeros)
+    # before baselines had a version, context_mean was what is called controls now, which are always the real ones
+    assert "context_mean" not in summary["mae"] and summary["mae"]["controls"] < 1.0
+    uns = sest_uns(
+        baselines={"stack": truth, "context_mean": truth + 0.5, "controls": wrong}, pairs=labels, baselines_version=2
+    )
+    summary = evaluate(*written(uns), EvaluateConfig(cell_eval=False)).summary
+    assert list(summary["mae"]) == ["model", "controls", "context_mean", "stack", "real_half"]
+    assert summary["mae"]["context_mean"] == pytest.approx(0.5, abs=1e-6) and summary["mae"]["controls"] < 1.0
 
 
 def test_stored_baselines_that_lack_a_pair_are_refused(written: Callable[..., Written]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers.configs import small_config
 from helpers.pages import CELL_TYPE, HOSTILE, SIZES, Trained
 from sest.report.cache_facts import CacheFacts, read_cache
 from sest.report.run_facts import read_runs
+from sest.runs.checkpoint import Checkpoint
 from sest.training.train import train
 
 
@@ -41,17 +43,26 @@ def test_pairs_of_both_splits_are_predicted(whole: CacheFacts) -> None:
     assert (test.perturbations, test.cell_types, test.n_cells.tolist()) == (["Q"], ["x"], [SIZES["Q"]])
 
 
-def test_scores_average_to_the_validation_of_that_checkpoint(trained: Trained, whole: CacheFacts) -> None:
+def test_scores_average_to_the_validation_of_that_checkpoint(
+    trained: Trained, whole: CacheFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert whole.pairs is not None
     scores = whole.pairs[0].scores
-    for name, key in (
-        ("pearson_delta",) * 2,
-        ("mae",) * 2,
-        ("pds",) * 2,
-        ("perturbation_mean", "pearson_delta_perturbation_mean"),
-    ):
-        values = scores[name][~np.isnan(scores[name])] if name == "pds" else scores[name]  # one pair has no pds
-        assert values.mean() == pytest.approx(trained.best[key], rel=1e-5), name  # batches of another size
+    assert scores["stack"].mean() == pytest.approx(trained.best["pearson_delta_stack"], rel=1e-5)
+    run = read_runs([trained.run])[0]
+    assert run.checkpoint is not None and run.checkpoint.has_blend
+    for part in ("head", "stack"):  # of what is blended, each alone; batches of another size
+        blend = run.checkpoint.blend()
+        means = {name: float(name == part) for name in blend.weights.means}
+        alone = replace(blend, weights=replace(blend.weights, means=means))
+        monkeypatch.setattr(Checkpoint, "blend", lambda _, alone=alone: alone)
+        facts = read_cache(run, n_sets=0, device=torch.device("cpu"), scratch=trained.run / "scratch")
+        assert facts.pairs is not None
+        of = "" if part == "head" else "_stack"
+        for name in ("pearson_delta", "mae", "pds"):
+            values = facts.pairs[0].scores[name]
+            values = values[~np.isnan(values)] if name == "pds" else values  # one pair has no pds
+            assert values.mean() == pytest.approx(trained.best[f"{name}{of}"], rel=1e-5), (part, name)
 
 
 def test_effects_are_those_of_the_raw_counts(trained: Trained, whole: CacheFacts) -> None:

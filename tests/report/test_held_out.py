@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.caches import GENES
 from helpers.configs import small_config
 from helpers.pages import CELL_TYPE, SIZES, Opened, Trained, opened
+from sest.report.cache_facts import read_cache
+from sest.report.run_facts import read_runs
 from sest.report.write import write_report
 from sest.training.train import train
 
@@ -24,13 +27,20 @@ def rows_of(page: Opened) -> dict[str, list[str]]:
     return {row[0]: row for row in cells if row}
 
 
-def test_pairs_average_to_the_validation_of_that_checkpoint(trained: Trained, page: Opened) -> None:
-    rows = rows_of(page)
+def test_pairs_are_shown_beside_the_stack_as_the_blend_predicts_them(trained: Trained, page: Opened) -> None:
+    rows, facts = (
+        rows_of(page),
+        read_cache(read_runs([trained.run])[0], n_sets=0, device=torch.device("cpu"), scratch=trained.run / "scratch"),
+    )
     assert set(rows) == {"P", "T", "S", "Q", "&lt;script&gt;alert(1)&lt;/script&gt;"}
     validated = [row for name, row in rows.items() if name != "Q"]
-    for column, name in ((3, "pearson_delta"), (4, "pearson_delta_perturbation_mean"), (5, "mae"), (6, "pds")):
+    assert facts.pairs is not None
+    for column, name in ((3, "pearson_delta"), (4, "stack"), (5, "mae"), (6, "pds")):
         mean = np.mean([float(row[column]) for row in validated if row[column] != "-"])  # one has no pds
-        assert mean == pytest.approx(trained.best[name], rel=2e-3, abs=1e-4), name  # the page shows four digits
+        expected = np.nanmean(facts.pairs[0].scores[name])
+        assert mean == pytest.approx(expected, rel=2e-3, abs=1e-4), name  # the page shows four digits
+    mean = np.mean([float(row[4]) for row in validated])
+    assert mean == pytest.approx(trained.best["pearson_delta_stack"], rel=2e-3, abs=1e-4)
 
 
 def test_the_effect_of_a_pair_is_that_of_its_raw_counts(trained: Trained, page: Opened) -> None:

@@ -8,26 +8,28 @@ from pathlib import Path
 
 from helpers.pages import Opened, Trained, brief, opened, rewrite
 from sest.report.write import write_report
+from sest.runs.curves import BASELINES, METRICS, WITH_CELLS
 
 
 def test_the_headline_is_the_best_validation_beside_its_baselines(trained: Trained, page: Opened) -> None:
     best = trained.best
-    for metric in ("val_loss", "pearson_delta", "mae", "pds"):
-        figures = [best[metric + of] for of in ("", "_perturbation_mean", "_controls")]
-        cells = re.escape(metric) + "".join(rf"\s+{re.escape(f'{value:.4g}')}" for value in figures)
+    for metric in METRICS:
+        known = WITH_CELLS if metric in ("val_loss", "energy_distance") else BASELINES
+        figures = [f"{best[f'{metric}_{name}']:.4g}" if name in known else "-" for name in BASELINES]
+        cells = re.escape(metric) + "".join(rf"\s+{re.escape(figure)}" for figure in (f"{best[metric]:.4g}", *figures))
         assert re.search(cells, page.words), metric
-    assert f"best val_loss, at step {best['step']}" in page.words
-    beaten = sum(best["val_loss"] < best[f"val_loss_{name}"] for name in ("perturbation_mean", "controls"))
+    assert f"energy distance at the best val_loss, step {best['step']}" in page.words
+    beaten = sum(best["energy_distance"] < best[f"energy_distance_{name}"] for name in WITH_CELLS)
     assert len(re.findall(r"(?<!not )beaten", page.words)) == beaten
-    assert page.words.count("not beaten") == 2 - beaten
+    assert page.words.count("not beaten") == len(WITH_CELLS) - beaten
 
 
 def test_curves_are_the_lines_of_metrics_jsonl(trained: Trained, page: Opened) -> None:
     logs = [line for line in trained.lines if "loss" in line]
     for name, y in (("loss", "loss"), ("grad_norm", "norm"), ("it_per_s", "it/s")):
         assert page.curve(y) == {line["step"]: float(f"{line[name]:.6g}") for line in logs}
-    for metric in ("val_loss", "pearson_delta", "mae", "pds"):
-        for number, of in enumerate(("", "_perturbation_mean", "_controls")):
+    for metric in METRICS:
+        for number, of in enumerate(("", "_stack", "_controls")):
             expected = {line["step"]: float(f"{line[metric + of]:.6g}") for line in trained.validations}
             if metric != "pearson_delta":  # the overview has that axis too
                 assert page.curve(metric, number) == expected

@@ -54,7 +54,7 @@ def first_batch(cache: Path, config: TrainConfig, n_sets: int) -> tuple[StateTra
     cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
     batch = cells.batch(sampler.sets(np.arange(n_sets)))
     batch["perturbation"] = torch.from_numpy(data.features.matrix)[batch["perturbation"]]
-    model = new_model(sest.training.prepare._sizes(data, config), config.seed)
+    model = new_model(sest.training.prepare.head_sizes(data, config), config.seed)
     torch.nn.init.zeros_(model.pert_encoder.get_parameter("0.weight"))  # one-hot columns start at zero
     return model, batch
 

@@ -1,4 +1,4 @@
-"""Validation: the loss over all validation sets and the pseudobulk metrics, each beside two baselines."""
+"""Validation: the loss over all validation sets and the pseudobulk metrics, each beside the baselines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sest.cells.split_file import VAL
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
-from sest.evaluation.baselines import perturbation_mean
-from sest.evaluation.means import split_pairs, training_means
+from sest.evaluation.means import split_pairs
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
+from sest.evaluation.pairs import baselines_of
 from sest.head.loss import energy_distance, mean_squared_error
 from sest.head.model import HeadSizes, new_model
-from sest.runs.curves import NOT_MEASURABLE, VAL_PAIRS, is_no_measure
+from sest.runs.curves import BASELINES, METRICS, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS, is_no_measure
 from sest.training.validate import Validator
 
 CPU = torch.device("cpu")
@@ -71,6 +71,14 @@ def head(data: Dataset) -> nn.Module:
     return new_model(sizes, 0)
 
 
+def without_own(x: Tensor, y: Tensor) -> float:
+    """The energy distance of two sets of cells, none compared with itself, from all distances in float64."""
+    x, y = x.double(), y.double()
+    n, m = len(x), len(y)
+    within = [torch.cdist(a, a).sum() / (len(a) * (len(a) - 1)) for a in (x, y)]
+    return float(torch.cdist(x, y).sum() / (n * m) - 0.5 * within[0] - 0.5 * within[1])
+
+
 @pytest.mark.parametrize("criterion", [energy_distance, mean_squared_error])
 def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
     data: Dataset, resident: ResidentCells, criterion: Any
@@ -82,14 +90,17 @@ def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
     model.eval()
     features = torch.from_numpy(data.features.matrix)
     losses: list[float] = []
+    distances: list[float] = []
     cells: dict[tuple[int, int], list[np.ndarray]] = {}
     for targets, controls, p in zip(sets["targets"], sets["controls"], sets["perturbation"], strict=True):
         with torch.no_grad():
             predicted = model(resident.basal(controls)[None], features[p][None])
         losses.append(float(criterion(predicted, resident.expression(targets)[None])))
+        distances.append(without_own(predicted[0], resident.expression(targets)))
         key = (int(labels.context[targets[0]]), int(p))
         cells.setdefault(key, []).append(predicted[0].double().numpy())
     assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # float32, other batches
+    assert got["energy_distance"] == pytest.approx(np.mean(distances), rel=1e-4)  # a small difference of large ones
     pairs = split_pairs(data, VAL)
     keys = list(zip(pairs.context.tolist(), pairs.perturbation.tolist(), strict=True))
     assert sorted(cells) == keys
@@ -107,35 +118,35 @@ def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
     assert got["pds"] == pytest.approx(np.nanmean(pds), rel=1e-6)  # a context of one perturbation has none
 
 
-def test_baselines_are_the_controls_and_the_controls_moved_by_the_training_effect(
+def test_baselines_are_scored_as_pseudobulks_and_some_as_cells_moved_by_their_effect(
     data: Dataset, resident: ResidentCells
 ) -> None:
     checked = validator(data, resident)
-    pairs, train, names = split_pairs(data, VAL), training_means(data), data.labels.perturbations
-    moved = np.stack(
-        [perturbation_mean(train, names[p], c) for p, c in zip(pairs.perturbation, pairs.control, strict=True)]
-    )
-    assert checked.baselines["mae_controls"] == pytest.approx(np.abs(pairs.control - pairs.observed).mean())
-    assert checked.baselines["mae_perturbation_mean"] == pytest.approx(np.abs(moved - pairs.observed).mean())
-    assert checked.baselines["pearson_delta_controls"] == 0.0  # no effect predicted
-    losses: dict[str, list[float]] = {"controls": [], "perturbation_mean": []}
+    pairs, expected = split_pairs(data, VAL), baselines_of(data, split_pairs(data, VAL))
+    for name in BASELINES:
+        mae = np.abs(expected[name] - pairs.observed).mean()
+        assert checked.baselines[f"mae_{name}"] == pytest.approx(mae, rel=1e-6), name
+    assert checked.baselines["pearson_delta_controls"] == pytest.approx(0.0, abs=1e-6)  # no effect predicted
+    losses: dict[str, list[tuple[float, float]]] = {name: [] for name in WITH_CELLS}
     sets = checked.sets
     for targets, controls, p in zip(sets["targets"], sets["controls"], sets["perturbation"], strict=True):
         k = [(c, q) for c, q in zip(pairs.context, pairs.perturbation, strict=True)].index(
             (data.labels.context[targets[0]], p)
         )
-        cells = resident.expression(controls)
-        shifted = (cells + torch.from_numpy(moved[k] - pairs.control[k]).float()).clamp_min(0)
-        for name, predicted in (("controls", cells), ("perturbation_mean", shifted)):
-            losses[name].append(float(energy_distance(predicted[None], resident.expression(targets)[None])))
+        cells, real = resident.expression(controls), resident.expression(targets)
+        for name in WITH_CELLS:
+            shift = torch.from_numpy(expected[name][k] - pairs.control[k]).float()
+            moved = cells if name == "controls" else (cells + shift).clamp_min(0)
+            losses[name].append((float(energy_distance(moved[None], real[None])), without_own(moved, real)))
     for name, values in losses.items():
-        assert checked.baselines[f"val_loss_{name}"] == pytest.approx(np.mean(values), rel=1e-5)
+        loss, distance = np.mean(values, axis=0)
+        assert checked.baselines[f"val_loss_{name}"] == pytest.approx(loss, rel=1e-5)
+        assert checked.baselines[f"energy_distance_{name}"] == pytest.approx(distance, rel=1e-4, abs=1e-4)
 
 
-def test_every_metric_stands_beside_both_baselines(data: Dataset, resident: ResidentCells) -> None:
+def test_every_metric_stands_beside_the_baselines(data: Dataset, resident: ResidentCells) -> None:
     got = validator(data, resident).run(head(data), nullcontext)
-    metrics = ("val_loss", "pearson_delta", "mae", "pds")
-    scores = {f"{m}{b}" for m in metrics for b in ("", "_controls", "_perturbation_mean")}
+    scores = {f"{m}_{b}" for m in METRICS for b in (WITH_CELLS if m in METRICS[:2] else BASELINES)} | set(METRICS)
     assert set(got) == scores | {VAL_PAIRS, NOT_MEASURABLE}  # too few cells here for halves
     assert all(isinstance(got[name], float) and np.isfinite(got[name]) for name in scores)
 

@@ -1,0 +1,108 @@
+"""Baselines that are means of training effects, without a parameter to fit. Shapes as in sest.baselines.effects."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sest.baselines.effects import Effects, Query
+
+
+class Controls:
+    """Nothing happens: perturbed cells are as the controls of their context."""
+
+    def fit(self, effects: Effects) -> Controls:
+        self._n_genes = effects.delta.shape[1]
+        return self
+
+    def predict(self, query: Query) -> np.ndarray:
+        """(N, G) zeros."""
+        return np.zeros((len(query), self._n_genes))
+
+
+class ContextMean:
+    """Every perturbation does what the perturbations of its context do on average: stress, selection, batch.
+
+    In a new context it is the mean over contexts, each counting the same.
+    """
+
+    def fit(self, effects: Effects) -> ContextMean:
+        self._effects = effects
+        self._means = _group_means(effects.delta, effects.context, len(effects.controls.names))
+        self._overall = self._means[np.unique(effects.context)].mean(0)
+        return self
+
+    def predict(self, query: Query) -> np.ndarray:
+        """(N, G) effects."""
+        at = self._effects.contexts_of(query)
+        effects: np.ndarray = np.where((at >= 0)[:, None], self._means[at], self._overall)
+        return effects
+
+
+class PerturbationMean:
+    """A perturbation does everywhere what it did in training: its mean effect over contexts, weighted by cells.
+
+    One that did not train has the mean of its context (`ContextMean`).
+    """
+
+    def fit(self, effects: Effects) -> PerturbationMean:
+        self._effects = effects
+        self._means = _group_means(effects.delta, effects.perturbation, len(effects.perturbations), effects.n_cells)
+        self._context_mean = ContextMean().fit(effects)
+        return self
+
+    def predict(self, query: Query) -> np.ndarray:
+        """(N, G) effects."""
+        at = self._effects.perturbations_of(query)
+        effects: np.ndarray = np.where((at >= 0)[:, None], self._means[at], self._context_mean.predict(query))
+        return effects
+
+
+class Nearest:
+    """The effect of the most similar pair: the same perturbation in the most similar context that has it.
+
+    Of a perturbation that did not train, the one with the most similar features (cosine), in the most similar context
+    that has it; where none is similar, the mean of its context.
+    """
+
+    def fit(self, effects: Effects) -> Nearest:
+        self._effects = effects
+        self._context_mean = ContextMean().fit(effects)
+        return self
+
+    def predict(self, query: Query) -> np.ndarray:
+        """(N, G) effects."""
+        effects = self._effects
+        result = self._context_mean.predict(query)
+        distances = effects.distances(query.controls)
+        at = effects.perturbations_of(query)
+        trained = np.unique(effects.perturbation)
+        similar = cosines(query.features, effects.features[trained])
+        for row in range(len(query)):
+            wanted = at[row]
+            if wanted < 0 and similar[row].max() > 0:
+                wanted = trained[similar[row].argmax()]
+            if wanted >= 0:
+                pairs = np.flatnonzero(effects.perturbation == wanted)
+                nearest = pairs[distances[query.context[row], effects.context[pairs]].argmin()]
+                result[row] = effects.delta[nearest]
+        return result
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, P) cosines of feature vectors (N, F) and (P, F); 0 with a vector of zeros."""
+    return _unit(a) @ _unit(b).T
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    features = np.asarray(features, np.float64)
+    size = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: np.ndarray = features / np.where(size > 0, size, 1.0)
+    return unit
+
+
+def _group_means(values: np.ndarray, group: np.ndarray, n: int, weight: np.ndarray | None = None) -> np.ndarray:
+    """(n, G) means of rows by group, zeros for one without rows."""
+    member = np.zeros((n, len(group)))
+    member[group, np.arange(len(group))] = 1.0 if weight is None else weight
+    total = member.sum(1, keepdims=True)
+    return (member / np.where(total > 0, total, 1.0)) @ values

@@ -1,0 +1,123 @@
+"""A prediction's parts and their weights: the stack of baselines, the head, and the head held against itself.
+
+`stack` is sest.baselines.stack. `head` is the mean of the head's cells minus the mean of the controls. `anchored` is
+the mean of the head's cells minus the mean of the cells that it predicts, from the same controls, for the control:
+errors that it makes for both are gone. What the weights leave to 1 is no effect. Shapes: K pairs, G genes, n training
+pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sest.baselines.effects import Contexts, Effects, Query
+from sest.baselines.stack import KINDS, Stack, kinds_of
+from sest.blend.weights import Weights, fit_weights
+
+PARTS = STACK, HEAD, ANCHORED = "stack", "head", "anchored"
+CONTROLS = "controls"
+PRIOR = {STACK: 1.0, HEAD: 0.0, ANCHORED: 0.0}
+"""The stack has weights of its own, from training pairs left out of it, so that it may be taken as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """The weights of the parts, and the training effects, from which the stack is fitted."""
+
+    effects: Effects
+    weights: Weights
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The stack, fitted on first use."""
+        return Stack().fit(self.effects)
+
+    @property
+    def of_head(self) -> float:
+        """What the head counts, raw and anchored."""
+        return self.weights.means.get(HEAD, 0.0) + self.weights.means.get(ANCHORED, 0.0)
+
+    def effect(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The weighted sum of the parts' effects, each of one shape."""
+        return np.sum([self.weights.means[name] * effect for name, effect in parts.items()], axis=0)
+
+    def said(self, query: Query) -> list[str]:
+        """Which part carries which weight: one sentence for the contexts of each kind of pair."""
+        kinds, sentences = kinds_of(self.effects, query), []
+        for code in np.unique(kinds).tolist():
+            contexts = sorted({query.controls.names[c] for c in query.context[kinds == code]})
+            inside = self.stack.weights_of(KINDS[code])
+            within = ", ".join(f"{name.replace('_', ' ')} {w:.2f}" for name, w in inside.items() if w >= 0.005)
+            parts = [f"stack {self.weights.means[STACK]:.2f} ({within or 'of controls alone'})"]
+            parts += [f"{n} {self.weights.means[n]:.2f}" for n in (HEAD, ANCHORED) if n in self.weights.means]
+            who = ", ".join(contexts[:3]) + (f" and {len(contexts) - 3} more" if len(contexts) > 3 else "")
+            sentences.append(f"{who} ({KINDS[code]}): {', '.join(parts)}, controls {self.weights.of_controls:.2f}.")
+        return sentences
+
+
+def fit_blend(
+    effects: Effects,
+    parts: Mapping[str, np.ndarray],
+    observed: np.ndarray,
+    context: np.ndarray,
+    perturbation: np.ndarray,
+    seed: int,
+) -> Blend:
+    """Weights from validation pairs.
+
+    Args:
+        effects: of the training pairs.
+        parts: name of `PARTS` -> (K, G) predicted effects of the validation pairs; the stack among them.
+        observed: (K, G) their effects.
+        context, perturbation: (K,) codes.
+        seed: of the resamples.
+    """
+    return Blend(
+        effects, fit_weights(parts, observed, context, perturbation, {name: PRIOR[name] for name in parts}, seed)
+    )
+
+
+def to_stored(blend: Blend) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Plain values and tensors for a checkpoint."""
+    effects, weights = blend.effects, blend.weights
+    values = {
+        "weights": weights.means,
+        "spread": weights.spread,
+        "n_pairs": weights.n_pairs,
+        "contexts": list(effects.controls.names),
+        "perturbations": list(effects.perturbations),
+    }
+    arrays = {
+        "control_mean": effects.controls.mean.astype(np.float32),
+        "control_variance": effects.controls.variance.astype(np.float32),
+        "n_controls": effects.controls.n_cells.astype(np.int64),
+        "features": effects.features.astype(np.float32),
+        "delta": effects.delta.astype(np.float32),
+        "context": effects.context.astype(np.int64),
+        "perturbation": effects.perturbation.astype(np.int64),
+        "n_cells": effects.n_cells.astype(np.int64),
+    }
+    return values, {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def from_stored(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blend:
+    """What `to_stored` made."""
+    a = {name: tensor.numpy() for name, tensor in tensors.items()}
+    mean, variance = (a[name].astype(np.float64) for name in ("control_mean", "control_variance"))
+    effects = Effects(
+        controls=Contexts(tuple(values["contexts"]), mean, variance, a["n_controls"]),
+        perturbations=tuple(values["perturbations"]),
+        features=a["features"],
+        delta=a["delta"].astype(np.float64),
+        context=a["context"],
+        perturbation=a["perturbation"],
+        n_cells=a["n_cells"],
+    )
+    return Blend(effects, Weights(dict(values["weights"]), dict(values["spread"]), int(values["n_pairs"])))

@@ -1,0 +1,188 @@
+"""The cells of a prediction: of one run or of several, by the head, by baselines, or blended.
+
+As many cells as the head counts are the head's, the others are real control cells; then the cells of each request are
+moved to the blended mean. Shapes: B sets, S cells a set, n cells, E embedding width, P feature width, G genes. Space:
+log1p.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from sest.baselines.effects import Contexts, Query
+from sest.blend.blend import ANCHORED, HEAD, STACK, Blend
+from sest.blend.transport import move_to_mean
+from sest.blend.weights import Weights
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P
+from sest.data.dataset import Dataset
+from sest.errors import InputError
+from sest.evaluation.means import training_effects
+from sest.head.model import StateTransition
+from sest.machine.devices import autocast
+from sest.prediction.controls import Pool
+from sest.prediction.draws import draw_sets, random_of
+from sest.prediction.requests import Request
+from sest.runs.checkpoint import Checkpoint
+from sest.runs.provenance import saw_the_same_split
+
+logger = logging.getLogger(__name__)
+
+PAIRS_AT_ONCE = 64  # whose baselines are computed together
+ROWS_AT_ONCE = 4096  # real control cells written at once
+DONORS = 256  # control cells that give values of genes which none of the cells to move has
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One run of a prediction."""
+
+    checkpoint: Checkpoint
+    model: StateTransition | None  # None where it does not count
+    blend: Blend | None  # None: the head's cells as they are
+    vectors: Mapping[str, np.ndarray]  # perturbation -> (P,)
+    control: np.ndarray  # (P,) features of the control
+    batch_size: int
+    set_size: int
+    precision: str
+
+    @property
+    def of_head(self) -> float:
+        """The share of cells that are the head's."""
+        return 1.0 if self.blend is None else self.blend.of_head
+
+    def head_cells(self, basal: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """(B, S, E) and (P,) -> (B * S, G) float32, cut at 14."""
+        assert self.model is not None
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(), autocast(device, self.precision):
+            perturbation = torch.from_numpy(vector).to(device).expand(len(basal), -1)
+            predicted = self.model(torch.from_numpy(basal.astype(np.float32)).to(device), perturbation)
+            cells: np.ndarray = predicted.float().clamp_max(LARGEST_PREDICTED_LOG1P).flatten(0, 1).cpu().numpy()
+        return cells
+
+
+def weights_for(asked: str, checkpoint: Checkpoint, data: Dataset) -> Blend | None:
+    """What counts in a prediction; None: the head alone.
+
+    Args:
+        asked: PredictConfig.blend.
+
+    Raises:
+        InputError: baselines are asked for, and what the run was trained on is not known.
+    """
+    if asked == "auto" and not checkpoint.has_blend:
+        logger.info(
+            f"{checkpoint.folder} has no blend: cells are the head's alone. `sest blend` fits what head and baselines "
+            "are to count."
+        )
+    if asked == HEAD or (asked == "auto" and not checkpoint.has_blend):
+        return None
+    if asked == "auto":
+        return checkpoint.blend()
+    means = {STACK: 1.0 if asked == STACK else 0.0}
+    weights = Weights(means, dict.fromkeys(means, 0.0), 0)
+    if checkpoint.has_blend:
+        return Blend(checkpoint.blend().effects, weights)
+    if not saw_the_same_split(checkpoint, data):
+        raise InputError(
+            f"What {checkpoint.folder} was trained on is not known here, so --blend {asked} has nothing to go by. "
+            "Pass --blend head."
+        )
+    return Blend(training_effects(data), weights)
+
+
+def query_of(requests: Sequence[Request], vectors: Mapping[str, np.ndarray], data: Dataset) -> Query:
+    """What asks baselines for the effects of the requests, in their order."""
+    pools = list({id(request.pool): request.pool for request in requests}.values())
+    moments = [pool.moments for pool in pools]
+    controls = Contexts(
+        names=tuple(pool.context or f"new controls/{pool.cell_type}" for pool in pools),
+        mean=np.stack([mean for mean, _ in moments]),
+        variance=np.stack([variance for _, variance in moments]),
+        n_cells=np.array([len(pool) for pool in pools]),
+    )
+    at = {id(pool): i for i, pool in enumerate(pools)}
+    names = tuple(request.perturbation for request in requests)
+    return Query(
+        controls, np.array([at[id(r.pool)] for r in requests]), names, np.stack([vectors[name] for name in names])
+    )
+
+
+def baseline_effects(members: Sequence[Member], asked: Sequence[Request], data: Dataset) -> Iterator[list[np.ndarray]]:
+    """For every request its stack's effect (G,) by every member; zeros where that does not count."""
+    for start in range(0, len(asked), PAIRS_AT_ONCE):
+        part = asked[start : start + PAIRS_AT_ONCE]
+        found = []
+        for member in members:
+            effects = np.zeros((len(part), len(data.targets.genes)))
+            if member.blend is not None and member.blend.weights.means[STACK] > 0:
+                effects = member.blend.stack.predict(query_of(part, member.vectors, data))
+            found.append(effects)
+        yield from (list(rows) for rows in zip(*found, strict=True))
+
+
+def predicted_cells(
+    request: Request, members: Sequence[Member], effects: Sequence[np.ndarray], seed: int
+) -> Iterator[tuple[np.ndarray, scipy.sparse.csr_matrix]]:
+    """Predicted cells of a request in blocks, and the control cells (n,) they start from.
+
+    Several members predict every set; set i is written as member i mod their number predicts it, so that the cells are
+    a sample of what all of them say, and moved to the mean of their means. A member's cells are the head's with the
+    chance that is the head's weight, else the controls that the head was given.
+
+    Args:
+        effects: (G,) of the stack, by member.
+        seed: of the choice of control cells, and of what is switched on and off.
+    """
+    first = members[0]
+    sets, left, rng = draw_sets(request, first.set_size, seed), request.n_cells, random_of(request, seed, moves=True)
+    for start in range(0, len(sets), first.batch_size):
+        rows = sets[start : start + first.batch_size]
+        cells, effect = request.pool.expression[rows.ravel()].toarray(), np.zeros(1)
+        by = np.repeat((start + np.arange(len(rows))) % len(members), rows.shape[1])
+        chance = rng.random(len(by))
+        for number, (member, of_stack) in enumerate(zip(members, effects, strict=True)):
+            own, predicted = _of_member(member, request, rows, of_stack)
+            effect = effect + own / len(members)
+            if predicted is not None:
+                mine = (by == number) & (chance < member.of_head)
+                cells[mine] = predicted[mine]
+        n = min(left, len(cells))
+        cells, left = cells[:n], left - n
+        if len(members) > 1 or first.blend is not None:
+            mean = np.maximum(request.pool.moments[0] + effect, 0.0)
+            cells = move_to_mean(cells, mean, request.pool.expression[:DONORS].toarray(), rng)
+        yield rows.ravel()[:n], scipy.sparse.csr_matrix(cells)
+
+
+def _of_member(
+    member: Member, request: Request, rows: np.ndarray, of_stack: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The effect (G,) that a member predicts, and its head's cells for sets of controls (B, S), if it counts."""
+    pool, blend = request.pool, member.blend
+    if blend is not None and blend.of_head == 0:
+        return blend.effect({STACK: of_stack}), None
+    basal = pool.embeddings[rows]
+    cells = member.head_cells(basal, member.vectors[request.perturbation])
+    if not np.isfinite(cells).all():
+        raise InputError(f"The prediction of {request.perturbation} is not finite. Try --precision fp32.")
+    mean = cells.mean(0, dtype=np.float64)
+    if blend is None:
+        return mean - pool.moments[0], cells
+    parts = {STACK: of_stack, HEAD: mean - pool.moments[0]}
+    if blend.weights.means[ANCHORED] > 0:
+        parts[ANCHORED] = mean - member.head_cells(basal, member.control).mean(0, dtype=np.float64)
+    return blend.effect(parts), cells
+
+
+def real_cells(pool: Pool, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, scipy.sparse.csr_matrix]]:
+    """The control cells `chosen` (n,), in blocks: which, and their expression (rows, G)."""
+    for start in range(0, len(chosen), ROWS_AT_ONCE):
+        rows = chosen[start : start + ROWS_AT_ONCE]
+        yield rows, pool.expression[rows]

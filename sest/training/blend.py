@@ -1,0 +1,117 @@
+"""How much head and baselines are to count in a run's predictions: fitted at the end of training, or by `sest blend`.
+
+Shapes: K validation pairs, G genes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sest.blend.blend import STACK, Blend, fit_blend
+from sest.cells.split_file import VAL
+from sest.config import BlendConfig, TrainConfig
+from sest.data.dataset import Dataset, read_dataset
+from sest.data.resident import ResidentCells, resident_cells
+from sest.data.targets import remove_scratch
+from sest.errors import InputError
+from sest.evaluation.means import query_of, split_ceilings, training_effects
+from sest.evaluation.pairs import HeldOut, head_effects, held_out
+from sest.head.model import StateTransition
+from sest.machine.devices import autocast, choose_device, choose_precision
+from sest.runs.checkpoint import Checkpoint, add_blend, find_checkpoint, sound_checkpoint
+from sest.runs.provenance import check_data, find_data, saw_the_same_split
+from sest.runs.run_folder import SCRATCH, stored_features
+
+logger = logging.getLogger(__name__)
+
+
+def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
+    """Fit the blend of a run's checkpoint on the run's validation pairs, and keep it in the checkpoint.
+
+    Args:
+        run: a run folder, or one of its checkpoint folders.
+
+    Returns:
+        the checkpoint's folder, and what the parts count (see `say_blend`).
+
+    Raises:
+        InputError, CacheError: no such checkpoint, or its cache, features or splits are not there or are others.
+    """
+    checkpoint = sound_checkpoint(find_checkpoint(run, config.checkpoint))
+    device = choose_device(config.device)
+    train_config, cache, _ = find_data(checkpoint, config.cache, config.perturbations)
+    scratch = Path(train_config.scratch or checkpoint.folder.with_name(SCRATCH))
+    data = read_dataset(cache, train_config, stored=stored_features(checkpoint), scratch=scratch)
+    if not train_config.scratch:
+        remove_scratch(scratch)  # mapped files stay readable
+    check_data(checkpoint, data)
+    if not saw_the_same_split(checkpoint, data):
+        raise InputError(
+            f"{checkpoint.folder} does not say which cells of {cache} it was trained on, so none are known to be new "
+            "to it: there is nothing to fit a blend on."
+        )
+    held = held_out(data, train_config, VAL, train_config.val_sets)
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
+    cast = partial(autocast, device, choose_precision("auto", device, training=False))
+    blend = store_blend(checkpoint, data, cells, held, train_config, cast)
+    return checkpoint.folder, say_blend(blend, data, held)
+
+
+def store_blend(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    cells: ResidentCells,
+    held: HeldOut,
+    config: TrainConfig,
+    cast: Callable[[], AbstractContextManager[Any]],
+) -> Blend:
+    """Fit the blend of a checkpoint on the validation pairs `held`, and put it into the checkpoint."""
+    model = checkpoint.model().to(cells.device) if checkpoint.has_head else None
+    blend = _fitted(model, data, cells, held, config, cast)
+    add_blend(checkpoint.folder, blend)
+    return blend
+
+
+def _fitted(
+    model: StateTransition | None,
+    data: Dataset,
+    cells: ResidentCells,
+    held: HeldOut,
+    config: TrainConfig,
+    cast: Callable[[], AbstractContextManager[Any]],
+) -> Blend:
+    pairs = held.pairs
+    control = pairs.control
+    parts = {STACK: held.baselines["stack"] - control}
+    learned = np.ones(len(control), bool)
+    if model is not None:
+        nothing = [c.context for c in split_ceilings(data, VAL, config.seed) if c.verdict]
+        learned &= ~np.isin(pairs.context, nothing)  # what a head is worth does not show where nothing shows
+        parts |= head_effects(model, data, cells, held, config.batch_size, cast)
+        never = set(data.never_learned())
+        learned &= np.array([data.labels.perturbations[p] not in never for p in pairs.perturbation])
+        if not learned.any():
+            logger.info(
+                "No validation pair has an effect that can be measured and a perturbation that can be learned: what "
+                "the head is worth is not known, and the stack is taken as it is."
+            )
+    chosen = {name: effects[learned] for name, effects in parts.items()}
+    observed = (pairs.observed - control)[learned]
+    return fit_blend(
+        training_effects(data), chosen, observed, pairs.context[learned], pairs.perturbation[learned], config.seed
+    )
+
+
+def say_blend(blend: Blend, data: Dataset, held: HeldOut) -> list[str]:
+    """What the parts count in the contexts of the validation pairs, a sentence each, and how sure that is."""
+    weights = blend.weights
+    spread = ", ".join(f"{name} ± {sd:.2f}" for name, sd in weights.spread.items())
+    fitted = f"Fitted on {weights.n_pairs:,} validation pairs (spread over resamples: {spread})."
+    return [*blend.said(query_of(data, held.pairs)), fitted]

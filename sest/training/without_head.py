@@ -1,0 +1,90 @@
+"""A run without a head (`--head none`): the stack of baselines alone, in a run folder like any other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sest import __version__
+from sest.blend.blend import STACK, Blend, fit_blend
+from sest.config import TrainConfig
+from sest.data.dataset import Dataset
+from sest.data.resident import resident_cells
+from sest.errors import InputError
+from sest.evaluation.means import training_effects
+from sest.head.loss import make_loss
+from sest.machine.devices import choose_device
+from sest.machine.team import ALONE
+from sest.runs.checkpoint import BEST, save_checkpoint, sizes_to_values
+from sest.runs.curves import METRICS as SCORES
+from sest.runs.run_folder import METRICS, append_metrics, find_start, opened_run
+from sest.training.identity import features_to_keep, identity_of, projection_to_keep
+from sest.training.prepare import head_sizes, read_in_turn, say_what_is_not_learned
+from sest.training.trainer import RunState
+from sest.training.validate import Validator
+
+logger = logging.getLogger(__name__)
+
+
+def fit_without_head(
+    cache: Path,
+    run: Path,
+    config: TrainConfig,
+    scratch: Path,
+    *,
+    resume: str | None = None,
+    on_start: Callable[[Dataset], None] | None = None,
+) -> tuple[Validator, Blend, dict[str, Any]]:
+    """Fit the stack, validate it and write best/.
+
+    Returns:
+        the validation, the stack as a blend of one part, and the line of metrics.jsonl.
+
+    Raises:
+        InputError, CacheError: bad input; nothing was written.
+    """
+    if resume is not None:
+        raise InputError("A run without a head (--head none) is done at once: there is nothing to resume.")
+    find_start(run, None, config)
+    device = choose_device(config.device)
+    data = read_in_turn(cache, config, None, scratch, ALONE)
+    say_what_is_not_learned(data)
+    if on_start is not None:
+        on_start(data)
+    identity = identity_of(data, config, "fp32")
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device, on_device=False)
+    validator = Validator(data, cells, config, device, make_loss(config.loss, torch.float32))
+    held, scores = validator.held, validator.baselines
+    observed, stacked = held.pairs.observed - held.pairs.control, held.baselines["stack"] - held.pairs.control
+    pairs = held.pairs
+    blend = fit_blend(
+        training_effects(data), {STACK: stacked}, observed, pairs.context, pairs.perturbation, config.seed
+    )
+    line = {"step": 0, **{m: scores[f"{m}_stack"] for m in SCORES if f"{m}_stack" in scores}, **scores}
+    state = RunState(0, 0, line["val_loss"], line["val_loss"])
+    with ExitStack() as stack:
+        stack.enter_context(opened_run(run, config, data, None, 0))
+        append_metrics(run / METRICS, line)
+        save_checkpoint(
+            run / BEST,
+            {
+                "sest_version": __version__,
+                "step": 0,
+                "run": vars(state),
+                "scaler": {},
+                "sizes": sizes_to_values(head_sizes(data, config)),
+                "trainable_parameters": 0,
+                "genes": list(data.targets.genes),
+                **identity,
+            },
+            None,
+            blend=blend,
+            projection=projection_to_keep(data),
+            features=features_to_keep(data),
+        )
+    return validator, blend, line

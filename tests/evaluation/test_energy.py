@@ -1,0 +1,76 @@
+"""The energy distance without self-distances: against all distances written out, and its mean where nothing differs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scipy.spatial.distance
+import torch
+
+from sest.blend.transport import move_to_mean
+from sest.evaluation.energy import CELLS, energy_distances, sampled, unbiased_energy_distance
+from sest.head.loss import energy_distance
+from sest.head.loss import unbiased_energy_distance as of_tensors
+
+
+def cells(n: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    return np.maximum(np.random.default_rng(seed).normal(shift, 1, (n, 30)), 0).astype(np.float32)
+
+
+def by_hand(x: np.ndarray, y: np.ndarray) -> float:
+    between = scipy.spatial.distance.cdist(x, y).mean()
+    return float(between - 0.5 * scipy.spatial.distance.pdist(x).mean() - 0.5 * scipy.spatial.distance.pdist(y).mean())
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (2, 9), (40, 3)])
+def test_it_is_that_of_all_distances_of_different_cells(n: int, m: int) -> None:
+    x, y = cells(n, 0), cells(m, 1, 0.3)
+    assert unbiased_energy_distance(x, y) == pytest.approx(by_hand(x, y), rel=1e-9)
+    got = of_tensors(torch.from_numpy(x)[None], torch.from_numpy(y)[None])
+    assert float(got) == pytest.approx(by_hand(x, y), abs=1e-4)  # float32 sums of distances of about 5
+
+
+def test_its_mean_over_samples_of_one_distribution_is_zero_where_the_loss_s_is_not() -> None:
+    pairs = [(cells(8, 2 * i), cells(8, 2 * i + 1)) for i in range(300)]
+    found = np.array([unbiased_energy_distance(x, y) for x, y in pairs])
+    assert abs(found.mean()) < 3 * found.std() / np.sqrt(len(found))
+    x, y = (torch.from_numpy(np.stack([pair[i] for pair in pairs])) for i in (0, 1))
+    assert float(energy_distance(x, y).mean()) > 0.3
+    np.testing.assert_allclose(of_tensors(x, y).numpy(), found, atol=1e-4)
+
+
+def test_cells_of_too_little_spread_lose_more_by_it_than_by_the_loss() -> None:
+    """What a head earns there that predicts cells nearer together than real ones are."""
+    real, narrow, honest = cells(16, 0), [], []
+    for i in range(40):
+        drawn = cells(16, i + 1)
+        honest.append(drawn)
+        narrow.append(drawn.mean(0) + 0.9 * (drawn - drawn.mean(0)))
+    y = torch.from_numpy(np.stack([real] * 40))
+    sets = [torch.from_numpy(np.stack(x).astype(np.float32)) for x in (narrow, honest)]
+    biased, unbiased = ([float(of(x, y).mean()) for x in sets] for of in (energy_distance, of_tensors))
+    assert biased[0] - biased[1] < unbiased[0] - unbiased[1] - 0.01
+
+
+def test_a_single_cell_has_no_distance_to_others_of_its_kind() -> None:
+    assert np.isnan(unbiased_energy_distance(cells(1, 0), cells(5, 1)))
+    assert np.isnan(float(of_tensors(torch.zeros(1, 1, 3), torch.zeros(1, 5, 3))))
+
+
+def test_at_most_so_many_cells_of_each_group_are_drawn() -> None:
+    group = np.repeat([0, -1, 2, 1], [100, 50, 30, 200])
+    chosen = sampled(group, [0, 2], 0)
+    assert chosen[:100].sum() == CELLS and not chosen[100:150].any() and chosen[150:180].all()
+    assert not chosen[180:].any() and (chosen == sampled(group, [0, 2], 0)).all()
+    assert (chosen != sampled(group, [0, 2], 1)).any()
+
+
+def test_baselines_are_controls_moved_to_their_mean() -> None:
+    real, model, controls, own = (cells(20, seed, seed / 10) for seed in range(4))
+    means = {"model": model.mean(0), "controls": controls.mean(0), "stack": own.mean(0) + 0.2}
+    a, b, c, d = (sp.csr_matrix(x) for x in (real, model, controls, own))
+    got = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5))
+    moved = move_to_mean(own, means["stack"], own, np.random.default_rng(5), present=own.mean(0), beside=30)
+    expected = {"model": by_hand(model, real), "controls": by_hand(controls, real), "stack": by_hand(moved, real)}
+    assert got == pytest.approx(expected, rel=1e-9)
