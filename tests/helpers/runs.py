@@ -84,14 +84,14 @@ def signal_after(step: int, number: int = signal.SIGTERM) -> Callable[[dict[str,
     return on_log
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
-    """Validations give the listed val_loss at their n-th call, 1 at others."""
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float], metric: str = "val_loss") -> None:
+    """Validations give the listed metric at their n-th call, 1 at others."""
     original, calls = Validator.run, 0
 
     def run(self: Validator, *args: Any) -> dict[str, float]:
         nonlocal calls
         calls += 1
-        return {**original(self, *args), "val_loss": losses.get(calls, 1.0)}
+        return {**original(self, *args), metric: losses.get(calls, 1.0)}
 
     monkeypatch.setattr(Validator, "run", run)
 

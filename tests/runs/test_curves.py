@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sest.errors import InputError
-from sest.runs.curves import read_curves, read_lines
+from sest.runs.curves import best_of, judged_by, read_curves, read_lines, strongest
 
 LINES = """\
 {"step": 50, "loss": 2.0, "limited_by": "memory"}
@@ -50,3 +50,17 @@ def test_a_run_without_lines_has_curves_without_points(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Cannot read .*nothing\.jsonl"):
         read_lines(tmp_path / "nothing.jsonl")
+
+
+def test_the_best_validation_is_the_lowest_loss_or_the_best_mean_of_three() -> None:
+    assert best_of([3.0, 1.0, 2.0], "val_loss") == 1 and best_of([3.0, 1.0, 1.0], "energy_distance") == 1
+    assert best_of([0.9, 0.1, 0.6, 0.6, 0.6], "pds") == 0  # alone it is the highest mean so far
+    assert best_of([0.5, 0.9, 0.4, 0.7, 0.75, 0.72], "pearson_delta") == 5
+    assert best_of([0.5, 0.1, 0.4, 0.3, 0.25], "mae") == 3  # 0.27, of 0.1, 0.4 and 0.3
+    assert best_of([], "mae") is None and best_of([math.nan], "val_loss") is None
+    assert best_of([math.nan, 2.0], "val_loss") == 1
+
+
+def test_runs_of_an_earlier_sest_are_judged_by_what_they_have() -> None:
+    assert judged_by({"val_loss": 1.0}) == "val_loss" and judged_by({"energy_distance": 1.0}) == "energy_distance"
+    assert strongest({"mae_perturbation_mean": 1.0}) == "perturbation_mean" and strongest({"mae_stack": 1.0}) == "stack"

@@ -247,6 +247,32 @@ def test_best_is_the_checkpoint_of_the_lowest_val_loss(
     assert same(dict(load_model(run).state_dict()), weights(run / step_folder(4)))
 
 
+def test_best_goes_by_what_is_monitored_over_three_validations_also_when_resumed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Higher is better; the luckiest validation, the second, is not the best mean of three, which the fifth ends."""
+    scores = [0.5, 0.9, 0.4, 0.7, 0.75, 0.72]
+    run, config = tmp_path / "run", small_config(val_every=2, checkpoint_every=2, monitor="pearson_delta")
+    with monkeypatch.context() as patch:
+        scripted(patch, {i + 1: value for i, value in enumerate(scores[:3])}, "pearson_delta")
+        with pytest.raises(Crash):
+            train(cache, run, config, on_log=crash_after(6))
+    scripted(monkeypatch, {i + 1: value for i, value in enumerate(scores[3:])}, "pearson_delta")
+    result = train(cache, run, config, resume="auto")
+    means = [np.mean(scores[max(i - 2, 0) : i + 1]) for i in range(6)]
+    assert int(np.argmax(means)) == 5 and result.best_step == 12
+    assert open_checkpoint(run / BEST).state["step"] == 12
+    assert open_checkpoint(run / LAST).state["run"]["monitored"] == scores
+
+
+def test_a_metric_that_validation_does_not_have_is_not_monitored(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        '[datasets]\nscreen = "x.h5ad"\n[training]\nscreen = "train"\n[fewshot."screen.x"]\nval = ["P"]\n'
+    )
+    with pytest.raises(InputError, match="no cell type has two validation perturbations"):
+        train(cache, tmp_path / "run", small_config(monitor="pds", splits=str(tmp_path / "s.toml")))
+
+
 @pytest.mark.parametrize(
     ("losses", "patience", "stops_at"),
     [
