@@ -135,7 +135,11 @@ class TrainingPanel:
             return _row("baselines", "")
         beaten = value < min(figures.values())
         text = ", ".join(f"{name} {other:.4f}" for name, other in figures.items())
-        text = f"{metric.replace('_', ' ')} {value:.4f}; {text}" if metric != "val_loss" else text
+        if metric != "val_loss":  # which is in the row above; here there is room for the best of them and the controls
+            shown = dict.fromkeys((min(figures, key=figures.__getitem__), "controls"))
+            text = f"energy {value:.3g}; " + ", ".join(
+                f"{name} {figures[name]:.3g}" for name in shown if name in figures
+            )
         if is_no_measure(validation):
             return _row("baselines", "no measure", text)
         row = _row("baselines", "beaten" if beaten else "not beaten", text)

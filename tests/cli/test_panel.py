@@ -128,3 +128,14 @@ def test_no_pds_is_a_dash_and_a_validation_that_measures_nothing_beats_nothing()
         text = "\n".join(drawn(panel))
         assert "pds -" in text and "nan" not in text
         assert "no measure" in text and "not beaten" not in text and "beaten  " not in text
+
+
+def test_the_energy_distance_stands_beside_the_best_baseline_and_the_controls_and_fits_the_row() -> None:
+    names = {"controls": 0.8654, "perturbation_mean": 0.2171, "stack": 0.4905}
+    line = {f"energy_distance_{name}": value for name, value in names.items()} | {"energy_distance": 5.1595}
+    panel = TrainingPanel(100)
+    panel.add(log_line(10))
+    panel.add(validation(10, **line, mae_stack=0.05, pearson_delta_stack=0.9, pds_stack=0.5))
+    text = drawn(panel)
+    assert any("not beaten  energy 5.16; perturbation mean 0.217, controls 0.865 " in row for row in text)
+    assert any("pearson_delta 0.820 < 0.900" in row for row in text)  # the metrics beside the stack's
