@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 FLAT = 1e-6
 """Effects whose standard deviation over genes is below this (log1p units) are float32 rounding, not effects."""
@@ -87,6 +86,8 @@ def _distances(
     predicted: np.ndarray, observed: np.ndarray, perturbations: Sequence[str], gene_names: Sequence[str] | None
 ) -> np.ndarray:
     """(N, N) L1 over genes of predicted i and observed j, without the gene that perturbation i is named like."""
+    from scipy.spatial.distance import cdist  # slow to import, and the command line reads this module for its help
+
     column = {} if gene_names is None else {str(gene): j for j, gene in enumerate(gene_names)}
     named = np.unique([column[name] for name in map(str, perturbations) if name in column]).astype(int)
     others = np.ones(predicted.shape[1], bool)
