@@ -1,0 +1,109 @@
+"""The recipe of a training: what other settings change on validation pairs, at the full length of a run.
+
+Folds of real_cells.py, whose test pairs are never looked at. Every variant differs from the first in what its name
+says; seeds are paired. `python benchmarks/recipe.py` takes about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_cells import DIM, SCREENS, TRAINING, Fold, data_folder, folds_of, hardware
+
+import sest
+from sest.config import TrainConfig
+from sest.report.run_facts import read_runs
+from sest.training.train import train
+
+FOLDS = (("replicate", "rep_1"), ("few-shot", "rep_1"), ("combination", "fold 2"), ("combination", "fold 3"))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as in real_cells.py": {},
+    "dropout 0.1": {"dropout": 0.1},
+    "weight decay 0.05": {"weight_decay": 0.05},
+    "sets of 64, half as many": {"set_size": 64, "batch_size": 4},
+    "constant rate": {"lr": 1e-3},  # no slow end
+    "twice as wide, two layers": {"hidden": 256, "ffn": 512, "n_layers": 2},
+    "no control targets": {"control_targets": False},
+}
+METRICS = ("energy_distance", "mae", "pearson_delta", "pds")
+SLOW_END = 0.1  # of the learning rate, in the last 2 / 7 of the steps
+
+
+def run(cache: Path, folder: Path, fold: Fold, config: TrainConfig, is_constant: bool) -> dict[str, float]:
+    """Train once; the metrics of the best validation."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True)
+    (folder / "starter.toml").write_text(fold.toml())
+    steps = int(config.max_steps * 1.4)
+    config = replace(config, splits=str(folder / "starter.toml"), perturbations=fold.perturbations)
+    if is_constant:
+        train(cache, folder / "run", replace(config, max_steps=steps))
+    else:
+        train(cache, folder / "run", config)
+        train(cache, folder / "run", replace(config, max_steps=steps, lr=config.lr * SLOW_END), resume="auto")
+    scores = {score.metric: score.head for score in read_runs([folder / "run"])[0].scores()}
+    return {metric: scores[metric] for metric in METRICS}
+
+
+def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """Markdown: of every variant the mean difference to the first over seeds, and its standard error, by fold."""
+    base = results[next(iter(VARIANTS))]
+    lines = [f"| variant | metric | {' | '.join(base)} |", "|---" * (2 + len(base)) + "|"]
+    for name, folds in results.items():
+        for metric in METRICS:
+            cells = []
+            for fold, runs in folds.items():
+                values = [r[metric] for r in runs]
+                if folds is base:
+                    cells.append(f"{statistics.fmean(values):.4f}")
+                    continue
+                differences = [a - b[metric] for a, b in zip(values, base[fold], strict=True)]
+                error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+                cells.append(f"{statistics.fmean(differences):+.4f} ± {error:.4f}")
+            lines.append(f"| {name} | {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train every variant on every fold and seed; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    asked = parser.parse_args()
+    data = data_folder()
+    folds = [fold for fold in folds_of(data) if (fold.kind, fold.name) in FOLDS]
+    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(asked.workers, get_context("spawn")) as pool:
+        work, caches = Path(temporary), {}
+        for screen in dict.fromkeys(fold.screen for fold in folds):
+            file, column = SCREENS[screen]
+            caches[screen] = work / f"{screen}.zarr"
+            options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": DIM}
+            sest.embed(data / f"{file}.h5ad", caches[screen], **options)
+        waiting: dict[str, dict[str, list[Any]]] = {}
+        for name, changes in VARIANTS.items():
+            for fold in folds:
+                for seed in range(asked.seeds):
+                    config = replace(TRAINING, seed=seed, **changes)
+                    folder = work / f"{name}-{fold.kind}-{fold.name}-{seed}".replace(" ", "-")
+                    found = pool.submit(run, caches[fold.screen], folder, fold, config, name == "constant rate")
+                    waiting.setdefault(name, {}).setdefault(f"{fold.kind}, {fold.name}", []).append(found)
+        results = {n: {f: [one.result() for one in runs] for f, runs in folds.items()} for n, folds in waiting.items()}
+    print(table(results))
+    print("\n" + json.dumps(hardware()))
+    if asked.out:
+        asked.out.write_text(json.dumps({"hardware": hardware(), "results": results}, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
