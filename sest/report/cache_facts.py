@@ -5,7 +5,7 @@ Shapes: K (context, perturbation) pairs, G genes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import resident_cells
 from sest.data.targets import remove_scratch
 from sest.errors import Error, InputError
+from sest.evaluation.means import query_of
 from sest.evaluation.metrics import pearson_delta
 from sest.evaluation.pairs import HeldOut, head_effects, held_out, pair_metrics
 from sest.machine.devices import autocast, choose_precision
@@ -48,6 +49,7 @@ class PairResults:
     n_sets: int  # predicted
     of_sets: int  # there are
     n_not_learned: int = 0  # pairs of perturbations that training says nothing about
+    weights: tuple[str, ...] = ()  # what head and baselines count in the prediction, a sentence each kind of pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,9 @@ def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) ->
                 what = f"Predicting the {SPLIT_NAMES[bit]} split"
                 parts |= head_effects(model, data, cells, held, run.config.batch_size, cast, what)
             effect = parts[HEAD] if blend is None else blend.effect(parts)
-            results.append(_results(SPLIT_NAMES[bit], data, held, np.maximum(control + effect, 0.0)))
+            found = _results(SPLIT_NAMES[bit], data, held, np.maximum(control + effect, 0.0))
+            said = () if blend is None else tuple(blend.said(query_of(data, held.pairs)))
+            results.append(replace(found, weights=said))
     return results
 
 

@@ -23,11 +23,12 @@ def perturbations(page: Page, run: RunFacts, cache: CacheFacts | None) -> Html:
     if cache.pairs is None:
         return note("Not shown, as the held-out cells could not be predicted. ", cache.notes["pairs"])
     assert run.checkpoint is not None
+    whose = "head and baselines together" if run.checkpoint.has_blend else "the head"
     parts = [
         paragraph(
-            f"The held-out cells as {run.checkpoint.folder.name}/ (step {run.checkpoint.state['step']:,}) predicts "
-            "them, one line a cell type and perturbation. A change is a mean log1p expression minus that of the "
-            "controls."
+            f"The held-out cells as `sest predict` gives them from {run.checkpoint.folder.name}/ (step "
+            f"{run.checkpoint.state['step']:,}), by {whose}, one line a cell type and perturbation. A change is a "
+            "mean log1p expression minus that of the controls."
         )
     ]
     parts += [_means(result) for result in cache.pairs]
@@ -50,7 +51,7 @@ def _means(result: PairResults) -> Html:
         element("b", f"{sentence_case(result.split)} split"),
         f": {len(result.perturbations):,} pairs, {int(result.n_cells.sum()):,} cells ({sets} predicted). Means: "
         f"pearson_delta {scores['pearson_delta']:.3f} (stack {scores['stack']:.3f}), "
-        f"mae {scores['mae']:.4g}, pds {pds}.{never}",
+        f"mae {scores['mae']:.4g}, pds {pds}.{never} {' '.join(f'Weights in {said}' for said in result.weights)}",
     )
 
 

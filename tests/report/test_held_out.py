@@ -13,6 +13,7 @@ import torch
 from helpers.caches import GENES
 from helpers.configs import small_config
 from helpers.pages import CELL_TYPE, SIZES, Opened, Trained, opened
+from sest.baselines.stack import KINDS
 from sest.report.cache_facts import read_cache
 from sest.report.run_facts import read_runs
 from sest.report.write import write_report
@@ -76,3 +77,9 @@ def test_pairs_of_which_nothing_can_be_learned_are_said_to_be_chance(trained: Tr
     write_report([tmp_path / "run"], tmp_path / "r.html")
     words = opened(tmp_path / "r.html").words
     assert "the head can have learned nothing" in words and "pds - (it needs two" in words
+
+
+def test_what_counts_in_the_predictions_is_said_for_each_split(page: Opened) -> None:
+    assert "head and baselines together, one line a cell type" in page.words
+    said = re.findall(r"Weights in (screen/\S+) \(([a-z ]+)\): stack \d\.\d\d", page.words)
+    assert said and {kind for _, kind in said} <= set(KINDS)
