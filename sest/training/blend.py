@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sest.blend.blend import STACK, Blend, fit_blend
+from sest.blend.blend import HEAD, STACK, Blend, fit_blend
 from sest.cells.split_file import VAL
 from sest.config import BlendConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
@@ -30,6 +30,8 @@ from sest.runs.provenance import check_data, find_data, saw_the_same_split
 from sest.runs.run_folder import SCRATCH, stored_features
 
 logger = logging.getLogger(__name__)
+
+FEW_PAIRS = 8  # beside the four perturbations that the prior of the weights counts as
 
 
 def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
@@ -114,4 +116,9 @@ def say_blend(blend: Blend, data: Dataset, held: HeldOut) -> list[str]:
     weights = blend.weights
     spread = ", ".join(f"{name} ± {sd:.2f}" for name, sd in weights.spread.items())
     fitted = f"Fitted on {weights.n_pairs:,} validation pairs (spread over resamples: {spread})."
+    if HEAD in weights.means and weights.n_pairs < FEW_PAIRS:
+        fitted += (
+            " These are few, so the head counts little whatever it is worth: hold out more (a val split, or "
+            "--val-fraction)."
+        )
     return [*blend.said(query_of(data, held.pairs)), fitted]

@@ -43,6 +43,7 @@ def test_the_end_of_training_leaves_a_blend_in_best_and_says_what_counts(trained
     assert all(0 <= value <= 1 for value in weights.means.values()) and sum(weights.means.values()) <= 1 + 1e-9
     assert result.blend[0].startswith("d/x (new pair): stack ")
     assert result.blend[-1].startswith("Fitted on 2 validation pairs (spread over resamples: stack ± ")
+    assert "These are few, so the head counts little whatever it is worth: hold out more" in result.blend[-1]
 
 
 def test_the_same_blend_is_fitted_later_and_changes_nothing_else(run: Path) -> None:
