@@ -17,8 +17,8 @@ import time
 import numpy as np
 from real_cells import hardware
 
-from sest.baselines.all import BASELINES, Baselines
-from sest.baselines.effects import Contexts, Effects
+from sest.baselines.all import Baselines
+from sest.baselines.effects import BASELINES, Contexts, Effects
 from sest.baselines.means import cosines
 
 PER_CELL = 0.5  # standard deviation of a gene between cells, log1p

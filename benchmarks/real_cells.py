@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 import sest
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 from sest.config import BlendConfig, PredictConfig, TrainConfig
 from sest.evaluation.results import Evaluation
 from sest.files.cell_file import CellFile

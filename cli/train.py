@@ -81,6 +81,10 @@ def train(
         return
     from sest.training.train import train_seeds
 
+    if ranks_of(None, None, os.environ).world_size > 1:
+        raise InputError(
+            "--seeds trains in one process. Under torchrun start one training a seed (--seed), each in a --run."
+        )
     if resume not in (None, "auto"):
         raise InputError("With --seeds every run goes on from its own furthest checkpoint: pass --resume auto.")
     first = TrainConfig.from_values(options, "the command line").seed
@@ -91,7 +95,7 @@ def train(
         lambda folder, seed, how: _train_one(cache, folder, {**options, "seed": seed}, how),
         resume=resume is not None,
     )
-    console.say(f"{len(runs)} runs: {', '.join(map(str, runs))}. `sest predict {run}` averages them.")
+    console.say(f"{len(runs)} runs: {', '.join(map(str, runs))}. `sest predict {shlex.quote(str(run))}` averages them.")
 
 
 def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | None) -> None:

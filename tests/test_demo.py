@@ -11,7 +11,7 @@ import pytest
 from conftest import Demo
 
 from sest import demo as demo_module
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 from sest.cli.main import main
 from sest.demo import run_demo
 from sest.errors import InputError

@@ -37,6 +37,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from helpers.se_model import write_se
+from sest.baselines.effects import BASELINES
 from sest.cells.columns import detect_columns
 from sest.cli import se_st_train
 from sest.cli.main import app, main
@@ -45,7 +46,7 @@ from sest.config import EmbedConfig, TrainConfig
 from sest.embedding.embed import embed
 from sest.files.cell_file import CellFile
 from sest.head.model import HeadSizes, new_model
-from sest.runs.curves import BASELINES, read_lines
+from sest.runs.curves import read_lines
 from sest.se.weights import save_safetensors_copy
 from sest.training.train import train
 

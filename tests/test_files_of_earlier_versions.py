@@ -32,7 +32,7 @@ import pytest
 import zarr
 from safetensors.numpy import load_file
 
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 
 BEFORE = Path(__file__).resolve().parent / "fixtures" / "before_rooms"
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())

@@ -13,7 +13,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 
 
 def sest(folder: Path, *words: str) -> str:

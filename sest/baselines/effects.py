@@ -14,6 +14,7 @@ import numpy as np
 
 from sest.errors import InputError
 
+BASELINES = ("controls", "context_mean", "perturbation_mean", "nearest", "ridge", "kernel", "stack")
 VARIANCE_FLOOR = 0.1  # of the mean over genes, added to the variance of a gene that few cells express
 
 

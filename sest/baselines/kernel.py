@@ -55,9 +55,11 @@ class Kernel:
         self._effects, self._sd = effects, effects.gene_sd()
         z = effects.delta / (self._sd * self._noise_of(effects.controls)[effects.context][:, None])  # (n, G)
         self._strength = self._strengths(z)
+        alike, distances, noise = self._parts()
         if self.parameters is None:
-            self.parameters = self._fitted(z)
-        kernel, noise = self._covariances(self.parameters)
+            self.parameters = _fitted(z, alike, distances, noise)
+        kernel = _kernel(self.parameters, alike, np.exp(-distances / (2 * self.parameters.length)))
+        noise *= self.parameters.noise
         lower = np.linalg.cholesky(noise)
         half = scipy.linalg.solve_triangular(lower, kernel, lower=True)
         d, u = np.linalg.eigh(scipy.linalg.solve_triangular(lower, half.T, lower=True))
@@ -113,41 +115,37 @@ class Kernel:
         noise = np.diag(1 / effects.n_cells) + (c[:, None] == c) / n_controls[c]
         return alike, effects.distances(effects.controls)[np.ix_(c, c)], noise
 
-    def _covariances(self, a: Parameters) -> tuple[np.ndarray, np.ndarray]:
-        """K and N, both (n, n)."""
-        alike, distances, noise = self._parts()
-        return _kernel(a, alike, np.exp(-distances / (2 * a.length))), a.noise * noise
 
-    def _fitted(self, z: np.ndarray) -> Parameters:
-        """Parameters of the largest marginal likelihood, all genes having the same size."""
-        n = len(z)
-        rows = np.arange(n)
-        if n > MOST_FITTED:
-            rows = np.sort(np.random.default_rng(n).choice(n, MOST_FITTED, replace=False))
-        moments = z[rows] @ z[rows].T / z.shape[1]
-        alike, distances, noise = (part[np.ix_(rows, rows)] for part in self._parts())
-        far = float(distances.max()) or 1.0
-        signal = max(float(np.mean(np.diag(moments) - np.diag(noise))), 1e-3 * float(np.diag(noise).mean()))
+def _fitted(z: np.ndarray, alike: np.ndarray, distances: np.ndarray, noise: np.ndarray) -> Parameters:
+    """Parameters of the largest marginal likelihood, all genes having the same size. Parts: see `Kernel._parts`."""
+    n = len(z)
+    rows = np.arange(n)
+    if n > MOST_FITTED:
+        rows = np.sort(np.random.default_rng(n).choice(n, MOST_FITTED, replace=False))
+    moments = z[rows] @ z[rows].T / z.shape[1]
+    alike, distances, noise = (part[np.ix_(rows, rows)] for part in (alike, distances, noise))
+    far = float(distances.max()) or 1.0
+    signal = max(float(np.mean(np.diag(moments) - np.diag(noise))), 1e-3 * float(np.diag(noise).mean()))
 
-        def negative(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            a0, a1, a2, a3, a4, length = np.exp(theta)
-            near = np.exp(-distances / (2 * length))
-            parts = [a0 * np.ones_like(near), a1 * alike, a2 * near, a3 * alike * near, a4 * noise]
-            try:
-                factor = scipy.linalg.cho_factor(sum(parts))
-            except np.linalg.LinAlgError:  # not positive definite to rounding
-                return np.inf, np.zeros(6)
-            inverse = scipy.linalg.cho_solve(factor, np.eye(len(rows)))
-            value = np.log(np.diag(factor[0])).sum() + 0.5 * np.sum(inverse * moments)
-            slope = 0.5 * (inverse - inverse @ moments @ inverse)
-            d_length = (a2 + a3 * alike) * near * distances / (2 * length)
-            return float(value), np.array([np.sum(slope * part) for part in (*parts, d_length)])
+    def negative(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        a0, a1, a2, a3, a4, length = np.exp(theta)
+        near = np.exp(-distances / (2 * length))
+        parts = [a0 * np.ones_like(near), a1 * alike, a2 * near, a3 * alike * near, a4 * noise]
+        try:
+            factor = scipy.linalg.cho_factor(sum(parts))
+        except np.linalg.LinAlgError:  # not positive definite to rounding
+            return np.inf, np.zeros(6)
+        inverse = scipy.linalg.cho_solve(factor, np.eye(len(rows)))
+        value = np.log(np.diag(factor[0])).sum() + 0.5 * np.sum(inverse * moments)
+        slope = 0.5 * (inverse - inverse @ moments @ inverse)
+        d_length = (a2 + a3 * alike) * near * distances / (2 * length)
+        return float(value), np.array([np.sum(slope * part) for part in (*parts, d_length)])
 
-        start = np.log([signal / 4] * 4 + [1.0, far / 2])
-        limits = [(np.log(signal) - 12, np.log(signal) + 3)] * 4
-        limits += [(np.log(0.2), np.log(5.0)), (np.log(far / 100), np.log(far * 100))]
-        found = scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B", bounds=limits)
-        return Parameters(*np.exp(found.x).tolist())
+    start = np.log([signal / 4] * 4 + [1.0, far / 2])
+    limits = [(np.log(signal) - 12, np.log(signal) + 3)] * 4
+    limits += [(np.log(0.2), np.log(5.0)), (np.log(far / 100), np.log(far * 100))]
+    found = scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B", bounds=limits)
+    return Parameters(*np.exp(found.x).tolist())
 
 
 def _kernel(a: Parameters, alike: np.ndarray, near: np.ndarray) -> np.ndarray:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sest.baselines.all import Baselines
 from sest.baselines.effects import Contexts, Effects, Query
 from sest.baselines.stack import KINDS, Stack, kinds_of
 from sest.blend.weights import Weights, fit_weights
@@ -29,15 +29,19 @@ PRIOR = {STACK: 1.0, HEAD: 0.0, ANCHORED: 0.0}
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """The weights of the parts, and the training effects, from which the stack is fitted."""
+    """The weights of the parts, and the baselines with what they learn from."""
 
-    effects: Effects
+    baselines: Baselines
     weights: Weights
 
-    @cached_property
+    @property
+    def effects(self) -> Effects:
+        """Of the training pairs."""
+        return self.baselines.effects
+
+    @property
     def stack(self) -> Stack:
-        """The stack, fitted on first use."""
-        return Stack().fit(self.effects)
+        return self.baselines.stack
 
     @property
     def of_head(self) -> float:
@@ -63,7 +67,7 @@ class Blend:
 
 
 def fit_blend(
-    effects: Effects,
+    baselines: Baselines,
     parts: Mapping[str, np.ndarray],
     observed: np.ndarray,
     context: np.ndarray,
@@ -73,15 +77,14 @@ def fit_blend(
     """Weights from validation pairs.
 
     Args:
-        effects: of the training pairs.
+        baselines: fitted on the training pairs.
         parts: name of `PARTS` -> (K, G) predicted effects of the validation pairs; the stack among them.
         observed: (K, G) their effects.
         context, perturbation: (K,) codes.
         seed: of the resamples.
     """
-    return Blend(
-        effects, fit_weights(parts, observed, context, perturbation, {name: PRIOR[name] for name in parts}, seed)
-    )
+    prior = {name: PRIOR[name] for name in parts}
+    return Blend(baselines, fit_weights(parts, observed, context, perturbation, prior, seed))
 
 
 def to_stored(blend: Blend) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -120,4 +123,6 @@ def from_stored(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ble
         perturbation=a["perturbation"],
         n_cells=a["n_cells"],
     )
-    return Blend(effects, Weights(dict(values["weights"]), dict(values["spread"]), int(values["n_pairs"])))
+    return Blend(
+        Baselines().fit(effects), Weights(dict(values["weights"]), dict(values["spread"]), int(values["n_pairs"]))
+    )

@@ -30,7 +30,6 @@ def move_to_mean(
     Args:
         donors: (m, G) cells whose values above zero a gene takes that is zero in all of `cells`. Where it is zero in
             these too, as few cells as can have it at values of 1 or less.
-
         present: (G,) mean that the cells have now, where they are a sample of more cells that are moved together.
         beside: so many others of these, which are not made: the mean is that of all, so that a sample of 64 of 300
             scatters around it as such samples do.

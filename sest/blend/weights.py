@@ -15,6 +15,7 @@ from sest.baselines.stack import nonnegative_weights, pair_weights
 
 RESAMPLES = 100
 PRIOR_GROUPS = 4.0  # groups of pairs that the prior counts as
+LEAST = 0.01  # below, a part does not count: it would cost a pass of the head for nothing
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def fit_weights(
     """Weights of least squares, not negative and of a sum of at most 1, so that few pairs cannot make them swing.
 
     They are means over resamples of the groups of pairs (drawn with replacement), and the prior counts as much as
-    PRIOR_GROUPS groups whose effects it predicts exactly. A pair counts as `pair_weights` says.
+    PRIOR_GROUPS groups whose effects it predicts exactly. A pair counts as `pair_weights` says. What comes out below
+    LEAST is zero.
 
     Args:
         parts: name -> (K, G) predicted effects.
@@ -69,6 +71,7 @@ def fit_weights(
         drawn = rng.integers(len(groups), size=len(groups))
         found.append(nonnegative_weights(gram[drawn].sum(0) + strength, target[drawn].sum(0) + strength @ wanted))
     means, spread = np.mean(found, 0), np.std(found, 0)
+    means[means < LEAST] = 0.0
     return Weights(
         dict(zip(names, means.tolist(), strict=True)), dict(zip(names, spread.tolist(), strict=True)), len(y)
     )

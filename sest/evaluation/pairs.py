@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sest import progress
-from sest.baselines.all import baseline_pseudobulks
+from sest.baselines.all import Baselines, baseline_pseudobulks
 from sest.blend.blend import ANCHORED, HEAD
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
@@ -30,7 +30,8 @@ class HeldOut:
     """The cells of a split in fixed sets, and the pairs these belong to."""
 
     pairs: Pairs
-    baselines: dict[str, np.ndarray]  # name (see sest.baselines.all) -> (K, G) float32 pseudobulks
+    fitted: Baselines  # on the training split
+    baselines: dict[str, np.ndarray]  # their names -> (K, G) float32 pseudobulks
     sets: SetRows
     pair: np.ndarray  # (sets,) the pair of every set
     n_sets: int  # of all its cells; a limit takes fewer of them
@@ -51,12 +52,9 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int) -> Held
         pairs.context.astype(np.int64) * n_perturbations + pairs.perturbation,
         data.labels.context[sets["targets"][:, 0]].astype(np.int64) * n_perturbations + sets["perturbation"],
     )
-    return HeldOut(pairs, baselines_of(data, pairs), sets, pair, sampler.sets_per_epoch)
-
-
-def baselines_of(data: Dataset, pairs: Pairs) -> dict[str, np.ndarray]:
-    """Name -> (K, G) float32: what every baseline, fitted on the training split, predicts for the pairs."""
-    return baseline_pseudobulks(training_effects(data), query_of(data, pairs))
+    fitted = Baselines().fit(training_effects(data))
+    baselines = baseline_pseudobulks(fitted, query_of(data, pairs))
+    return HeldOut(pairs, fitted, baselines, sets, pair, sampler.sets_per_epoch)
 
 
 def some_sets(sets: SetRows, part: slice) -> SetRows:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 from sest.cells.labels import same_targets
 from sest.errors import InputError, shown
 from sest.files.cell_file import CellFile

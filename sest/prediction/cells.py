@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from sest.baselines.all import Baselines
 from sest.baselines.effects import Contexts, Query
 from sest.blend.blend import ANCHORED, HEAD, STACK, Blend
 from sest.blend.transport import move_to_mean
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 64  # whose baselines are computed together
 ROWS_AT_ONCE = 4096  # real control cells written at once
-DONORS = 256  # control cells that give values of genes which none of the cells to move has
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +88,16 @@ def weights_for(asked: str, checkpoint: Checkpoint, data: Dataset) -> Blend | No
     means = {STACK: 1.0 if asked == STACK else 0.0}
     weights = Weights(means, dict.fromkeys(means, 0.0), 0)
     if checkpoint.has_blend:
-        return Blend(checkpoint.blend().effects, weights)
+        return Blend(checkpoint.blend().baselines, weights)
     if not saw_the_same_split(checkpoint, data):
         raise InputError(
             f"What {checkpoint.folder} was trained on is not known here, so --blend {asked} has nothing to go by. "
             "Pass --blend head."
         )
-    return Blend(training_effects(data), weights)
+    return Blend(Baselines().fit(training_effects(data)), weights)
 
 
-def query_of(requests: Sequence[Request], vectors: Mapping[str, np.ndarray], data: Dataset) -> Query:
+def query_of(requests: Sequence[Request], vectors: Mapping[str, np.ndarray]) -> Query:
     """What asks baselines for the effects of the requests, in their order."""
     pools = list({id(request.pool): request.pool for request in requests}.values())
     moments = [pool.moments for pool in pools]
@@ -114,15 +114,15 @@ def query_of(requests: Sequence[Request], vectors: Mapping[str, np.ndarray], dat
     )
 
 
-def baseline_effects(members: Sequence[Member], asked: Sequence[Request], data: Dataset) -> Iterator[list[np.ndarray]]:
+def baseline_effects(members: Sequence[Member], asked: Sequence[Request]) -> Iterator[list[np.ndarray]]:
     """For every request its stack's effect (G,) by every member; zeros where that does not count."""
     for start in range(0, len(asked), PAIRS_AT_ONCE):
         part = asked[start : start + PAIRS_AT_ONCE]
         found = []
         for member in members:
-            effects = np.zeros((len(part), len(data.targets.genes)))
+            effects = np.zeros((len(part), part[0].pool.expression.shape[1]))
             if member.blend is not None and member.blend.weights.means[STACK] > 0:
-                effects = member.blend.stack.predict(query_of(part, member.vectors, data))
+                effects = member.blend.stack.predict(query_of(part, member.vectors))
             found.append(effects)
         yield from (list(rows) for rows in zip(*found, strict=True))
 
@@ -157,7 +157,7 @@ def predicted_cells(
         cells, left = cells[:n], left - n
         if len(members) > 1 or first.blend is not None:
             mean = np.maximum(request.pool.moments[0] + effect, 0.0)
-            cells = move_to_mean(cells, mean, request.pool.expression[:DONORS].toarray(), rng)
+            cells = move_to_mean(cells, mean, request.pool.donors, rng)
         yield rows.ravel()[:n], scipy.sparse.csr_matrix(cells)
 
 

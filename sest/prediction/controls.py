@@ -40,6 +40,8 @@ from sest.se.hub import with_local_encoder
 
 logger = logging.getLogger(__name__)
 
+DONORS = 256  # cells
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:
@@ -62,6 +64,11 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def donors(self) -> np.ndarray:
+        """(n, G) some of the cells, for values of genes that none of the cells to move has."""
+        return np.asarray(self.expression[:DONORS].toarray())
 
 
 def pool_of(pools: Mapping[str, Pool], cell_type: str | None) -> Pool:

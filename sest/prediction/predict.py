@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from sest import progress
+from sest.baselines.all import Baselines
 from sest.cache import open_cache
 from sest.cells.columns import Columns
 from sest.config import PredictConfig, TrainConfig
@@ -115,19 +116,19 @@ def predict(
         pools = new_pools(config, checkpoint, data)
         requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
     weights = [member.blend.weights if member.blend is not None else None for member in members]
-    query = query_of(pairs_of(requests), members[0].vectors, data)
+    query = query_of(pairs_of(requests), members[0].vectors)
     uns = {"sest": provenance(checkpoints, data, columns, config.missing_genes, weights)}
     blend = members[0].blend
     if blend is not None and config.blend == "auto":
         for sentence in blend.said(query):
             logger.info(sentence)
     if blend is not None or saw_the_same_split(checkpoint, data):  # baselines must not see other cells
-        effects = blend.effects if blend is not None else training_effects(data)
-        uns["sest"] |= baselines(effects, requests, config.seed, query, places)
+        fitted = blend.baselines if blend is not None else Baselines().fit(training_effects(data))
+        uns["sest"] |= baselines(fitted, requests, config.seed, query, places)
     else:
         logger.info("What the run was trained on is not known here, so no baselines are stored.")
     with H5adWriter(out, len(genes), "float32") as writer:
-        table = _write_cells(writer, requests, members, columns, places, data, config.seed)
+        table = _write_cells(writer, requests, members, columns, places, config.seed)
         writer.finish(table, pd.DataFrame(index=pd.Index(genes, dtype=str)), uns)
     return Prediction(
         n_predicted=sum(request.n_cells for request in asked),
@@ -146,13 +147,12 @@ def _write_cells(
     members: Sequence[Member],
     columns: Columns,
     places: np.ndarray | None,
-    data: Dataset,
     seed: int,
 ) -> pd.DataFrame:
     """Write the cells of all requests; returns their labels."""
     progress.begin("Predicting", sum(request.n_cells for request in requests), "cells")
     tables = []
-    of_baselines = baseline_effects(members, [request for request in requests if not request.is_control], data)
+    of_baselines = baseline_effects(members, [request for request in requests if not request.is_control])
     for request in requests:
         if request.is_control:
             blocks = real_cells(request.pool, control_rows(request, seed))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sest import __version__
-from sest.baselines.all import baseline_pseudobulks
-from sest.baselines.effects import Effects, Query
+from sest.baselines.all import Baselines, baseline_pseudobulks
+from sest.baselines.effects import Query
 from sest.blend.weights import Weights
 from sest.cache import Cache
 from sest.cells.columns import Columns
@@ -97,7 +97,7 @@ def _blend(weights: Sequence[Weights | None]) -> dict[str, Any]:
 
 
 def baselines(
-    effects: Effects, requests: Sequence[Request], seed: int, query: Query, places: np.ndarray | None
+    fitted: Baselines, requests: Sequence[Request], seed: int, query: Query, places: np.ndarray | None
 ) -> dict[str, Any]:
     """Pseudobulks of the baselines, (pairs, genes of the file), around the mean of the controls in this file.
 
@@ -105,7 +105,7 @@ def baselines(
     template asks for.
 
     Args:
-        effects: what the baselines learn from.
+        fitted: on the training split.
         requests: all that is written.
         seed: of the choice of control cells.
         query: the pairs, each once (see `pairs_of`).
@@ -115,7 +115,7 @@ def baselines(
     means = np.empty_like(query.controls.mean)
     for context, request in zip(query.context.tolist(), pairs, strict=True):
         means[context] = control[request.pool.cell_type]
-    found = baseline_pseudobulks(effects, query, means)
+    found = baseline_pseudobulks(fitted, query, means)
     del found["controls"]  # `sest evaluate` has the real ones
     if places is not None:
         found = {name: values[:, places] for name, values in found.items()}

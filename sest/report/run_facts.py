@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from sest.baselines.effects import BASELINES
 from sest.config import TrainConfig
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint, checkpoints, find_checkpoint, sound_checkpoint
 from sest.runs.curves import (
-    BASELINES,
     HIGHER_IS_BETTER,
     METRICS,
     Curves,

@@ -30,7 +30,7 @@ from sest.runs.diagnose import GOOD, NOTE, WARNING, Finding
 
 WORDS = {GOOD: "Good", NOTE: "Note", WARNING: "Warning"}
 MEANINGS = {
-    "val_loss": "the training loss, of held-out cells: by it best/ is chosen; lower is better",
+    "val_loss": "the training loss, of held-out cells; lower is better",
     "energy_distance": "between predicted and real held-out cells, none compared with itself; lower is better",
     "pearson_delta": "correlation over genes of predicted and observed change; higher is better",
     "mae": "mean absolute error of the mean log1p expression; lower is better",
@@ -75,7 +75,7 @@ def _cards(run: RunFacts) -> Html:
     score = run.judged()
     assert score is not None
     name = score.metric.replace("_", " ") if score.metric != "val_loss" else score.metric
-    cards = [_card(f"{score.head:.4g}", f"{name} at the best val_loss, step {run.best_step:,}")]
+    cards = [_card(f"{score.head:.4g}", f"{name} at the best {run.config.monitor}, step {run.best_step:,}")]
     for baseline, other in score.baselines.items():
         if baseline not in WITH_CELLS:
             continue

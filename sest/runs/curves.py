@@ -17,12 +17,8 @@ import numpy as np
 from sest.errors import InputError
 
 METRICS = ("val_loss", "energy_distance", "pearson_delta", "mae", "pds")
-BASELINES = ("controls", "context_mean", "perturbation_mean", "nearest", "ridge", "kernel", "stack")
-WITH_CELLS = (
-    "controls",
-    "perturbation_mean",
-    "stack",
-)  # those with an energy distance and a val_loss, which need cells
+# baselines with an energy distance and a val_loss, for which they are made into cells
+WITH_CELLS = ("controls", "perturbation_mean", "stack")
 HIGHER_IS_BETTER = ("pearson_delta", "pds")
 SMOOTHED = 3  # validations over which a metric of few pairs is averaged, to say which is the best
 VAL_PAIRS = "val_pairs"  # in a validation: its (cell type, perturbation) pairs

@@ -21,11 +21,11 @@ from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.targets import remove_scratch
 from sest.errors import InputError
-from sest.evaluation.means import query_of, split_ceilings, training_effects
+from sest.evaluation.means import query_of, split_ceilings
 from sest.evaluation.pairs import HeldOut, head_effects, held_out
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_device, choose_precision
-from sest.runs.checkpoint import Checkpoint, add_blend, find_checkpoint, sound_checkpoint
+from sest.runs.checkpoint import add_blend, find_checkpoint, sound_checkpoint
 from sest.runs.provenance import check_data, find_data, saw_the_same_split
 from sest.runs.run_folder import SCRATCH, stored_features
 
@@ -60,42 +60,34 @@ def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
             "to it: there is nothing to fit a blend on."
         )
     held = held_out(data, train_config, VAL, train_config.val_sets)
+    nothing = np.array([c.context for c in split_ceilings(data, VAL, train_config.seed) if c.verdict], int)
     cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
     cast = partial(autocast, device, choose_precision("auto", device, training=False))
-    blend = store_blend(checkpoint, data, cells, held, train_config, cast)
+    model = checkpoint.model().to(device) if checkpoint.has_head else None
+    blend = blend_of(model, data, cells, held, nothing, train_config, cast)
+    add_blend(checkpoint.folder, blend)
     return checkpoint.folder, say_blend(blend, data, held)
 
 
-def store_blend(
-    checkpoint: Checkpoint,
-    data: Dataset,
-    cells: ResidentCells,
-    held: HeldOut,
-    config: TrainConfig,
-    cast: Callable[[], AbstractContextManager[Any]],
-) -> Blend:
-    """Fit the blend of a checkpoint on the validation pairs `held`, and put it into the checkpoint."""
-    model = checkpoint.model().to(cells.device) if checkpoint.has_head else None
-    blend = _fitted(model, data, cells, held, config, cast)
-    add_blend(checkpoint.folder, blend)
-    return blend
-
-
-def _fitted(
+def blend_of(
     model: StateTransition | None,
     data: Dataset,
     cells: ResidentCells,
     held: HeldOut,
+    nothing: np.ndarray,
     config: TrainConfig,
     cast: Callable[[], AbstractContextManager[Any]],
 ) -> Blend:
+    """Fit the weights of a head (None: of the stack alone) on the validation pairs `held`.
+
+    `nothing`: codes of contexts whose real cells show no effect: what a head is worth does not show there.
+    """
     pairs = held.pairs
     control = pairs.control
     parts = {STACK: held.baselines["stack"] - control}
     learned = np.ones(len(control), bool)
     if model is not None:
-        nothing = [c.context for c in split_ceilings(data, VAL, config.seed) if c.verdict]
-        learned &= ~np.isin(pairs.context, nothing)  # what a head is worth does not show where nothing shows
+        learned &= ~np.isin(pairs.context, nothing)
         parts |= head_effects(model, data, cells, held, config.batch_size, cast)
         never = set(data.never_learned())
         learned &= np.array([data.labels.perturbations[p] not in never for p in pairs.perturbation])
@@ -106,9 +98,7 @@ def _fitted(
             )
     chosen = {name: effects[learned] for name, effects in parts.items()}
     observed = (pairs.observed - control)[learned]
-    return fit_blend(
-        training_effects(data), chosen, observed, pairs.context[learned], pairs.perturbation[learned], config.seed
-    )
+    return fit_blend(held.fitted, chosen, observed, pairs.context[learned], pairs.perturbation[learned], config.seed)
 
 
 def say_blend(blend: Blend, data: Dataset, held: HeldOut) -> list[str]:

@@ -29,6 +29,7 @@ from sest.machine.team import Team
 from sest.runs.checkpoint import (
     BEST,
     LAST,
+    add_blend,
     copy_checkpoint,
     find_checkpoint,
     open_checkpoint,
@@ -40,7 +41,7 @@ from sest.runs.checkpoint import (
 )
 from sest.runs.curves import best_of
 from sest.runs.run_folder import METRICS
-from sest.training.blend import store_blend
+from sest.training.blend import blend_of
 from sest.training.identity import features_to_keep, projection_to_keep
 from sest.training.limit import Limit
 from sest.training.validate import Validator
@@ -251,8 +252,12 @@ class Trainer:
         """Fit what head and baselines are to count in predictions, and put it into best/."""
         if not self.team.leads or self.state.best_step is None:
             return
-        checkpoint, validator = open_checkpoint(find_checkpoint(self.run, BEST), check=False), self.validator
-        self.blend = store_blend(checkpoint, self.data, validator.cells, validator.held, self.config, self.autocast)
+        best, known = open_checkpoint(find_checkpoint(self.run, BEST), check=False), self.validator
+        model = best.model().to(self.device)
+        self.blend = blend_of(
+            model, self.data, known.cells, known.held, known.not_measurable, self.config, self.autocast
+        )
+        add_blend(best.folder, self.blend)
 
     def _save(self, name: str, *, with_optimizer: bool = True) -> None:
         if not self.team.leads:

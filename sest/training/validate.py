@@ -54,6 +54,7 @@ class Validator:
             logger.warning(f"Validation: {verdict}")
         self.baselines[VAL_PAIRS] = sum(c.n_pairs for c in ceilings)
         self.baselines[NOT_MEASURABLE] = sum(c.n_pairs for c in ceilings if c.verdict)
+        self.not_measurable = np.array([c.context for c in ceilings if c.verdict], int)  # codes of contexts
         halves = means_of_halves([c.of_split for c in ceilings if c.of_split is not None])
         self.baselines |= {f"{metric}_real_half": score for metric, score in halves.items() if np.isfinite(score)}
         names = data.perturbations_in(VAL)

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sest import __version__
-from sest.blend.blend import STACK, Blend, fit_blend
+from sest.blend.blend import Blend
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import resident_cells
 from sest.errors import InputError
-from sest.evaluation.means import training_effects
 from sest.head.loss import make_loss
 from sest.machine.devices import choose_device
 from sest.machine.team import ALONE
 from sest.runs.checkpoint import BEST, save_checkpoint, sizes_to_values
 from sest.runs.curves import METRICS as SCORES
 from sest.runs.run_folder import METRICS, append_metrics, find_start, opened_run
+from sest.training.blend import blend_of
 from sest.training.identity import features_to_keep, identity_of, projection_to_keep
 from sest.training.prepare import head_sizes, read_in_turn, say_what_is_not_learned
 from sest.training.trainer import RunState
 from sest.training.validate import Validator
-
-logger = logging.getLogger(__name__)
 
 
 def fit_without_head(
@@ -60,15 +57,10 @@ def fit_without_head(
     cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device, on_device=False)
     validator = Validator(data, cells, config, device, make_loss(config.loss, torch.float32))
     held, scores = validator.held, validator.baselines
-    observed, stacked = held.pairs.observed - held.pairs.control, held.baselines["stack"] - held.pairs.control
-    pairs = held.pairs
-    blend = fit_blend(
-        training_effects(data), {STACK: stacked}, observed, pairs.context, pairs.perturbation, config.seed
-    )
+    blend = blend_of(None, data, cells, held, validator.not_measurable, config, nullcontext)
     line = {"step": 0, **{m: scores[f"{m}_stack"] for m in SCORES if f"{m}_stack" in scores}, **scores}
     state = RunState(0, 0, line["val_loss"], line["val_loss"])
-    with ExitStack() as stack:
-        stack.enter_context(opened_run(run, config, data, None, 0))
+    with opened_run(run, config, data, None, 0):
         append_metrics(run / METRICS, line)
         save_checkpoint(
             run / BEST,

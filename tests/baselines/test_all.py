@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from helpers.effects import simulated
-from sest.baselines.all import BASELINES, Baselines, baseline_pseudobulks
+from sest.baselines.all import Baselines, baseline_pseudobulks
+from sest.baselines.effects import BASELINES
 from sest.baselines.kernel import Kernel
 from sest.baselines.means import ContextMean, Controls, Nearest, PerturbationMean
 from sest.baselines.ridge import Ridge
@@ -28,11 +29,12 @@ def test_every_baseline_is_what_it_is_alone_and_all_are_the_same_every_time() ->
 def test_pseudobulks_are_the_controls_and_the_effects_not_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     effects, _ = simulated(n_genes=4)
     asked = effects.query(np.array([0, 35, 89]))
-    whole, alone = baseline_pseudobulks(effects, asked), Baselines().fit(effects).predict(asked)
+    fitted = Baselines().fit(effects)
+    whole, alone = baseline_pseudobulks(fitted, asked), fitted.predict(asked)
     means = np.full((3, 4), 0.1)
-    around = baseline_pseudobulks(effects, asked, means)
+    around = baseline_pseudobulks(fitted, asked, means)
     monkeypatch.setattr("sest.baselines.all.AT_ONCE", 2)
-    for name, values in baseline_pseudobulks(effects, asked).items():
+    for name, values in baseline_pseudobulks(fitted, asked).items():
         np.testing.assert_array_equal(values, whole[name])
         np.testing.assert_allclose(values, np.maximum(asked.control_means + alone[name], 0), rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(around[name], np.maximum(0.1 + alone[name], 0), rtol=1e-5, atol=1e-7)

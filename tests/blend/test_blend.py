@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from helpers.effects import new_context, query, simulated
+from sest.baselines.all import Baselines
 from sest.blend.blend import Blend, fit_blend, from_stored, to_stored
 from sest.blend.weights import Weights
 
 
 def blend() -> Blend:
     effects, _ = simulated(n_genes=20)
-    return Blend(effects, Weights({"stack": 0.5, "head": 0.2, "anchored": 0.1}, {"stack": 0.01}, 7))
+    return Blend(Baselines().fit(effects), Weights({"stack": 0.5, "head": 0.2, "anchored": 0.1}, {"stack": 0.01}, 7))
 
 
 def test_its_effect_is_the_weighted_sum_and_the_rest_is_the_controls() -> None:
@@ -46,7 +47,7 @@ def test_a_part_that_predicts_the_effects_gets_the_weight() -> None:
     wrong = np.random.default_rng(5).normal(size=truth[held].shape)
     parts = {"stack": wrong, "head": truth[held], "anchored": wrong}
     asked = (effects.delta[held], effects.context[held], effects.perturbation[held])
-    found = fit_blend(effects.some(effects.context != 2), parts, *asked, 0)
+    found = fit_blend(Baselines().fit(effects.some(effects.context != 2)), parts, *asked, 0)
     assert found.weights.means["head"] > 0.5 > found.weights.means["stack"]
-    alone = fit_blend(effects, {"stack": truth[held]}, *asked, 0)
+    alone = fit_blend(Baselines().fit(effects), {"stack": truth[held]}, *asked, 0)
     assert alone.weights.means["stack"] > 0.9 and alone.of_head == 0

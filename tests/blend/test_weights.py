@@ -71,3 +71,10 @@ def test_pairs_of_one_group_count_as_one() -> None:
     assert abs(one.means["head"] - four.means["head"]) < 0.03
     apart = fit_weights(again, np.concatenate([observed] * 4), np.repeat(range(4), 3), np.arange(12), PRIOR, 0)
     assert apart.means["head"] > four.means["head"] + 0.1
+
+
+def test_what_counts_next_to_nothing_counts_nothing() -> None:
+    """A pass of the head for a weight of a thousandth would be for nothing."""
+    parts, observed = pairs(400, (0.6, 0.004))
+    found = fit_weights(parts, observed, np.zeros(400, int), np.arange(400), PRIOR, 0)
+    assert found.means["head"] == 0.0 and found.spread["head"] > 0

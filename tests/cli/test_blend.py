@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Demo
 
 from helpers.commands import Done
@@ -55,3 +56,12 @@ def test_a_first_answer_without_a_head(sest: Callable[..., Done], demo: Demo, tm
     done = sest("evaluate", tmp_path / "p.h5ad", demo.cells, "--out", tmp_path / "e", "--no-cell-eval")
     assert done.code == 0 and "kernel" in done.out
     assert sest("report", tmp_path / "run").code == 0 and "step 0" in sest("info", tmp_path / "run").out
+
+
+def test_several_processes_train_one_seed(
+    refused: Callable[..., str], demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    line = refused("train", demo.cache, "--run", tmp_path / "runs", "--seeds", 2)
+    assert "--seeds trains in one process" in line and not (tmp_path / "runs").exists()

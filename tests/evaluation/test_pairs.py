@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from helpers.caches import SIZES, small_screen
 from helpers.configs import small_config
 from helpers.datasets import dataset_of
-from sest.baselines.all import BASELINES
-from sest.baselines.effects import Contexts
+from sest.baselines.effects import BASELINES, Contexts
 from sest.baselines.stack import Stack
 from sest.cells.split_file import VAL
 from sest.data.dataset import Dataset

@@ -58,7 +58,7 @@ def set_weights(run: Path, **weights: float) -> Blend:
     """Give the run's best/ a blend of other weights."""
     best = open_checkpoint(run / "best")
     means = {"stack": 0.0, "head": 0.0, "anchored": 0.0} | weights
-    blend = Blend(best.blend().effects, Weights(means, dict.fromkeys(means, 0.0), 1))
+    blend = Blend(best.blend().baselines, Weights(means, dict.fromkeys(means, 0.0), 1))
     add_blend(best.folder, blend)
     return blend
 

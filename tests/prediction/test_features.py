@@ -15,7 +15,7 @@ from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.demo_cells import SMALL, Predict, rows_of
 from helpers.notes import Notes
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 from sest.config import EmbedConfig, PredictConfig, TrainConfig
 from sest.embedding.embed import embed
 from sest.errors import InputError

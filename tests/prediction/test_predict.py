@@ -24,7 +24,7 @@ from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.demo_cells import CONTROL, SET_SIZE, Predict, rows_of
 from helpers.notes import Notes
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig

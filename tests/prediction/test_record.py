@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from conftest import Demo
 
 from helpers.demo_cells import CONTROL, SMALL, Predict, rows_of
-from sest.baselines.all import BASELINES
+from sest.baselines.effects import BASELINES
 from sest.config import EmbedConfig, PredictConfig, TrainConfig
 from sest.embedding.embed import embed
 from sest.prediction.predict import predict_cells

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 from helpers.pages import Opened, Trained, brief, opened, rewrite
+from sest.baselines.effects import BASELINES
 from sest.report.write import write_report
-from sest.runs.curves import BASELINES, METRICS, WITH_CELLS
+from sest.runs.curves import METRICS, WITH_CELLS
 
 
 def test_the_headline_is_the_best_validation_beside_its_baselines(trained: Trained, page: Opened) -> None:

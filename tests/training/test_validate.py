@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from helpers.caches import SIZES, small_screen
 from helpers.configs import small_config
 from helpers.datasets import dataset_of
+from sest.baselines.all import Baselines, baseline_pseudobulks
+from sest.baselines.effects import BASELINES
 from sest.cells.split_file import VAL
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
-from sest.evaluation.means import split_pairs
+from sest.evaluation.means import query_of, split_pairs, training_effects
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
-from sest.evaluation.pairs import baselines_of
 from sest.head.loss import energy_distance, mean_squared_error
 from sest.head.model import HeadSizes, new_model
-from sest.runs.curves import BASELINES, METRICS, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS, is_no_measure
+from sest.runs.curves import METRICS, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS, is_no_measure
 from sest.training.validate import Validator
 
 CPU = torch.device("cpu")
@@ -122,7 +123,10 @@ def test_baselines_are_scored_as_pseudobulks_and_some_as_cells_moved_by_their_ef
     data: Dataset, resident: ResidentCells
 ) -> None:
     checked = validator(data, resident)
-    pairs, expected = split_pairs(data, VAL), baselines_of(data, split_pairs(data, VAL))
+    pairs, expected = (
+        split_pairs(data, VAL),
+        baseline_pseudobulks(Baselines().fit(training_effects(data)), query_of(data, split_pairs(data, VAL))),
+    )
     for name in BASELINES:
         mae = np.abs(expected[name] - pairs.observed).mean()
         assert checked.baselines[f"mae_{name}"] == pytest.approx(mae, rel=1e-6), name

@@ -12,13 +12,14 @@ import pytest
 
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
+from sest.baselines.effects import BASELINES
 from sest.config import PredictConfig
 from sest.describe import describe
 from sest.errors import InputError
 from sest.prediction.predict import predict_cells
 from sest.report.write import write_report
 from sest.runs.checkpoint import open_checkpoint
-from sest.runs.curves import BASELINES, METRICS
+from sest.runs.curves import METRICS
 from sest.runs.run_folder import METRICS as FILE
 from sest.training.train import TrainResult, train
 
