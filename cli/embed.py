@@ -13,9 +13,10 @@ import typer
 from sest.cli import console
 from sest.cli.options import Force, opt, options
 from sest.cli.progress import ConsoleProgress
-from sest.config import CACHE, EmbedConfig
+from sest.config import EmbedConfig
 from sest.errors import InputError
 from sest.machine.ranks import device_of_rank, ranks_of
+from sest.options import CACHE
 from sest.outputs import check_output
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from sest.cells.labels import PERTURBATION
 from sest.cli import console
 from sest.cli.options import options
 from sest.cli.train import show_splits, show_validation
-from sest.config import SPLITS, EmbedConfig
+from sest.config import EmbedConfig
 from sest.errors import InputError
+from sest.options import SPLITS
 
 MOST_LABELS = 20  # perturbations shown; --json has all
 

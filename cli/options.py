@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from sest.config import RENAMED, Config
 from sest.errors import InputError
+from sest.options import RENAMED, Config
 
 Force = Annotated[
     bool,

@@ -10,8 +10,8 @@ import typer
 from sest.cli import console
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
-from sest.config import FEATURES, GENES, SPLITS
 from sest.errors import InputError
+from sest.options import FEATURES, GENES, SPLITS
 from sest.simulation.simulation import Simulation
 
 GROUPS = {

@@ -15,9 +15,10 @@ import typer
 from sest.cli import console
 from sest.cli.options import options, whole_or_auto
 from sest.cli.progress import ConsoleProgress
-from sest.config import TrainConfig, read_toml, upgraded
+from sest.config import TrainConfig, upgraded
 from sest.errors import InputError
 from sest.machine.ranks import device_of_rank, ranks_of
+from sest.options import read_toml
 
 if TYPE_CHECKING:
     from sest.data.dataset import Dataset
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 GROUPS = {
     "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
     "mixed_scales match_controls control_targets",
-    "How long, how fast it learns": "max_steps lr weight_decay clip batch_size set_size accumulate loss",
+    "How long, how fast it learns": "max_steps lr schedule warmup ema weight_decay clip batch_size set_size accumulate "
+    "loss",
     "The head": "head hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
     "Validation and stopping": "val_every val_sets monitor early_stopping patience max_bad_steps",
     "What is kept and shown": "checkpoint_every log_every tensorboard wandb",

@@ -12,19 +12,9 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sest.config import (
-    RENAMED,
-    RESUMABLE,
-    Config,
-    EmbedConfig,
-    EvaluateConfig,
-    PredictConfig,
-    ReportConfig,
-    TrainConfig,
-    read_toml,
-    upgraded,
-)
+from sest.config import RESUMABLE, EmbedConfig, EvaluateConfig, PredictConfig, ReportConfig, TrainConfig, upgraded
 from sest.errors import InputError
+from sest.options import RENAMED, Config
 from sest.simulation.simulation import Simulation
 
 CLASSES = (Simulation, EmbedConfig, TrainConfig, PredictConfig, EvaluateConfig, ReportConfig)
@@ -133,6 +123,7 @@ def test_what_an_earlier_version_wrote_is_read_as_the_same_configuration() -> No
         "lr": 1e-4,
         "unknown": "kept",
         "val_contexts": "all",
+        "ema": 0.0,
     }
     now = TrainConfig(match_controls="batch", target_sum="median", early_stopping=True, splits="s.toml").to_values()
     assert upgraded(now) == now and type(upgraded(earlier)["target_sum"]) is float
@@ -169,31 +160,3 @@ def test_a_configuration_written_as_toml_is_read_back_as_the_same(values: dict[s
     config = TrainConfig(**values)
     again = tomllib.loads(tomli_w.dumps(config.to_values()))
     assert TrainConfig.from_values(again, "toml") == config
-
-
-def test_read_toml_takes_dashes_for_underscores(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text("max-steps = 7\nset_size = 3\n")
-    assert read_toml(tmp_path / "a.toml") == {"max_steps": 7, "set_size": 3}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "Cannot read .*a.toml: No such file"),
-        (b"max_steps = ", "is not TOML"),
-        (b"a = '\xff'", "is not TOML"),
-        (b"a = " + b"[" * 100_000, "is not TOML"),
-        (b"#" * 1_000_001, "larger than 1 MB"),
-    ],
-)
-def test_read_toml_refuses_what_is_no_configuration_file(tmp_path: Path, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "a.toml").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        read_toml(tmp_path / "a.toml")
-
-
-def test_one_key_given_twice_with_dash_and_underscore_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text("max-steps = 7\nmax_steps = 3\n")
-    with pytest.raises(InputError, match=r"max_steps twice"):
-        read_toml(tmp_path / "a.toml")

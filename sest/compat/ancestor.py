@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sest.compat.overrides import Override, parse_overrides
-from sest.config import Config, EmbedConfig, TrainConfig
+from sest.config import EmbedConfig, TrainConfig
 from sest.errors import InputError, nearest
+from sest.options import Config
 
 EMBED, TRAIN, BOTH = "embed", "train", "embed, train"  # the key is an option of these commands
 PLACE, SIZE, FIXED = "place", "size", "fixed"  # says where something lies; is compared with the data; has one value

@@ -88,6 +88,12 @@ def _last(columns: dict[str, np.ndarray], name: str) -> float:
     return float(values[-1]) if len(values) else math.nan
 
 
+def _highest(columns: dict[str, np.ndarray], name: str) -> float:
+    """The largest number of a column; NaN where there is none."""
+    _, values = _finite(columns, name)
+    return float(values.max()) if len(values) else math.nan
+
+
 def _tail(columns: dict[str, np.ndarray], name: str, share: float = 0.25) -> float:
     """Mean of the last part of a column, by steps; NaN where there is none."""
     steps, values = _finite(columns, name)
@@ -192,14 +198,14 @@ def _underfitting(curves: Curves) -> Iterator[Finding]:
             WARNING,
             f"Training loss {now:.4g} and val_loss {losses[-1]:.4g} are flat (under {FLAT:.0%} change over the last "
             f"half), and no lower than predicting the controls ({controls:.4g}).",
-            f"Raise --lr (now {_last(curves.log, 'lr'):.2g}), or --hidden and --n-layers; check that the features "
+            f"Raise --lr (now {_highest(curves.log, 'lr'):.2g}), or --hidden and --n-layers; check that the features "
             "differ between perturbations.",
         )
 
 
 def _unstable(curves: Curves) -> Iterator[Finding]:
     """The training loss or val_loss oscillates, gradients spike, or steps were skipped."""
-    lr = _last(curves.log, "lr")
+    lr = _highest(curves.log, "lr")
     steps, _ = _finite(curves.log, "lr")
     skipped = _last(curves.log, "skipped_steps")
     lower = f"Lower --lr (now {lr:.2g}), for example to {lr / 3:.1g}, or clip harder (--clip 0.5)."

@@ -8,10 +8,11 @@ from typing import Any
 
 from sest.cache.storage import is_url
 from sest.cells.split_file import read_splits
-from sest.config import TrainConfig, read_toml
+from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.vectors import GENES, ONE_HOT, source_files, sources_of
 from sest.errors import InputError
+from sest.options import read_toml
 from sest.runs.checkpoint import Checkpoint, checkpoints
 from sest.runs.run_folder import CONFIG, METRICS, SPLITS, read_run_config
 

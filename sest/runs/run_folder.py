@@ -17,11 +17,12 @@ import torch
 
 from sest import __version__
 from sest.cache.disk import write_durably
-from sest.config import RESUMABLE, TrainConfig, read_toml, upgraded
+from sest.config import RESUMABLE, TrainConfig, upgraded
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
 from sest.data.vectors import GENES, Source, resolved
 from sest.errors import InputError, shown
+from sest.options import read_toml
 from sest.runs.checkpoint import (
     Checkpoint,
     later_checkpoints,
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 METRICS, CONFIG, SPLITS, SCRATCH = "metrics.jsonl", "config.toml", "splits.toml", "scratch"
 SEED = "seed-"  # and its number: a run of several that differ in nothing else
 PATHS = ("perturbations", "splits")  # where files lie is no part of a run's identity; their content is
-SAME_STEPS = ("lr", "weight_decay", "clip", "precision")  # RESUMABLE, but with others the steps are other ones
+# RESUMABLE, but with others the steps are other ones
+SAME_STEPS = ("lr", "schedule", "warmup", "weight_decay", "clip", "precision")
 
 
 def seeds_of(folder: Path) -> list[Path]:
@@ -87,7 +89,8 @@ def _refuse_to_mix(run: Path, start: Checkpoint, config: TrainConfig) -> None:
     """Going back in a run folder repeats the same steps; other steps would lie beside the later checkpoints there."""
     later = later_checkpoints(start) if start.folder.resolve().parent == run.resolve() else []
     before = TrainConfig.from_values(read_run_config(run)[0], str(run / CONFIG)) if later else config
-    changed = [name for name in SAME_STEPS if getattr(before, name) != getattr(config, name)]
+    steps = (*SAME_STEPS, *(("max_steps",) if config.schedule != "constant" else ()))  # where a schedule ends
+    changed = [name for name in steps if getattr(before, name) != getattr(config, name)]
     if changed:
         options = shown("--" + name.replace("_", "-") for name in changed)
         raise InputError(

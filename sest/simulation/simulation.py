@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sest.config import LARGEST_SEED, N_CELLS, SEED, Config, option
 from sest.errors import InputError, shown
+from sest.options import LARGEST_SEED, N_CELLS, SEED, Config, option
 
 
 @dataclass(frozen=True)

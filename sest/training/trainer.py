@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset
 from sest.errors import InputError, TrainingFailed, one_line
+from sest.head.average import WeightAverage
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
 from sest.machine.team import Team
@@ -94,6 +95,7 @@ class Trainer:
         self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
         self._kept_at = -1  # step of the newest checkpoint-step-N
+        self._average = WeightAverage(self.model, self.optimizer, self.config.ema) if self.config.ema else None
 
     @property
     def finished(self) -> bool:
@@ -118,10 +120,14 @@ class Trainer:
         if not self.scaler.is_enabled():  # the scaler sets it itself
             # fused AdamW leaves weights and moments alone where this is 1
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.state.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        if self._average is not None:
+            self._average.update(self.state.step)
         self.window.add(loss, norm, bad)
 
     def _accumulate(self, step: int) -> Tensor:
@@ -179,7 +185,8 @@ class Trainer:
     def log_line(self) -> dict[str, Any]:
         """The line of metrics.jsonl about the steps since the last one; waits for the device."""
         state = self.state
-        line = self.window.line(state.step, self.config.lr, state.skipped_steps, self.batches.waited, self.limit)
+        rate = learning_rate(self.config, state.step - 1)
+        line = self.window.line(state.step, rate, state.skipped_steps, self.batches.waited, self.limit)
         state.skipped_steps = line["skipped_steps"]
         return line
 
@@ -202,7 +209,8 @@ class Trainer:
             TrainingFailed: it is not finite.
         """
         state = self.state
-        self.metrics = self.validator.run(self.model, self.autocast)
+        with self._averaged():
+            self.metrics = self.validator.run(self.model, self.autocast)
         loss = state.val_loss = self.metrics["val_loss"]
         if not math.isfinite(loss):
             raise TrainingFailed(f"The validation loss is {loss} at step {state.step}. {self._advice()}")
@@ -213,6 +221,10 @@ class Trainer:
             return True
         state.validations_without_improvement += 1
         return False
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that predict: its own, or with --ema their average."""
+        return nullcontext() if self._average is None else self._average.in_place()
 
     def _advice(self) -> str:
         return (
@@ -234,7 +246,8 @@ class Trainer:
 
     def save_best(self) -> None:
         """best/: the head alone, for predictions."""
-        self._save(BEST, with_optimizer=False)
+        with self._averaged():
+            self._save(BEST, with_optimizer=False)
 
     def save_step(self) -> None:
         """checkpoint-step-N/, which stays."""
@@ -281,6 +294,19 @@ class Trainer:
             projection=projection_to_keep(self.data),
             features=features_to_keep(self.data),
         )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step after `step` steps: up to `lr` in the warm-up, then as the schedule says.
+
+    Source of the half cosine, lr (1 + cos(pi t)) / 2: Loshchilov & Hutter 2017, without restarts.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(config.max_steps - config.warmup, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _clip(model: nn.Module, largest: float) -> Tensor:

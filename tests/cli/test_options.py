@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from helpers.commands import COMMANDS, OPTIONS, Done
 from sest.cli.options import Command, options
-from sest.config import RENAMED, Config, EmbedConfig, EvaluateConfig, PredictConfig, ReportConfig, TrainConfig, option
+from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, ReportConfig, TrainConfig
+from sest.options import RENAMED, Config, option
 
 OTHER_MEANINGS = {"--batch-size": "a forward pass of the encoder takes cells, one of the head sets of cells"}
 

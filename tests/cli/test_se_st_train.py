@@ -25,7 +25,7 @@ from sest.cli import console, main
 from sest.cli.se_st_train import main as se_st_train
 from sest.compat.ancestor import KEYS, read_request
 from sest.compat.ancestor_run import find_resume
-from sest.config import read_toml
+from sest.options import read_toml
 from sest.simulation.screen import write_screen
 from sest.simulation.simulation import Simulation
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,12 +21,13 @@ import sest.training.trainer
 from helpers.configs import small_config
 from helpers.notes import Notes
 from helpers.runs import files, metrics, nan_at, same, scripted, signal_after, steps, weights
-from sest.cells.split_file import TRAIN
+from sest.cells.split_file import TRAIN, VAL
 from sest.config import TrainConfig
-from sest.data.dataset import read_dataset
+from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import Batch, resident_cells
 from sest.data.sampler import SetSampler
 from sest.errors import InputError, TrainingFailed
+from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means
 from sest.head.loss import energy_distance, make_loss
 from sest.head.model import StateTransition, new_model
 from sest.machine.signals import Interrupted
@@ -336,6 +338,60 @@ def test_weight_decay_shrinks_weights_by_lr_times_it(cache: Path, tmp_path: Path
     without, with_decay = (weights(tmp_path / f"{decay}" / LAST) for decay in (0.0, 0.5))
     for name, value in before.state_dict().items():
         torch.testing.assert_close(with_decay[name], without[name] - 1e-2 * 0.5 * value, rtol=0, atol=1e-6)
+
+
+def test_the_rate_rises_in_the_warm_up_and_falls_as_half_a_cosine(cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(cache, run, small_config(schedule="cosine", warmup=3))
+    rates = [line["lr"] for line in metrics(run) if "loss" in line]
+    by_hand = [1 / 3, 2 / 3, 1, *((1 + math.cos(math.pi * k / 9)) / 2 for k in range(9))]
+    assert rates == pytest.approx([1e-3 * rate for rate in by_hand], rel=1e-12)
+    train(cache, tmp_path / "first", small_config(max_steps=1, schedule="cosine", warmup=3))
+    first, whole_rate = weights(tmp_path / "first" / LAST), tmp_path / "whole_rate"
+    train(cache, whole_rate, small_config(max_steps=1, weight_decay=0.0))
+    before, _ = first_batch(cache, small_config(), 1)
+    moved = weights(whole_rate / LAST)
+    for name, value in before.state_dict().items():  # the optimizer steps with the rate that is logged
+        torch.testing.assert_close(3 * (first[name] - value), moved[name] - value, rtol=0, atol=1e-5)
+
+
+def test_a_schedule_and_an_average_stopped_and_resumed_are_the_run(cache: Path, tmp_path: Path) -> None:
+    config = small_config(schedule="cosine", warmup=3, ema=0.9)
+    train(cache, tmp_path / "whole", config)
+    with pytest.raises(Interrupted):
+        train(cache, tmp_path / "run", config, on_log=signal_after(6))
+    train(cache, tmp_path / "run", config, resume="auto")
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    with pytest.raises(InputError, match=r"later checkpoints .* made with another --max-steps"):
+        train(
+            cache, tmp_path / "run", dataclasses.replace(config, max_steps=20),
+            resume=str(tmp_path / "run" / step_folder(4)))  # fmt: skip
+
+
+def test_the_average_validates_and_becomes_best_and_the_weights_train_on(
+    cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, {3: 0.5})  # the last validation is the best
+    run = tmp_path / "run"
+    train(cache, run, small_config(ema=0.9))
+    assert same(weights(run / LAST), weights(whole / LAST))
+    tensors = weights(run / LAST, OPTIMIZER)
+    average = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
+    assert same(weights(run / "best"), average) and not same(average, weights(run / LAST))
+    train(cache, tmp_path / "first", small_config(ema=0.9, max_steps=4))
+    validated = metrics(tmp_path / "first")[-1]["mae"]
+    best = read_dataset(cache, small_config()), open_checkpoint(tmp_path / "first" / "best").model()
+    assert validated == pytest.approx(float(held_out_mae(*best)), rel=1e-5)
+
+
+def held_out_mae(data: Dataset, model: StateTransition) -> float:
+    """By another way: `sest.evaluation.pairs` on the checkpoint's head."""
+    held = held_out(data, small_config(), VAL, 0)
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+    features = torch.from_numpy(data.features.matrix)
+    means = predicted_means(model.eval(), cells, held, features, 3, nullcontext)
+    return mean_scores(pair_metrics(data, held.pairs, means))["mae"]
 
 
 def test_bf16_trains_on_the_cpu_and_can_be_resumed_in_fp32(cache: Path, whole: Path, tmp_path: Path) -> None:
