@@ -31,22 +31,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout 0.1": {"dropout": 0.1},
     "weight decay 0.05": {"weight_decay": 0.05},
     "sets of 64, half as many": {"set_size": 64, "batch_size": 4},
-    "constant rate": {"lr": 1e-3},  # no slow end
+    "constant rate": {},
+    "warm-up, then cosine": {"schedule": "cosine", "warmup": 50},
+    "constant rate, average": {"ema": 0.99},
     "twice as wide, two layers": {"hidden": 256, "ffn": 512, "n_layers": 2},
     "no control targets": {"control_targets": False},
 }
 METRICS = ("energy_distance", "mae", "pearson_delta", "pds")
-SLOW_END = 0.1  # of the learning rate, in the last 2 / 7 of the steps
+SLOW_END = 0.1  # of the learning rate, in the last 2 / 7 of the steps; not in these:
+IN_ONE_GO = ("constant rate", "warm-up, then cosine", "constant rate, average")
 
 
-def run(cache: Path, folder: Path, fold: Fold, config: TrainConfig, is_constant: bool) -> dict[str, float]:
+def run(cache: Path, folder: Path, fold: Fold, config: TrainConfig, in_one_go: bool) -> dict[str, float]:
     """Train once; the metrics of the best validation."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     (folder / "starter.toml").write_text(fold.toml())
     steps = int(config.max_steps * 1.4)
     config = replace(config, splits=str(folder / "starter.toml"), perturbations=fold.perturbations)
-    if is_constant:
+    if in_one_go:
         train(cache, folder / "run", replace(config, max_steps=steps))
     else:
         train(cache, folder / "run", config)
@@ -78,11 +81,16 @@ def main() -> None:
     """Train every variant on every fold and seed; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variant", action="append", help="only these, beside the first; may be given several times")
+    parser.add_argument("--kind", action="append", help="only folds of these kinds; may be given several times")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     asked = parser.parse_args()
     data = data_folder()
     folds = [fold for fold in folds_of(data) if (fold.kind, fold.name) in FOLDS]
+    folds = [fold for fold in folds if not asked.kind or fold.kind in asked.kind]
+    first = next(iter(VARIANTS))
+    variants = {name: changes for name, changes in VARIANTS.items() if name in (first, *(asked.variant or VARIANTS))}
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(asked.workers, get_context("spawn")) as pool:
         work, caches = Path(temporary), {}
         for screen in dict.fromkeys(fold.screen for fold in folds):
@@ -91,12 +99,12 @@ def main() -> None:
             options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": DIM}
             sest.embed(data / f"{file}.h5ad", caches[screen], **options)
         waiting: dict[str, dict[str, list[Any]]] = {}
-        for name, changes in VARIANTS.items():
+        for name, changes in variants.items():
             for fold in folds:
                 for seed in range(asked.seeds):
                     config = replace(TRAINING, seed=seed, **changes)
                     folder = work / f"{name}-{fold.kind}-{fold.name}-{seed}".replace(" ", "-")
-                    found = pool.submit(run, caches[fold.screen], folder, fold, config, name == "constant rate")
+                    found = pool.submit(run, caches[fold.screen], folder, fold, config, name in IN_ONE_GO)
                     waiting.setdefault(name, {}).setdefault(f"{fold.kind}, {fold.name}", []).append(found)
         results = {n: {f: [one.result() for one in runs] for f, runs in folds.items()} for n, folds in waiting.items()}
     print(table(results))

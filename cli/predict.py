@@ -13,7 +13,8 @@ from sest.cli.progress import ConsoleProgress
 from sest.config import PredictConfig
 
 GROUPS = {
-    "What to predict": "template list only n_cells cell_type perturbations genes",
+    "What to predict": "format template list only all_perturbations n_cells cell_type perturbations genes "
+    "with_controls",
     "From which control cells": (
         "cache controls all_controls encoder layer modality mixed_scales gene_col missing_genes"
     ),
@@ -34,8 +35,10 @@ def predict(
 ) -> None:
     """Predict perturbed cells with a trained head and the baselines beside it.
 
-    They are written, with real control cells, as an h5ad (log1p, at most 14).
-    Without --template, --list or --only: the cells of the run's test split.
+    They are written, with real control cells, as an h5ad (log1p, at most 14),
+    or as a submission to the challenge (--format).
+    Without --template, --list, --only or --all-perturbations: the run's test
+    split.
     """
     config = PredictConfig.from_values(options, "the command line")
     from sest.prediction.predict import predict as run_prediction  # imports torch

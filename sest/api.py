@@ -142,7 +142,7 @@ class Run:
         self,
         perturbations: Sequence[str] | Mapping[str, int] | None = None,
         *,
-        cell_type: str | None = None,
+        cell_type: str | tuple[str, ...] | None = None,
         controls: Cells | None = None,
         out: PathLike | None = None,
         force: bool = False,
@@ -154,7 +154,7 @@ class Run:
         Args:
             perturbations: names (128 cells each, or `n_cells`), or a number of cells for each name; None: the cells of
                 the run's test split.
-            cell_type: of the controls to start from, where there are several.
+            cell_type: of the controls to start from, where there are several; or several of these.
             controls: new control cells, embedded with the run's encoder; default: those of the run's cache.
             out: also write them to this .h5ad.
             force: replace `out` where it exists.

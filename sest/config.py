@@ -38,6 +38,8 @@ from sest.options import (
     plain,
 )
 
+VCC2026 = "vcc2026"  # the Virtual Cell Challenge of that year
+
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """A training's values as an earlier sest wrote them, with today's names, and numbers that it kept as text.
@@ -219,12 +221,30 @@ class PredictConfig(Config):
     cache: str | None = option(None, f"{CACHE}: where the run's is now; default: where the run says")
     perturbations: str | None = option(None, f"{FEATURES}: a file that has the perturbations; default: the run's")
     template: str | None = option(None, ".h5ad whose obs says which cells to predict; rows are grouped, names kept")
-    list: str | None = option(None, "csv with the columns target_gene,n_cells: what to predict")
+    list: str | None = option(
+        None, "csv with the columns target_gene and, if not all have --n-cells, n_cells: what to predict"
+    )
     only: str | tuple[str, ...] | None = option(
         None, "perturbation to predict, or several separated by commas; may be given several times"
     )
-    n_cells: int = option(128, f"{N_CELLS}; with --only", least=1)
-    cell_type: str | None = option(None, "cell type to predict; default: all, or with --list and --only the only one")
+    all_perturbations: bool = option(False, "predict every perturbation of the run")
+    n_cells: int | None = option(
+        None, f"{N_CELLS}; where --list has no number; default: 128, of {VCC2026} 400", least=1
+    )
+    format: str = option(
+        "log1p",
+        f"what is written: log1p with real controls, or {VCC2026}: a submission to the challenge, whole counts of all "
+        "contexts of --controls",
+        choices=("log1p", VCC2026),
+    )
+    with_controls: str | None = option(
+        None, f"folder for a copy of each context with its control cells, as cell-eval2 takes it; of {VCC2026}"
+    )
+    cell_type: str | tuple[str, ...] | None = option(
+        None,
+        "cell type to predict; may be given several times; default: all; with --list, --only or --all-perturbations "
+        "those of --controls, or the only one",
+    )
     controls: str | None = option(None, ".h5ad with new control cells, embedded with the run's encoder and projection")
     all_controls: bool = option(False, "all cells of --controls are unperturbed, as in an atlas")
     encoder: str | None = option(None, f"{ENCODER}: the run's, as SE folder or file of weights; with --controls")
@@ -232,7 +252,10 @@ class PredictConfig(Config):
     modality: str | None = option(None, f"{MODALITY}; of --controls")
     missing_genes: str = option("error", f"{MISSING_GENES}; with --controls", choices=("error", "zero", "mean"))
     mixed_scales: str = option("refuse", f"{MIXED}: --controls and the run's cells", choices=("refuse", "allow"))
-    genes: str | None = option(None, f"{GENES}: those of the output, in its order; default: the run's")
+    genes: str | None = option(
+        None,
+        f"{GENES}: those of the output, in its order, with --controls also some that the run lacks; default: the run's",
+    )
     pert_col: str | None = option(None, f"{PERT_COL}; of --template or --controls; default: the run's, or detected")
     cell_type_col: str | None = option(
         None, f"{CELL_TYPE_COL}; of --template or --controls; default: the run's, or detected"

@@ -61,6 +61,7 @@ FORM_ONLY = {
     "hf download": "downloads SE-600M",
     "sbatch": "needs SLURM; the script must be a block of the page",
     "tensorboard --logdir": "a server that runs until it is stopped",
+    "cell-eval2 run": "not among what tests install; tests/prediction/test_submission.py runs it where it is",
 }
 READY = {  # what is there before a page's first command, as made on the pages before it
     "training.md": ("vcc.zarr",),
@@ -227,6 +228,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = torch.Generator().manual_seed(0)
     torch.save({name: torch.randn(16, generator=rng) for name in PERTURBATIONS}, folder / "ESM2_pert_features.pt")
     (folder / "gene_names.csv").write_text("\n".join(reversed(GENES)) + "\n")
+    controls = [ad.read_h5ad(folder / f"data/{name}.h5ad") for name in ("rpe1", "k562", "h1")]
+    for context, cells in zip("ABC", controls, strict=True):
+        cells.obs = cells.obs[["target_gene"]].assign(context=context)
+    together = ad.concat([cells[cells.obs["target_gene"] == "non-targeting"] for cells in controls], index_unique="-")
+    together.write_h5ad(folder / "controls.h5ad")
+    (folder / "pert_counts.csv").write_text("target_gene\nTP53\nJAK2\n")
     (folder / "pert_counts_Validation.csv").write_text("target_gene,n_cells,median_umi\nTP53,9,100\nJAK2,5,100\n")
     se = write_se(folder / "SE-600M", GENES)
     torch.save({"state_dict": load_file(se / "model.safetensors")}, se / "se600m_epoch16.ckpt")
@@ -293,6 +300,8 @@ def _reduced(words: list[str], page: str, before: list[str]) -> list[str]:
         n = str(min(2, int(words[words.index("--nproc-per-node") + 1])))
         launched = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*launched, *_with(words[1:at], "--nproc-per-node", n), *_reduced(words[at:], page, before)]
+    if words[0] == "vcc":
+        return [*words, "--expected-gene-dim", str(len(GENES))]
     if words[0] == "se-st-train":
         return _reduced_keys(words, before)
     for option in ("--max-steps", "--val-every", "--checkpoint-every"):
@@ -343,6 +352,10 @@ def _run(words: list[str]) -> tuple[int, str]:
     """Run a command: in this process, or torchrun's in others. Returns its exit code and what it says of an error."""
     if words[0] == sys.executable:
         done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.returncode, done.stderr[-2000:]
+    if words[0] == "vcc":
+        program = str(Path(sys.executable).with_name("vcc"))
+        done = subprocess.run([program, *words[1:]], capture_output=True, text=True)
         return done.returncode, done.stderr[-2000:]
     command = {"sest": main, "se-st-train": se_st_train.main}[words[0]]
     code: Any = 0

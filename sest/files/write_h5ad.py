@@ -73,8 +73,9 @@ class H5adWriter:
     # Not by anndata's sparse append: it grows indptr and the shape in the file with every block, so that the file's
     # bytes would depend on the blocks; room on the disk would have to be taken here all the same.
     def add(self, rows: scipy.sparse.csr_matrix) -> None:
-        """Append rows (n, n_genes)."""
+        """Append rows (n, n_genes); a row's genes are written in order, as other programs expect."""
         assert rows.shape[1] == self._n_genes, rows.shape
+        rows = rows.sorted_indices()
         self._take_more(rows.data.nbytes + rows.indices.nbytes)
         first = self._ends[-1]
         for dataset, values in ((self._data, rows.data), (self._indices, rows.indices)):
@@ -89,7 +90,9 @@ class H5adWriter:
         n_cells = len(self._ends) - 1
         assert (len(obs), len(var)) == (n_cells, self._n_genes), (len(obs), len(var), n_cells)
         self._take_more(8 * len(self._ends) + _n_bytes(obs) + _n_bytes(var) + _n_bytes(uns))
-        self._file["X"].create_dataset("indptr", data=np.asarray(self._ends, dtype=np.int64))
+        # scipy sorts and sums only where both indices are of one type
+        of_ends = np.int32 if self._ends[-1] < 2**31 else np.int64
+        self._file["X"].create_dataset("indptr", data=np.asarray(self._ends, dtype=of_ends))
         self._file["X"].attrs["shape"] = (n_cells, self._n_genes)
         for name, value in (("obs", obs), ("var", var), ("uns", uns)):
             write_elem(self._file, name, value)

@@ -27,7 +27,7 @@ from sest.evaluation.means import training_effects
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast
 from sest.prediction.controls import Pool
-from sest.prediction.draws import draw_sets, random_of
+from sest.prediction.draws import MOVES, draw_sets, random_of
 from sest.prediction.requests import Request
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.provenance import saw_the_same_split
@@ -127,6 +127,25 @@ def baseline_effects(members: Sequence[Member], asked: Sequence[Request]) -> Ite
         yield from (list(rows) for rows in zip(*found, strict=True))
 
 
+def predicted_effects(
+    request: Request, members: Sequence[Member], effects: Sequence[np.ndarray], seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """In blocks the control cells (n,) that a request's cells start from, and the effect (G,) that all members predict.
+
+    Args: as `predicted_cells`.
+    """
+    first = members[0]
+    sets, left = draw_sets(request, first.set_size, seed), request.n_cells
+    for start in range(0, len(sets), first.batch_size):
+        rows = sets[start : start + first.batch_size]
+        own = [
+            _of_member(member, request, rows, of_stack)[0] for member, of_stack in zip(members, effects, strict=True)
+        ]
+        chosen = rows.ravel()[:left]
+        left -= len(chosen)
+        yield chosen, np.mean(own, axis=0)
+
+
 def predicted_cells(
     request: Request, members: Sequence[Member], effects: Sequence[np.ndarray], seed: int
 ) -> Iterator[tuple[np.ndarray, scipy.sparse.csr_matrix]]:
@@ -141,7 +160,7 @@ def predicted_cells(
         seed: of the choice of control cells, and of what is switched on and off.
     """
     first = members[0]
-    sets, left, rng = draw_sets(request, first.set_size, seed), request.n_cells, random_of(request, seed, moves=True)
+    sets, left, rng = draw_sets(request, first.set_size, seed), request.n_cells, random_of(request, seed, MOVES)
     for start in range(0, len(sets), first.batch_size):
         rows = sets[start : start + first.batch_size]
         cells, effect = request.pool.expression[rows.ravel()].toarray(), np.zeros(1)

@@ -18,11 +18,11 @@ import pandas as pd
 import scipy.sparse
 
 from sest import progress
-from sest.cells.columns import detect_columns, labels, perturbations, usual_columns
+from sest.cells.columns import CONTEXT, detect_columns, labels, perturbations, usual_columns
 from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
-from sest.config import EmbedConfig, PredictConfig
+from sest.config import VCC2026, EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
 from sest.data.targets import normalisations
 from sest.encoder.align import name_genes_as
@@ -41,6 +41,7 @@ from sest.se.hub import with_local_encoder
 logger = logging.getLogger(__name__)
 
 DONORS = 256  # cells
+UNKNOWN = "unknown"  # the cell type of cells whose file names none
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,8 @@ class Pool:
     batches: np.ndarray  # (n,) str
     files: np.ndarray  # (n,) int, which file each is of: a set never mixes files
     context: str = ""  # what baselines call the context of most of them (`context_name`); "" for new cells
+    extra: scipy.sparse.csr_matrix | None = None  # (n, genes) log1p of genes that the run does not have
+    totals: np.ndarray | None = None  # (n,) counts of each cell over all genes of its file; None: not counts
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +67,10 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def whole(self, rows: np.ndarray, values: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+        """Values (n, G) of cells that start from the cells `rows`, and beside them these cells' own extra genes."""
+        return values if self.extra is None else scipy.sparse.hstack([values, self.extra[rows]], format="csr")
 
     @cached_property
     def donors(self) -> np.ndarray:
@@ -143,7 +150,7 @@ def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Po
         if columns.perturbation is not None:
             codes, names = perturbations(file.obs, columns)
             mine = np.flatnonzero(codes == names.index(str(columns.control)))
-        cell_types = np.full(len(mine), "unknown")
+        cell_types = np.full(len(mine), UNKNOWN)
         if columns.cell_type is not None:
             codes, names = labels(file.obs, columns.cell_type)
             cell_types = np.array(names, str)[codes[mine]]
@@ -172,17 +179,22 @@ def _controls_file(config: PredictConfig) -> Path:
 
 def _columns(file: CellFile, checkpoint: Checkpoint, config: PredictConfig) -> dict[str, Any]:
     """How the obs of new controls is to be read (see `usual_columns`)."""
+    is_submission = config.format == VCC2026
     return usual_columns(
         file.obs,
         checkpoint.state["columns"],
         pert_col=config.pert_col,
-        cell_type_col=config.cell_type_col,
+        cell_type_col=config.cell_type_col or (CONTEXT[0] if is_submission and CONTEXT[0] in file.obs else None),
         control=config.control,
     )
 
 
-def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> dict[str, Pool]:
+def new_pools(
+    config: PredictConfig, checkpoint: Checkpoint, data: Dataset, extra: Sequence[str] = ()
+) -> dict[str, Pool]:
     """Embed the control cells of `config.controls` with the run's encoder and projection, by cell type.
+
+    `extra` are genes to keep values of that the run does not have.
 
     Raises:
         InputError: no such file or no controls in it, another encoder than the run's, genes of the run that the file
@@ -214,6 +226,8 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
             raise InputError(
                 f"{path} holds {cells.scale}; the run was trained on {state['scale']}. Choose with --layer."
             )
+        if config.format == VCC2026 and cells.scale != "counts":
+            raise InputError(f"{path} holds {cells.scale}; --format {VCC2026} needs counts. Choose with --layer.")
         _compare_scales(cells, data, config.mixed_scales)
         tensors = checkpoint.projection()
         projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
@@ -221,8 +235,9 @@ def new_pools(config: PredictConfig, checkpoint: Checkpoint, data: Dataset) -> d
         names = encoder.gene_names(cells)
         if config.missing_genes == "error":
             _need_genes(path, names, data.targets.genes, "the run")
+        _need_genes(path, names, extra, "--genes that are not the run's")
         fill = _fill(config.missing_genes, data)
-        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, fill, data)
+        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, fill, data, extra)
 
 
 def _compare_scales(cells: Cells, data: Dataset, mixed_scales: str) -> None:
@@ -304,15 +319,17 @@ def _embed(
     names: Sequence[str],
     fill: np.ndarray | None,
     data: Dataset,
+    extra: Sequence[str],
 ) -> dict[str, Pool]:
     """Embeddings and log1p values of a file's controls `rows`; `names` are its genes as the encoder names them.
 
-    `fill` (G,) has the values of genes that the file lacks.
+    `fill` (G,) has the values of genes that the file lacks; `extra` are genes of the file beside the run's.
     """
     size = encoder.batch_size(0)
     place = {name: i for i, name in enumerate(names)}
     columns = np.array([place.get(name, -1) for name in data.targets.genes])
-    embeddings, expression = [], []
+    more = np.array([place[name] for name in extra], int)
+    embeddings, expression, others, totals = [], [], [], []
     progress.begin("Embedding controls", len(rows), "cells")
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -323,10 +340,13 @@ def _embed(
         embeddings.append(encoded[:, : data.cache.dim].astype(data.embeddings.dtype))
         factor = np.zeros(len(part), np.float32)
         if cells.scale == "counts":  # totals over all genes of the file, as in a cache
-            factor = factors_to(data.targets.target_sum, total_counts(block)).astype(np.float32)
+            totals.append(total_counts(block))
+            factor = factors_to(data.targets.target_sum, totals[-1]).astype(np.float32)
         expression.append(_filled(log1p_rows(block[:, columns[columns >= 0]], factor), columns, fill))
+        others.append(log1p_rows(block[:, more], factor))
         progress.advance(len(part))
     embedded, values = np.concatenate(embeddings), _cut(scipy.sparse.vstack(expression, format="csr"))
+    beside, counted = _cut(scipy.sparse.vstack(others, format="csr")), np.concatenate(totals) if totals else None
     obs = cells.obs.iloc[rows]
     batches, cell_types = (obs[name].astype(str).to_numpy(str) for name in ("batch", "cell_type"))
     pools = {}
@@ -339,6 +359,8 @@ def _embed(
             names=obs.index[mine].to_numpy(str),
             batches=batches[mine],
             files=np.zeros(len(mine), np.int64),
+            extra=beside[mine] if extra else None,
+            totals=None if counted is None else counted[mine],
         )
     return pools
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sest.prediction.requests import Request
 
-_SET_STREAM, _CONTROL_STREAM, _MOVE_STREAM = 5, 6, 12  # what a random stream is for
+_SETS, _CONTROLS, MOVES, COUNTS = 5, 6, 12, 13  # what a random stream is for
 
 
 def draw_sets(request: Request, set_size: int, seed: int) -> np.ndarray:
@@ -29,11 +29,12 @@ def control_rows(request: Request, seed: int) -> np.ndarray:
     return np.sort(random_of(request, seed).choice(n_pool, request.n_cells, replace=request.n_cells > n_pool))
 
 
-def random_of(request: Request, seed: int, *, moves: bool = False) -> np.random.Generator:
+def random_of(request: Request, seed: int, stream: int | None = None) -> np.random.Generator:
     """Randomness of a request depends on the seed and on what is asked, not on its place among others.
 
-    `moves`: that of moving its cells, instead of choosing them.
+    `stream`: MOVES, of moving its cells; COUNTS, of rounding their counts; None: of choosing them.
     """
     name = hashlib.sha256(f"{request.pool.cell_type}\n{request.perturbation}".encode()).digest()
-    stream = _MOVE_STREAM if moves else _CONTROL_STREAM if request.is_control else _SET_STREAM
+    if stream is None:
+        stream = _CONTROLS if request.is_control else _SETS
     return np.random.default_rng([seed, stream, int.from_bytes(name[:8], "little")])

@@ -9,19 +9,20 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from sest import progress
 from sest.baselines.all import Baselines
 from sest.cache import open_cache
 from sest.cells.columns import Columns
-from sest.config import PredictConfig, TrainConfig
+from sest.config import VCC2026, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.targets import remove_scratch
 from sest.errors import InputError, nearest, shown
@@ -33,6 +34,7 @@ from sest.prediction.cells import (
     Member,
     baseline_effects,
     predicted_cells,
+    predicted_effects,
     query_of,
     real_cells,
     weights_for,
@@ -41,7 +43,8 @@ from sest.prediction.controls import new_pools, planned_pools
 from sest.prediction.draws import control_rows
 from sest.prediction.features import vectors_of
 from sest.prediction.record import baselines, is_source, pairs_of, provenance
-from sest.prediction.requests import Request, Wanted, join_tables, make_requests, obs_of, read_wanted
+from sest.prediction.requests import Request, Wanted, asked_of, join_tables, make_requests, obs_of, read_wanted
+from sest.prediction.submission import Effect, copies_of, refuse_options, write_submission
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.provenance import check_data, files_of, find_data, saw_the_same_split
 from sest.runs.run_folder import SCRATCH, seeds_of, stored_features
@@ -92,44 +95,48 @@ def predict(
     out, runs = Path(out), runs_of(run)
     given = [config.template, config.list, config.controls, config.genes, config.encoder, config.cache]
     files = [file for one in runs for file in files_of(one)]
-    check_output(out, inputs=[*given, config.perturbations, *files], force=force)
-    listed = read_wanted(wanted, config.template, config.list, config.only, config.n_cells)
+    inputs = [*given, config.perturbations, *files]
+    check_output(out, inputs=inputs, force=force)
+    refuse_options(config)
+    listed = read_wanted(wanted, config)
     checkpoints = [sound_checkpoint(find_checkpoint(one, config.checkpoint)) for one in runs]
     _refuse_unlike(checkpoints)
     checkpoint = checkpoints[0]
     train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
     if out.exists() and is_source(out, open_cache(os.fspath(cache))):
         raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
-    if config.all_controls and not config.controls:
-        raise InputError("--all-controls says that all cells of --controls are unperturbed. Pass --controls too.")
-    if config.missing_genes != "error" and not config.controls:
-        raise InputError("--missing-genes is for genes that new cells lack. Pass --controls too.")
     planned = planned_pools(config, checkpoint) if config.controls else None
     data = _read(cache, train_config, checkpoint, out)
-    genes, places = _genes(config.genes, data.targets.genes)
+    genes, places, extra = _genes(config, data.targets.genes)
     requests, columns = make_requests(config, listed, data, planned)
-    asked = [request for request in requests if not request.is_control]
+    copies = copies_of(requests, config) if config.format == VCC2026 else {}
+    if config.with_controls and copies:
+        made = {copy.name for copy in copies.values()}
+        check_output(config.with_controls, inputs=[*inputs, out], force=force, made=made)
+    asked = asked_of(requests)
     names = sorted({request.perturbation for request in asked})
     members = [_member(checkpoint, train_config, source, names, config, data)]
     members += [_other_member(other, names, config, data) for other in checkpoints[1:]]
     if planned is not None:  # all that can be refused was, before the embedding
-        pools = new_pools(config, checkpoint, data)
+        pools = new_pools(config, checkpoint, data, extra)
         requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
     weights = [member.blend.weights if member.blend is not None else None for member in members]
     query = query_of(pairs_of(requests), members[0].vectors)
     uns = {"sest": provenance(checkpoints, data, columns, config.missing_genes, weights)}
     blend = members[0].blend
-    if blend is not None and config.blend == "auto":
-        for sentence in blend.said(query):
-            logger.info(sentence)
-    if blend is not None or saw_the_same_split(checkpoint, data):  # baselines must not see other cells
-        fitted = blend.baselines if blend is not None else Baselines().fit(training_effects(data))
-        uns["sest"] |= baselines(fitted, requests, config.seed, query, places)
+    for sentence in blend.said(query) if blend is not None and config.blend == "auto" else ():
+        logger.info(sentence)
+    if config.format == VCC2026:
+        requests = requests if copies else asked_of(requests)
+        effects, said = _effects(requests, members, config.seed), {"sest_submission": uns["sest"]}
+        write_submission(out, copies, effects, genes, places, said, data.targets.target_sum, config.seed)
     else:
-        logger.info("What the run was trained on is not known here, so no baselines are stored.")
-    with H5adWriter(out, len(genes), "float32") as writer:
-        table = _write_cells(writer, requests, members, columns, places, config.seed)
-        writer.finish(table, pd.DataFrame(index=pd.Index(genes, dtype=str)), uns)
+        if blend is not None or saw_the_same_split(checkpoint, data):  # baselines must not see other cells
+            fitted = blend.baselines if blend is not None else Baselines().fit(training_effects(data))
+            uns["sest"] |= baselines(fitted, requests, config.seed, query, places)
+        else:
+            logger.info("What the run was trained on is not known here, so no baselines are stored.")
+        _write(out, _cells(requests, members, config.seed), columns, genes, places, uns)
     return Prediction(
         n_predicted=sum(request.n_cells for request in asked),
         n_controls=sum(request.n_cells for request in requests if request.is_control),
@@ -141,30 +148,54 @@ def predict(
     )
 
 
-def _write_cells(
-    writer: H5adWriter,
-    requests: Sequence[Request],
-    members: Sequence[Member],
-    columns: Columns,
-    places: np.ndarray | None,
-    seed: int,
-) -> pd.DataFrame:
-    """Write the cells of all requests; returns their labels."""
+def _effects(requests: Sequence[Request], members: Sequence[Member], seed: int) -> Iterator[Effect]:
+    """What a submission is made of, in blocks; see `sest.prediction.submission`."""
     progress.begin("Predicting", sum(request.n_cells for request in requests), "cells")
-    tables = []
-    of_baselines = baseline_effects(members, [request for request in requests if not request.is_control])
+    of_baselines = baseline_effects(members, asked_of(requests))
+    for request in requests:
+        if request.is_control:
+            yield request, np.arange(len(request.pool)), None
+            progress.advance(len(request.pool))
+            continue
+        for rows, effect in predicted_effects(request, members, next(of_baselines), seed):
+            yield request, rows, effect
+            progress.advance(len(rows))
+
+
+def _cells(
+    requests: Sequence[Request], members: Sequence[Member], seed: int
+) -> Iterator[tuple[Request, np.ndarray, scipy.sparse.csr_matrix]]:
+    """The cells of all requests in blocks: of what, from which controls, and the values."""
+    progress.begin("Predicting", sum(request.n_cells for request in requests), "cells")
+    of_baselines = baseline_effects(members, asked_of(requests))
     for request in requests:
         if request.is_control:
             blocks = real_cells(request.pool, control_rows(request, seed))
         else:
             blocks = predicted_cells(request, members, next(of_baselines), seed)
-        chosen = []
         for rows, block in blocks:
-            writer.add(block if places is None else block[:, places])
+            yield request, rows, request.pool.whole(rows, block)
             progress.advance(block.shape[0])
-            chosen.append(rows)
-        tables.append(obs_of(request, np.concatenate(chosen), columns))
-    return join_tables(tables)
+
+
+def _write(
+    out: Path,
+    cells: Iterable[tuple[Request, np.ndarray, scipy.sparse.csr_matrix]],
+    columns: Columns,
+    genes: Sequence[str],
+    places: np.ndarray | None,
+    uns: dict[str, Any],
+) -> None:
+    """Write log1p values and labels of all cells."""
+    chosen: list[tuple[Request, list[np.ndarray]]] = []
+    with H5adWriter(out, len(genes), "float32") as writer:
+        for request, rows, block in cells:
+            writer.add(block if places is None else block[:, places])
+            if not chosen or chosen[-1][0] is not request:
+                chosen.append((request, []))
+            chosen[-1][1].append(rows)
+        tables = [obs_of(request, np.concatenate(rows), columns) for request, rows in chosen]
+        writer.finish(join_tables(tables), pd.DataFrame(index=pd.Index(genes, dtype=str)), uns)
 
 
 def runs_of(run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -256,10 +287,14 @@ def _read(cache: Path, config: TrainConfig, checkpoint: Checkpoint, out: Path) -
     return data
 
 
-def _genes(path: str | None, genes: Sequence[str]) -> tuple[list[str], np.ndarray | None]:
-    """The output's genes, and where they stand among the run's (None: all, in its order)."""
+def _genes(config: PredictConfig, genes: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
+    """The output's genes, where they stand among the run's and the extra ones (None: all, in order), and these.
+
+    Extra are those that the run does not have; new controls may.
+    """
+    path = config.genes
     if path is None:
-        return list(genes), None
+        return list(genes), None, []
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -268,11 +303,15 @@ def _genes(path: str | None, genes: Sequence[str]) -> tuple[list[str], np.ndarra
     place = {name: i for i, name in enumerate(genes)}
     if names and names[0] not in place and names[0].lower() in ("gene", "genes", "gene_name", "gene_names"):
         names = names[1:]  # a header
-    missing = [name for name in names if name not in place]
-    if missing:
-        raise InputError(
-            f"{path}: {len(missing)} genes are not the run's: {shown(missing)}.{nearest(missing[0], place)}"
-        )
+    extra = [name for name in names if name not in place]
+    if extra and (config.controls is None or len(extra) == len(names)):
+        raise InputError(f"{path}: {len(extra)} genes are not the run's: {shown(extra)}.{nearest(extra[0], place)}")
     if not names or len(set(names)) < len(names):
-        raise InputError(f"{path} must list genes of the run, one a line, each once.")
-    return names, np.array([place[name] for name in names])
+        raise InputError(f"{path} must list genes, one a line, each once.")
+    if extra:
+        logger.warning(
+            f"{len(extra):,} of {len(names):,} genes are not the run's: {shown(extra)}. They keep the values of the "
+            "control cells, in which no perturbation has an effect on them."
+        )
+    place |= {name: len(genes) + i for i, name in enumerate(extra)}
+    return names, np.array([place[name] for name in names]), extra

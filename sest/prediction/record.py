@@ -114,11 +114,12 @@ def baselines(
     control, pairs = _control_means(requests, seed), pairs_of(requests)
     means = np.empty_like(query.controls.mean)
     for context, request in zip(query.context.tolist(), pairs, strict=True):
-        means[context] = control[request.pool.cell_type]
+        means[context] = control[request.pool.cell_type][: means.shape[1]]
     found = baseline_pseudobulks(fitted, query, means)
     del found["controls"]  # `sest evaluate` has the real ones
     if places is not None:
-        found = {name: values[:, places] for name, values in found.items()}
+        extra = np.stack([control[request.pool.cell_type][means.shape[1] :] for request in pairs])
+        found = {name: np.hstack([values, extra])[:, places] for name, values in found.items()}
     labels = [(request.pool.cell_type, request.perturbation) for request in pairs]
     return {
         "baselines": found,
@@ -140,7 +141,7 @@ def pairs_of(requests: Sequence[Request]) -> list[Request]:
 
 
 def _control_means(requests: Sequence[Request], seed: int) -> dict[str, np.ndarray]:
-    """Mean (G,) float64 of each cell type's controls that are written; of its whole pool where none are."""
+    """Mean (G, and extra genes) float64 of each cell type's controls that are written; of its pool where none are."""
     parts: dict[str, list[tuple[Pool, np.ndarray]]] = {}
     for request in requests:
         if request.is_control:
@@ -150,6 +151,11 @@ def _control_means(requests: Sequence[Request], seed: int) -> dict[str, np.ndarr
         parts.setdefault(pool.cell_type, [(pool, np.arange(len(pool)))])
     means = {}
     for cell_type, chosen in parts.items():
-        sums = np.stack([np.asarray(pool.expression[rows].sum(0, dtype=np.float64)).ravel() for pool, rows in chosen])
+        sums = np.stack(
+            [
+                np.asarray(pool.whole(rows, pool.expression[rows]).sum(0, dtype=np.float64)).ravel()
+                for pool, rows in chosen
+            ]
+        )
         means[cell_type] = sums.sum(0) / sum(len(rows) for _, rows in chosen)
     return means

@@ -17,7 +17,7 @@ from sest.cells.columns import Columns, detect_columns, labels, perturbations, u
 from sest.cells.genes import all_names
 from sest.cells.labels import AS_IS, AUTO, NoControlError, same_targets
 from sest.cells.split_file import TEST
-from sest.config import PredictConfig
+from sest.config import VCC2026, PredictConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError, shown
 from sest.files.cell_file import CellFile
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Wanted = Sequence[str] | Mapping[str, int]
 """Perturbations to predict: names, or name -> cells."""
+Names = str | tuple[str, ...] | None
+"""As an option gives them that may be given several times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,31 +42,37 @@ class Request:
     obs: pd.DataFrame | None = None  # (n_cells,) rows of the template, where there is one
 
 
-def read_wanted(
-    wanted: Wanted | None,
-    template: str | None,
-    table: str | None,
-    only: str | tuple[str, ...] | None,
-    n_cells: int,
-) -> dict[str, int] | None:
+N_CELLS = {"log1p": 128, VCC2026: 400}  # of a perturbation, by format, where nothing says it
+
+
+def asked_of(requests: Sequence[Request]) -> list[Request]:
+    """Those of perturbed cells."""
+    return [request for request in requests if not request.is_control]
+
+
+def read_wanted(wanted: Wanted | None, config: PredictConfig) -> dict[str, int] | None:
     """The perturbations to predict and how many cells of each; None where a template or the test split says it.
 
     Args:
-        wanted: names, or name -> cells.
-        template, table, only: --template, --list and --only, see PredictConfig; at most one of the four is given.
-        n_cells: of every name, where no number stands beside it.
+        wanted: names, or name -> cells; beside it none of config.template, list and only is given, else one at most.
+        config: see there; n_cells of every name, where no number stands beside it.
 
     Raises:
         InputError: more than one way to say what to predict, an unreadable table, or a name or number that is none.
     """
-    if wanted is not None and any(x is not None for x in (template, table, only)):
-        raise InputError("Name the perturbations, or pass one of --template, --list and --only, not both.")
-    if sum(x is not None for x in (template, table, only)) > 1:
-        raise InputError("Pass one of --template, --list and --only.")
+    template, table, only = config.template, config.list, config.only
+    n_cells = config.n_cells or N_CELLS[config.format]
+    ways = [template, table, only, config.all_perturbations or None]
+    if wanted is not None and any(x is not None for x in ways):
+        raise InputError(
+            "Name the perturbations, or pass one of --template, --list, --only and --all-perturbations, not both."
+        )
+    if sum(x is not None for x in ways) > 1:
+        raise InputError("Pass one of --template, --list, --only and --all-perturbations.")
     if wanted is not None:
         return _checked(wanted, n_cells)
     if table is not None:
-        return _read_table(Path(table))
+        return _read_table(Path(table), n_cells)
     if only is not None:
         return dict.fromkeys([only] if isinstance(only, str) else only, n_cells)
     return None
@@ -110,17 +118,19 @@ def _checked(wanted: Wanted, n_cells: int) -> dict[str, int]:
     return {str(name): int(number) for name, number in given.items()}
 
 
-def _read_table(path: Path) -> dict[str, int]:
-    """Read target_gene -> n_cells; other columns are ignored."""
+def _read_table(path: Path, n_cells: int) -> dict[str, int]:
+    """Read target_gene -> n_cells; other columns are ignored. Without the second, `n_cells` of each."""
     wanted: dict[str, int] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet's export begins with a mark
             reader = csv.DictReader(file)
             there = reader.fieldnames or []
-            if not {"target_gene", "n_cells"} <= set(there):
-                raise InputError(f"{path} needs the columns target_gene,n_cells; its first line has: {shown(there)}.")
+            if "target_gene" not in there:
+                raise InputError(f"{path} needs the column target_gene; its first line has: {shown(there)}.")
+            if "n_cells" not in there:
+                logger.info(f"{path} has no column n_cells: {n_cells} cells of each perturbation.")
             for row in reader:
-                name, count = (row["target_gene"] or "").strip(), (row["n_cells"] or "").strip()
+                name, count = (row["target_gene"] or "").strip(), (row.get("n_cells", str(n_cells)) or "").strip()
                 if not name or name in wanted or not count.isdecimal() or int(count) < 1:
                     raise InputError(
                         f"{path}, line {reader.line_num}: '{name},{count}' is not a new perturbation and a number of "
@@ -155,8 +165,11 @@ def make_requests(
         return _of_template(obs, columns, new or cached_pools(data), config.cell_type, known), columns
     perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
     columns = Columns(perturbation, cell_type, batch, control, (), rule=rule)
-    if wanted is not None:
+    if config.all_perturbations:
+        wanted = dict.fromkeys(data.labels.perturbations[1:], config.n_cells or N_CELLS[config.format])
+    elif wanted is not None:
         wanted = named(wanted, known, split=config.only is not None, as_is=rule == AS_IS)
+    if wanted is not None:
         if control in wanted:
             raise InputError(f"'{control}' is the control: real control cells are added without being asked for.")
         requests = []
@@ -169,30 +182,38 @@ def make_requests(
     return _test_split(data, control, config.cell_type), columns
 
 
-def _wanted_pools(new: Mapping[str, Pool] | None, data: Dataset, cell_type: str | None) -> list[Pool]:
-    """The controls of the cell type that is asked for; without one, of every cell type of `new` controls."""
-    if new is None or cell_type is not None:
-        return [pool_of(new or cached_pools(data), cell_type)]
+def _wanted_pools(new: Mapping[str, Pool] | None, data: Dataset, cell_types: Names) -> list[Pool]:
+    """The controls of the cell types that are asked for; without one, of every cell type of `new` controls."""
+    if new is None or cell_types is not None:
+        pools = new or cached_pools(data)
+        return [pool_of(pools, name) for name in _each(cell_types)] or [pool_of(pools, None)]
     if len(new) > 1:
         logger.info(f"Predicting in each cell type of --controls: {shown(new)}. Choose one with --cell-type.")
     return list(new.values())
 
 
-def _test_split(data: Dataset, control: str, only: str | None) -> list[Request]:
+def _each(given: Names) -> list[str]:
+    """Names that were given once or several times, each once."""
+    return list(dict.fromkeys([given] if isinstance(given, str) else given or ()))
+
+
+def _test_split(data: Dataset, control: str, only: Names) -> list[Request]:
     """As many cells of every test (context, perturbation) as there are real ones, and all test controls.
 
-    `only` is the cell type that is wanted, if not all are.
+    `only` are the cell types that are wanted, if not all are.
     """
     labels, mask = data.labels, data.in_split(TEST)
     perturbed = mask & ~labels.is_control
     if not perturbed.any():
         raise InputError("The run has no test split. Say what to predict with --only, --list or --template.")
     contexts = {context: labels.contexts[context][1] for context in np.unique(labels.context[perturbed]).tolist()}
-    if only not in (None, *contexts.values()):
-        raise InputError(f"No test cells of cell type '{only}'. There are: {shown(sorted(set(contexts.values())))}.")
+    for name in _each(only):
+        if name not in contexts.values():
+            there = shown(sorted(set(contexts.values())))
+            raise InputError(f"No test cells of cell type '{name}'. There are: {there}.")
     requests = []
     for context, cell_type in contexts.items():
-        if only not in (None, cell_type):
+        if only is not None and cell_type not in _each(only):
             continue
         here = labels.context == context
         pool = cached_pool(data, np.flatnonzero(mask & here & labels.is_control), cell_type)
@@ -243,14 +264,20 @@ def _template(
 
 
 def _of_template(
-    obs: pd.DataFrame, columns: Columns, pools: Mapping[str, Pool], cell_type: str | None, known: Sequence[str]
+    obs: pd.DataFrame,
+    columns: Columns,
+    pools: Mapping[str, Pool],
+    cell_type: str | tuple[str, ...] | None,
+    known: Sequence[str],
 ) -> list[Request]:
     """One request for every (cell type, perturbation) of the template's obs; its controls become real ones.
 
     `cell_type` is that of all cells where the template has no such column; `known` are names as they are to be spelled.
     """
     if columns.cell_type not in obs:
-        obs[columns.cell_type] = pool_of(pools, cell_type).cell_type
+        if len(names := _each(cell_type)) > 1:
+            raise InputError("The template names no cell types, so --cell-type says one for all of its cells.")
+        obs[columns.cell_type] = pool_of(pools, names[0] if names else None).cell_type
     codes, there = perturbations(obs, columns)
     spelled = {} if columns.rule == AS_IS else same_targets(there, (str(columns.control), *known))
     names = np.array([spelled.get(name, name) for name in there], dtype=object)[codes]

@@ -100,7 +100,7 @@ def test_a_table_of_counts_says_what_and_how_many(demo: Demo, names: list[str], 
         ("target_gene,n_cells\nA,5\nA,5\n", "line 3: 'A,5' is not a new perturbation"),
         ("target_gene,n_cells\nA,0\n", "line 2: 'A,0' is not"),
         ("target_gene,n_cells\nA\n", "line 2: 'A,' is not"),
-        ("gene,cells\nA,5\n", "needs the columns target_gene,n_cells; its first line has: gene, cells"),
+        ("gene,cells\nA,5\n", "needs the column target_gene; its first line has: gene, cells"),
         ("", "its first line has: (none)"),
         ("target_gene,n_cells\n", "lists no perturbations"),
     ],
@@ -134,7 +134,7 @@ def test_bad_requests_are_refused_in_one_line_and_nothing_is_written(
 
 def test_names_and_numbers_that_are_given_are_taken_as_they_are() -> None:
     def read(wanted: Any) -> dict[str, int] | None:
-        return read_wanted(wanted, None, None, None, 128)
+        return read_wanted(wanted, PredictConfig())
 
     assert read(None) is None
     assert read(["A,B", "C"]) == {"A,B": 128, "C": 128}  # a name may hold a comma
@@ -156,17 +156,17 @@ def test_names_and_numbers_that_are_given_are_taken_as_they_are() -> None:
 )
 def test_names_or_numbers_that_are_none_are_refused(wanted: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_wanted(wanted, None, None, None, 128)
+        read_wanted(wanted, PredictConfig())
 
 
 def test_there_is_one_way_at_a_time_to_say_what_to_predict() -> None:
-    with pytest.raises(InputError, match="or pass one of --template, --list and --only, not both"):
-        read_wanted(["A"], None, None, "B", 128)
-    with pytest.raises(InputError, match="Pass one of --template, --list and --only"):
-        read_wanted(None, "t.h5ad", "list.csv", None, 128)
-    assert read_wanted(None, None, None, "A,B", 9) == {"A,B": 9}
-    assert read_wanted(None, None, None, ("A,B", "C"), 9) == {"A,B": 9, "C": 9}
-    assert read_wanted(None, "t.h5ad", None, None, 128) is None  # the template says it
+    with pytest.raises(InputError, match="or pass one of --template, --list, --only and --all-perturbations, not both"):
+        read_wanted(["A"], PredictConfig(only="B"))
+    with pytest.raises(InputError, match="Pass one of --template, --list, --only and --all-perturbations"):
+        read_wanted(None, PredictConfig(template="t.h5ad", list="list.csv"))
+    assert read_wanted(None, PredictConfig(only="A,B", n_cells=9)) == {"A,B": 9}
+    assert read_wanted(None, PredictConfig(only=("A,B", "C"), n_cells=9)) == {"A,B": 9, "C": 9}
+    assert read_wanted(None, PredictConfig(template="t.h5ad")) is None  # the template says it
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,24 @@ def test_a_list_is_asked_for_in_its_order_from_the_controls_of_one_cell_type(tin
     new = cached_pools(tiny_data)["x"]
     requests, _ = make_requests(PredictConfig(), {"S": 5}, tiny_data, {"x": new})  # new controls replace the cache's
     assert all(request.pool is new for request in requests)
+
+
+def test_all_perturbations_of_the_run_in_several_cell_types_at_once(tiny_data: Dataset) -> None:
+    names = list(tiny_data.labels.perturbations[1:])
+    asked = PredictConfig(all_perturbations=True, cell_type=("y", "x", "y"), n_cells=3)
+    assert read_wanted(None, asked) is None
+    requests, _ = make_requests(asked, None, tiny_data, None)
+    assert [(r.pool.cell_type, r.perturbation, r.n_cells) for r in requests if not r.is_control] == [
+        (cell_type, name, 3) for cell_type in ("y", "x") for name in names
+    ]
+    test, _ = make_requests(PredictConfig(cell_type=("x",)), None, tiny_data, None)
+    assert {r.pool.cell_type for r in test} == {"x"}
+    with pytest.raises(InputError, match="No test cells of cell type 'z'"):
+        make_requests(PredictConfig(cell_type=("x", "z")), None, tiny_data, None)
+    with pytest.raises(InputError, match="Pass one of"):
+        read_wanted(None, PredictConfig(all_perturbations=True, only="P"))
+    with pytest.raises(InputError, match="not both"):
+        read_wanted(["P"], PredictConfig(all_perturbations=True))
 
 
 def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: Dataset) -> None:

@@ -1,0 +1,96 @@
+"""Whole counts of predicted cells: control cells whose counts follow the predicted fold changes.
+
+A prediction says how far the mean of log1p values moves. A rate of counts has such a mean under Poisson noise, so that
+two means are two rates, and their ratio is the fold change: where counts are few it is the ratio of the means, where
+they are many it is nearly exp(effect). A gene that is to be lower keeps each count with that chance (binomial
+thinning); to one that is to be higher, Poisson distributed counts are added, by the cell's depth and the gene's share.
+Both are what a Poisson distributed count does when its rate changes. So cells keep the depth and the spread that
+sequenced cells have, the sum over cells changes by the fold change, and a cell of which nothing is predicted is a
+control cell, count for count.
+
+Shapes: n cells, G genes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import scipy.sparse
+
+LEAST, MOST = 1e-5, 1e6  # counts a cell, of the rates that are told apart
+MOST_FOLD = 100.0  # a larger fold change is of a gene that is hardly there
+RATES = 500
+
+
+@lru_cache(maxsize=32)
+def _means_of_rates(factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rates (RATES,) of counts, and the mean of log1p(factor * count) at each, both rising."""
+    from scipy.stats import poisson  # slow to import
+
+    rates = np.geomspace(LEAST, MOST, RATES)
+    middle = np.linspace(-8.0, 8.0, 161)  # standard errors
+    means = np.empty(RATES)
+    for i, rate in enumerate(rates):
+        few = rate < 400
+        counts = np.arange(int(rate + 12 * np.sqrt(rate) + 12)) if few else rate + middle * np.sqrt(rate)
+        chances = poisson.pmf(counts, rate) if few else np.exp(-0.5 * middle**2)
+        means[i] = np.average(np.log1p(factor * counts), weights=chances)
+    return rates, means
+
+
+def fold_changes(present: np.ndarray, effect: np.ndarray, factor: float) -> np.ndarray:
+    """The fold change of each gene's counts.
+
+    Args:
+        present: (G,) mean of log1p(factor * count) over the control cells.
+        effect: (G,) how far it is to move; where it ends below zero, the gene is switched off.
+        factor: what a count is multiplied by, of a typical cell.
+
+    Returns:
+        (G,) at least 0 and at most 100; 1 where nothing moves.
+    """
+    rates, means = _means_of_rates(float(factor))
+    before, after = (np.exp(np.interp(m, means, np.log(rates))) for m in (present, present + effect))
+    fold = np.where(present + effect > 0, after / before, 0.0)
+    return np.where(effect == 0, 1.0, np.minimum(fold, MOST_FOLD))
+
+
+def changed_counts(
+    counts: scipy.sparse.csr_matrix, fold: np.ndarray, share: np.ndarray, rng: np.random.Generator
+) -> scipy.sparse.csr_matrix:
+    """Counts after a fold change.
+
+    Args:
+        counts: (n, G) whole counts of control cells.
+        fold: (G,) see `fold_changes`.
+        share: (G,) of each gene in all counts of the control cells.
+        rng: says which counts are dropped and where some are added.
+
+    Returns:
+        (n, G) float32, whole; zeros are not stored.
+    """
+    kept = counts.sorted_indices()  # with indices of its own
+    chance = np.minimum(fold, 1.0)[kept.indices]
+    fewer = chance < 1
+    kept.data = kept.data.astype(np.float32)
+    kept.data[fewer] = rng.binomial(kept.data[fewer].astype(np.int64), chance[fewer])
+    higher = np.flatnonzero((fold > 1) & (share > 0))
+    depth = np.asarray(counts.sum(1, dtype=np.float64)).ravel()
+    added = rng.poisson(np.outer(depth, (fold[higher] - 1) * share[higher]))
+    cell, at = np.nonzero(added)
+    more = scipy.sparse.csr_matrix((added[cell, at].astype(np.float32), (cell, higher[at])), shape=counts.shape)
+    result = scipy.sparse.csr_matrix(kept + more)
+    result.eliminate_zeros()
+    return result
+
+
+def counts_of(values: scipy.sparse.csr_matrix, factor: np.ndarray) -> scipy.sparse.csr_matrix:
+    """The counts (n, G) that real cells had, float32.
+
+    Args:
+        values: (n, G) log1p(count * factor), float32: exact for counts below a million.
+        factor: (n,).
+    """
+    data = np.rint(np.expm1(values.data.astype(np.float64)) / np.repeat(factor, np.diff(values.indptr)))
+    return scipy.sparse.csr_matrix((data.astype(np.float32), values.indices, values.indptr), shape=values.shape)
