@@ -10,7 +10,7 @@ import typer
 from sest.cli import console
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
-from sest.config import PredictConfig
+from sest.config import VCC2026, PredictConfig
 
 GROUPS = {
     "What to predict": "format template list only all_perturbations n_cells cell_type perturbations genes "
@@ -45,9 +45,12 @@ def predict(
 
     with ConsoleProgress():
         result = run_prediction(run, out, config, force=force)
+    controls = f" and {result.n_controls:,} real controls" if config.format != VCC2026 else ", whole counts"
     console.say(
-        f"{out}: {result.n_predicted:,} predicted cells of {result.n_perturbations:,} perturbations and "
-        f"{result.n_controls:,} real controls, {result.n_genes:,} genes; "
+        f"{out}: {result.n_predicted:,} predicted cells of {result.n_perturbations:,} perturbations{controls}, "
+        f"{result.n_genes:,} genes; "
         f"from {result.checkpoint} (step {result.step:,})"
         + (f" and {result.n_runs - 1} more." if result.n_runs > 1 else ".")
     )
+    for copy in result.copies:
+        console.say(f"{copy}: the cells of this context and its real controls, for cell-eval2.")

@@ -231,6 +231,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     controls = [ad.read_h5ad(folder / f"data/{name}.h5ad") for name in ("rpe1", "k562", "h1")]
     for context, cells in zip("ABC", controls, strict=True):
         cells.obs = cells.obs[["target_gene"]].assign(context=context)
+    controls[0].write_h5ad(folder / "real_A.h5ad")
     together = ad.concat([cells[cells.obs["target_gene"] == "non-targeting"] for cells in controls], index_unique="-")
     together.write_h5ad(folder / "controls.h5ad")
     (folder / "pert_counts.csv").write_text("target_gene\nTP53\nJAK2\n")

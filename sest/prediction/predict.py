@@ -66,6 +66,7 @@ class Prediction:
     checkpoint: Path
     step: int
     n_runs: int = 1
+    copies: tuple[Path, ...] = ()  # of a submission: a file for each context, with its controls
 
 
 def predict(
@@ -111,8 +112,7 @@ def predict(
     requests, columns = make_requests(config, listed, data, planned)
     copies = copies_of(requests, config) if config.format == VCC2026 else {}
     if config.with_controls and copies:
-        made = {copy.name for copy in copies.values()}
-        check_output(config.with_controls, inputs=[*inputs, out], force=force, made=made)
+        check_output(config.with_controls, inputs=[*inputs, out], force=force, made={c.name for c in copies.values()})
     asked = asked_of(requests)
     names = sorted({request.perturbation for request in asked})
     members = [_member(checkpoint, train_config, source, names, config, data)]
@@ -145,6 +145,7 @@ def predict(
         checkpoint=checkpoint.folder,
         step=checkpoint.state["step"],
         n_runs=len(members),
+        copies=tuple(copies.values()),
     )
 
 
