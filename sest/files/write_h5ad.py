@@ -75,7 +75,8 @@ class H5adWriter:
     def add(self, rows: scipy.sparse.csr_matrix) -> None:
         """Append rows (n, n_genes); a row's genes are written in order, as other programs expect."""
         assert rows.shape[1] == self._n_genes, rows.shape
-        rows = rows.sorted_indices()
+        if not rows.has_sorted_indices:
+            rows = rows.sorted_indices()
         self._take_more(rows.data.nbytes + rows.indices.nbytes)
         first = self._ends[-1]
         for dataset, values in ((self._data, rows.data), (self._indices, rows.indices)):

@@ -125,12 +125,20 @@ def cached_pools(data: Dataset) -> dict[str, Pool]:
     return pools
 
 
-def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Pool]:
+def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Pool] | None:
     """The pools that `new_pools` will give, without values: what they are asked for is checked before the embedding.
 
+    None without --controls.
+
     Raises:
-        InputError: no such file, no controls in it, or an encoder that is not known here.
+        InputError: options of --controls without it; no such file, no controls in it, or an encoder that is not known.
     """
+    if not config.controls:
+        if config.all_controls:
+            raise InputError("--all-controls says that all cells of --controls are unperturbed. Pass --controls too.")
+        if config.missing_genes != "error":
+            raise InputError("--missing-genes is for genes that new cells lack. Pass --controls too.")
+        return None
     _check_encoder(config, checkpoint)
     path = _controls_file(config)
     with CellFile(path, config.layer, config.modality) as file:

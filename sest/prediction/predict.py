@@ -9,14 +9,13 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from sest import progress
 from sest.baselines.all import Baselines
@@ -44,7 +43,7 @@ from sest.prediction.draws import control_rows
 from sest.prediction.features import vectors_of
 from sest.prediction.record import baselines, is_source, pairs_of, provenance
 from sest.prediction.requests import Request, Wanted, asked_of, join_tables, make_requests, obs_of, read_wanted
-from sest.prediction.submission import Effect, copies_of, refuse_options, write_submission
+from sest.prediction.submission import all_controls, copies_of, refuse_options, write_submission
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.provenance import check_data, files_of, find_data, saw_the_same_split
 from sest.runs.run_folder import SCRATCH, seeds_of, stored_features
@@ -95,8 +94,7 @@ def predict(
     """
     out, runs = Path(out), runs_of(run)
     given = [config.template, config.list, config.controls, config.genes, config.encoder, config.cache]
-    files = [file for one in runs for file in files_of(one)]
-    inputs = [*given, config.perturbations, *files]
+    inputs = [*given, config.perturbations, *(file for one in runs for file in files_of(one))]
     check_output(out, inputs=inputs, force=force)
     refuse_options(config)
     listed = read_wanted(wanted, config)
@@ -106,7 +104,7 @@ def predict(
     train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
     if out.exists() and is_source(out, open_cache(os.fspath(cache))):
         raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
-    planned = planned_pools(config, checkpoint) if config.controls else None
+    planned = planned_pools(config, checkpoint)
     data = _read(cache, train_config, checkpoint, out)
     genes, places, extra = _genes(config, data.targets.genes)
     requests, columns = make_requests(config, listed, data, planned)
@@ -115,28 +113,30 @@ def predict(
         check_output(config.with_controls, inputs=[*inputs, out], force=force, made={c.name for c in copies.values()})
     asked = asked_of(requests)
     names = sorted({request.perturbation for request in asked})
-    members = [_member(checkpoint, train_config, source, names, config, data)]
-    members += [_other_member(other, names, config, data) for other in checkpoints[1:]]
+    first = _member(checkpoint, train_config, source, names, config, data)
+    members = [first, *(_other_member(other, names, config, data) for other in checkpoints[1:])]
     if planned is not None:  # all that can be refused was, before the embedding
         pools = new_pools(config, checkpoint, data, extra)
         requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
     weights = [member.blend.weights if member.blend is not None else None for member in members]
-    query = query_of(pairs_of(requests), members[0].vectors)
+    query, blend = query_of(pairs_of(requests), first.vectors), first.blend
     uns = {"sest": provenance(checkpoints, data, columns, config.missing_genes, weights)}
-    blend = members[0].blend
     for sentence in blend.said(query) if blend is not None and config.blend == "auto" else ():
         logger.info(sentence)
     if config.format == VCC2026:
         requests = requests if copies else asked_of(requests)
-        effects, said = _effects(requests, members, config.seed), {"sest_submission": uns["sest"]}
-        write_submission(out, copies, effects, genes, places, said, data.targets.target_sum, config.seed)
+        effects, scale = (
+            _blocks(requests, members, config.seed, all_controls, predicted_effects),
+            data.targets.target_sum,
+        )
+        write_submission(out, copies, requests, effects, genes, places, uns["sest"], scale, config.seed)
     else:
         if blend is not None or saw_the_same_split(checkpoint, data):  # baselines must not see other cells
             fitted = blend.baselines if blend is not None else Baselines().fit(training_effects(data))
             uns["sest"] |= baselines(fitted, requests, config.seed, query, places)
         else:
             logger.info("What the run was trained on is not known here, so no baselines are stored.")
-        _write(out, _cells(requests, members, config.seed), columns, genes, places, uns)
+        _write(out, requests, members, columns, genes, places, uns, config.seed)
     return Prediction(
         n_predicted=sum(request.n_cells for request in asked),
         n_controls=sum(request.n_cells for request in requests if request.is_control),
@@ -149,49 +149,46 @@ def predict(
     )
 
 
-def _effects(requests: Sequence[Request], members: Sequence[Member], seed: int) -> Iterator[Effect]:
-    """What a submission is made of, in blocks; see `sest.prediction.submission`."""
+Blocks = Iterable[tuple[np.ndarray, Any]]
+
+
+def _blocks(
+    requests: Sequence[Request],
+    members: Sequence[Member],
+    seed: int,
+    real: Callable[[Request], Blocks],
+    predicted: Callable[[Request, Sequence[Member], Sequence[np.ndarray], int], Blocks],
+) -> Iterator[tuple[Request, np.ndarray, Any]]:
+    """All requests in blocks: of what, from which controls, and what `real` or `predicted` give."""
     progress.begin("Predicting", sum(request.n_cells for request in requests), "cells")
     of_baselines = baseline_effects(members, asked_of(requests))
     for request in requests:
-        if request.is_control:
-            yield request, np.arange(len(request.pool)), None
-            progress.advance(len(request.pool))
-            continue
-        for rows, effect in predicted_effects(request, members, next(of_baselines), seed):
-            yield request, rows, effect
-            progress.advance(len(rows))
-
-
-def _cells(
-    requests: Sequence[Request], members: Sequence[Member], seed: int
-) -> Iterator[tuple[Request, np.ndarray, scipy.sparse.csr_matrix]]:
-    """The cells of all requests in blocks: of what, from which controls, and the values."""
-    progress.begin("Predicting", sum(request.n_cells for request in requests), "cells")
-    of_baselines = baseline_effects(members, asked_of(requests))
-    for request in requests:
-        if request.is_control:
-            blocks = real_cells(request.pool, control_rows(request, seed))
-        else:
-            blocks = predicted_cells(request, members, next(of_baselines), seed)
+        blocks = real(request) if request.is_control else predicted(request, members, next(of_baselines), seed)
         for rows, block in blocks:
-            yield request, rows, request.pool.whole(rows, block)
-            progress.advance(block.shape[0])
+            yield request, rows, block
+            progress.advance(len(rows))
 
 
 def _write(
     out: Path,
-    cells: Iterable[tuple[Request, np.ndarray, scipy.sparse.csr_matrix]],
+    requests: Sequence[Request],
+    members: Sequence[Member],
     columns: Columns,
     genes: Sequence[str],
     places: np.ndarray | None,
     uns: dict[str, Any],
+    seed: int,
 ) -> None:
     """Write log1p values and labels of all cells."""
+
+    def real(request: Request) -> Blocks:
+        return real_cells(request.pool, control_rows(request, seed))
+
     chosen: list[tuple[Request, list[np.ndarray]]] = []
     with H5adWriter(out, len(genes), "float32") as writer:
-        for request, rows, block in cells:
-            writer.add(block if places is None else block[:, places])
+        for request, rows, block in _blocks(requests, members, seed, real, predicted_cells):
+            values = request.pool.whole(rows, block)
+            writer.add(values if places is None else values[:, places])
             if not chosen or chosen[-1][0] is not request:
                 chosen.append((request, []))
             chosen[-1][1].append(rows)

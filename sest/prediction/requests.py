@@ -267,7 +267,7 @@ def _of_template(
     obs: pd.DataFrame,
     columns: Columns,
     pools: Mapping[str, Pool],
-    cell_type: str | tuple[str, ...] | None,
+    cell_type: Names,
     known: Sequence[str],
 ) -> list[Request]:
     """One request for every (cell type, perturbation) of the template's obs; its controls become real ones.

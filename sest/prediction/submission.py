@@ -18,15 +18,14 @@ import scipy.sparse
 from sest.config import VCC2026, PredictConfig
 from sest.errors import InputError, shown
 from sest.files.write_h5ad import H5adWriter
+from sest.prediction.cells import ROWS_AT_ONCE
 from sest.prediction.controls import UNKNOWN, Pool
 from sest.prediction.counts import changed_counts, counts_of, fold_changes
 from sest.prediction.draws import COUNTS, random_of
 from sest.prediction.requests import Request, asked_of, join_tables
 
 TARGET_GENE, CONTEXT, CONTROL = "target_gene", "context", "non-targeting"  # as the challenge calls them
-ROWS_AT_ONCE = 2048
 MOST_CELLS, MOST_STORED = 400_000, 4_750_000_000  # cells, and values that are not zero, of vcc-cli 0.3.0
-
 MOST_A_CELL = 1_000_000  # counts
 
 # of what, from which control cells (n,), and how far the run's genes move (G,); None: these control cells themselves
@@ -34,16 +33,11 @@ Effect = tuple[Request, np.ndarray, np.ndarray | None]
 
 
 def refuse_options(config: PredictConfig) -> None:
-    """Refuse options that do not go together, before anything is read.
+    """Refuse options that make no submission, before anything is read.
 
     Raises:
-        InputError: options of --controls without it; for a submission no --controls, or a --template; for other
-            predictions --with-controls.
+        InputError: no --controls, or a --template; of other predictions, --with-controls.
     """
-    if config.all_controls and not config.controls:
-        raise InputError("--all-controls says that all cells of --controls are unperturbed. Pass --controls too.")
-    if config.missing_genes != "error" and not config.controls:
-        raise InputError("--missing-genes is for genes that new cells lack. Pass --controls too.")
     if config.format != VCC2026:
         if config.with_controls is not None:
             raise InputError(f"--with-controls goes with --format {VCC2026}; other predictions have their controls.")
@@ -79,13 +73,19 @@ def copies_of(requests: Sequence[Request], config: PredictConfig) -> dict[str, P
     return {name: Path(config.with_controls) / f"{name}.h5ad" for name in contexts} if config.with_controls else {}
 
 
+def all_controls(request: Request) -> list[tuple[np.ndarray, None]]:
+    """A request of control cells as a block of `Effect`: all of the pool, as they are."""
+    return [(np.arange(len(request.pool)), None)]
+
+
 def write_submission(
     out: Path,
     copies: Mapping[str, Path],
+    requests: Sequence[Request],
     effects: Iterable[Effect],
     genes: Sequence[str],
     places: np.ndarray | None,
-    uns: dict[str, Any],
+    record: dict[str, Any],
     target_sum: float,
     seed: int,
 ) -> None:
@@ -94,18 +94,23 @@ def write_submission(
     Args:
         out: the .h5ad to write.
         copies: see `copies_of`.
-        effects: all blocks, those of controls too where there are copies.
+        requests: all that is written; those of controls too where there are copies.
+        effects: of these, in blocks.
         genes: of the output (G,).
         places: where they stand among the pools' (None: all, in order).
-        uns: provenance.
+        record: provenance.
         target_sum: counts a cell that the values are normalised to.
         seed: of the counts.
 
     Raises:
-        InputError: more stored values than a submission may have; nothing is written then.
+        InputError: more counts a cell or stored values than a submission may have; nothing is written then.
     """
     var, n_stored, current, rng = pd.DataFrame(index=pd.Index(genes, dtype=str)), 0, None, np.random.default_rng(seed)
-    contexts: dict[int, _Controls] = {}  # by pool
+    pools = {id(request.pool): request.pool for request in requests}
+    contexts = {key: _Controls(pool, places, target_sum) for key, pool in pools.items()}
+    about = sum(r.n_cells * contexts[id(r.pool)].stored_a_cell for r in asked_of(requests))
+    if about > 1.1 * MOST_STORED:  # else it is counted while it is written
+        raise _too_many_stored()
     for path in copies.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -113,37 +118,54 @@ def write_submission(
         submission = stack.enter_context(H5adWriter(out, len(genes), "float32"))
         tables: dict[H5adWriter, list[pd.DataFrame]] = {file: [] for file in (submission, *files.values())}
         for request, rows, effect in effects:
-            pool = request.pool
-            if id(pool) not in contexts:
-                contexts[id(pool)] = _Controls(pool, places, target_sum)
             if request is not current:
                 current, rng = request, random_of(request, seed, COUNTS)
-            controls = contexts[id(pool)]
+            controls = contexts[id(request.pool)]
             counts = controls.counts(rows) if effect is None else controls.changed(rows, effect, rng)
             n_stored += 0 if effect is None else counts.nnz
             if n_stored > MOST_STORED:
-                raise InputError(
-                    f"The cells have more than {MOST_STORED:,} values that are not zero, which a submission may not "
-                    "have. Predict fewer cells (--n-cells)."
-                )
-            beside = [files[pool.cell_type]] if files else []
+                raise _too_many_stored()
+            beside = [files[request.pool.cell_type]] if files else []
             for file in beside if effect is None else (submission, *beside):
                 file.add(counts)
                 tables[file].append(_obs(request, rows))
         for file, parts in tables.items():
-            file.finish(join_tables(parts), var, uns)
+            file.finish(join_tables(parts), var, {"sest_submission": record})
+
+
+def _too_many_stored() -> InputError:
+    return InputError(
+        f"The cells have more than {MOST_STORED:,} values that are not zero, which a submission may not have. Predict "
+        "fewer cells (--n-cells)."
+    )
+
+
+def _too_deep(counts: float) -> InputError:
+    return InputError(
+        f"A cell has {counts:,.0f} counts; a submission may have {MOST_A_CELL:,} a cell. Leave so deep control cells "
+        "out of --controls."
+    )
 
 
 class _Controls:
-    """Control cells of a context as counts of the output's genes (G,)."""
+    """Control cells of a context as counts of the output's genes (G,).
+
+    Raises:
+        InputError: a cell has more counts than a submission may have.
+    """
 
     def __init__(self, pool: Pool, places: np.ndarray | None, target_sum: float) -> None:
         assert pool.totals is not None  # `new_pools` refuses controls without counts
         self._pool, self._places, self._factor = pool, places, target_sum / pool.totals
         self._typical = float(np.median(self._factor))
         parts = np.array_split(np.arange(len(pool)), -(-len(pool) // ROWS_AT_ONCE))
-        sums = np.sum([np.asarray(self.counts(rows).sum(0, dtype=np.float64)).ravel() for rows in parts], axis=0)
-        self._share = sums / max(sums.sum(), 1.0)
+        sums, stored = np.zeros(len(pool.moments[0]) if places is None else len(places)), 0
+        for counts in map(self.counts, parts):
+            sums += np.asarray(counts.sum(0, dtype=np.float64)).ravel()
+            stored += counts.nnz
+            if (most := counts.sum(1).max()) > MOST_A_CELL:
+                raise _too_deep(most)
+        self._share, self.stored_a_cell = sums / max(sums.sum(), 1.0), stored / len(pool)
 
     def counts(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
         """(n, G) of the cells `rows`."""
@@ -162,10 +184,7 @@ class _Controls:
             fold = np.concatenate([fold, np.ones(n_extra)])[self._places]
         counts = changed_counts(self.counts(rows), fold, self._share, rng)
         if (most := counts.sum(1).max()) > MOST_A_CELL:
-            raise InputError(
-                f"A cell has {most:,.0f} counts; a submission may have {MOST_A_CELL:,} a cell. Leave so deep control "
-                "cells out of --controls."
-            )
+            raise _too_deep(most)
         return counts
 
 

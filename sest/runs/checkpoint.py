@@ -258,13 +258,13 @@ def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
 def checkpoints(run: Path) -> list[Path]:
     """All checkpoint folders of a run, the furthest step first; at one step, last/ before kept ones before best/.
 
-    `.last.old`, which a kill between two renames leaves, counts too. One of an unreadable step is first: it is said.
+    `.last.old`, which a kill between two renames leaves, counts as well.
     """
     found = []
     for folder in run.iterdir() if run.is_dir() else ():
         name = _meant(folder.name)
         if name in (LAST, BEST) or _STEP_FOLDER.fullmatch(name):
-            found.append(((step := _step(folder)) >= 0, -step, name == BEST, name != LAST, name != folder.name, folder))
+            found.append((-_step(folder), name == BEST, name != LAST, name != folder.name, folder))
     return [entry[-1] for entry in sorted(found)]
 
 
@@ -298,7 +298,7 @@ def latest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
         InputError: the run has none that is sound.
     """
     problems: list[str] = []
-    for folder in resumable(run):
+    for folder in sorted(resumable(run), key=lambda f: _step(f) >= 0):  # one of an unreadable step is said, too
         try:
             checkpoint = open_checkpoint(folder)
             checkpoint.require_optimizer()

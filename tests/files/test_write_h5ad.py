@@ -52,6 +52,18 @@ def test_anndata_reads_what_was_written(tmp_path: Path) -> None:
     on_disk.file.close()
 
 
+def test_genes_are_in_order_and_indices_of_one_type_as_scipy_needs_to_sum_and_sort(tmp_path: Path) -> None:
+    rows = cells(9)
+    mixed = rows[:, [3, 0, 4, 1, 2]]  # scipy leaves the indices of a selection as they come
+    assert not mixed.has_sorted_indices
+    before = mixed.indices.copy()
+    write(tmp_path / "x.h5ad", [mixed])
+    assert (mixed.indices == before).all()  # what was given is left alone
+    read = ad.read_h5ad(tmp_path / "x.h5ad").X
+    assert read.indices.dtype == read.indptr.dtype and read.has_canonical_format
+    np.testing.assert_array_equal(read.toarray(), mixed.toarray())
+
+
 def test_how_rows_are_put_into_blocks_does_not_change_a_byte(tmp_path: Path) -> None:
     rows = cells(20)
     write(tmp_path / "a.h5ad", [rows])
