@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,17 @@ class Cache:
     def sha256(self) -> str:
         """Hash of how the cache was made: encoder, options and the content of the inputs. Equal for equal caches."""
         return sha256(json.dumps(self.attributes, sort_keys=True).encode())
+
+    def as_of(self, hash_then: str | None) -> Cache:
+        """This cache before files were added to it, as it was when `sha256` was `hash_then`; else itself."""
+        names = list(self.groups)
+        for n in range(len(names), 0, -1):
+            inputs = {name: self.attributes["inputs"][name] for name in names[:n]}
+            attributes = {**self.attributes, "groups": names[:n], "inputs": inputs}
+            before = replace(self, attributes=attributes, groups={name: self.groups[name] for name in names[:n]})
+            if before.sha256 == hash_then:
+                return before
+        return self
 
     @property
     def dim(self) -> int:

@@ -21,7 +21,6 @@ from sest.blend.blend import ANCHORED, HEAD, STACK, Blend
 from sest.blend.transport import move_to_mean
 from sest.blend.weights import Weights
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
-from sest.data.dataset import Dataset
 from sest.errors import InputError
 from sest.evaluation.means import training_effects
 from sest.head.model import StateTransition
@@ -30,7 +29,7 @@ from sest.prediction.controls import Pool
 from sest.prediction.draws import MOVES, draw_sets, random_of
 from sest.prediction.requests import Request
 from sest.runs.checkpoint import Checkpoint
-from sest.runs.provenance import saw_the_same_split
+from sest.runs.known import Known
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Member:
         return cells
 
 
-def weights_for(asked: str, checkpoint: Checkpoint, data: Dataset) -> Blend | None:
+def weights_for(asked: str, checkpoint: Checkpoint, known: Known) -> Blend | None:
     """What counts in a prediction; None: the head alone.
 
     Args:
@@ -87,14 +86,22 @@ def weights_for(asked: str, checkpoint: Checkpoint, data: Dataset) -> Blend | No
         return checkpoint.blend()
     means = {STACK: 1.0 if asked == STACK else 0.0}
     weights = Weights(means, dict.fromkeys(means, 0.0), 0)
-    if checkpoint.has_blend:
-        return Blend(checkpoint.blend().baselines, weights)
-    if not saw_the_same_split(checkpoint, data):
+    fitted = fitted_baselines(checkpoint, known)
+    if fitted is None:
         raise InputError(
             f"What {checkpoint.folder} was trained on is not known here, so --blend {asked} has nothing to go by. "
-            "Pass --blend head."
+            f"Pass {'' if known.data is not None else '--cache, or '}--blend head."
         )
-    return Blend(Baselines().fit(training_effects(data)), weights)
+    return Blend(fitted, weights)
+
+
+def fitted_baselines(checkpoint: Checkpoint, known: Known) -> Baselines | None:
+    """Baselines fitted on the training split, where it is known which cells that is: they must not see others."""
+    if checkpoint.has_blend:
+        return checkpoint.blend().baselines
+    if known.data is None or known.trained is None:
+        return None
+    return Baselines().fit(training_effects(known.data))
 
 
 def query_of(requests: Sequence[Request], vectors: Mapping[str, np.ndarray]) -> Query:

@@ -21,10 +21,9 @@ from sest import progress
 from sest.cells.columns import CONTEXT, detect_columns, labels, perturbations, usual_columns
 from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
-from sest.cells.scale import LARGEST_PREDICTED_LOG1P, factors_to, log1p_rows, normalised_to, total_counts
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P, Normalisation, factors_to, log1p_rows, total_counts
 from sest.config import VCC2026, EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
-from sest.data.targets import normalisations
 from sest.encoder.align import name_genes_as
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import FITTED, make_encoder, needs_weights, obsm_key
@@ -36,6 +35,7 @@ from sest.evaluation.means import context_name
 from sest.files.cell_file import CellFile
 from sest.files.remote import located
 from sest.runs.checkpoint import Checkpoint
+from sest.runs.known import Known, mean_of_controls
 from sest.se.hub import with_local_encoder
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,10 @@ def _check_encoder(config: PredictConfig, checkpoint: Checkpoint) -> None:
             "Embed the cells with `sest embed` and pass the cache with --cache."
         )
     if needs_weights(made["name"]) and config.encoder is None:
-        raise InputError(f"The run was made with the encoder {made['name']}. Pass --encoder with its folder.")
+        raise InputError(
+            f"The run was made with the encoder {made['name']}. Pass --encoder with its folder, or its name "
+            "on the Hugging Face hub."
+        )
 
 
 def _controls_file(config: PredictConfig) -> Path:
@@ -198,7 +201,7 @@ def _columns(file: CellFile, checkpoint: Checkpoint, config: PredictConfig) -> d
 
 
 def new_pools(
-    config: PredictConfig, checkpoint: Checkpoint, data: Dataset, extra: Sequence[str] = ()
+    config: PredictConfig, checkpoint: Checkpoint, known: Known, extra: Sequence[str] = ()
 ) -> dict[str, Pool]:
     """Embed the control cells of `config.controls` with the run's encoder and projection, by cell type.
 
@@ -236,28 +239,25 @@ def new_pools(
             )
         if config.format == VCC2026 and cells.scale != "counts":
             raise InputError(f"{path} holds {cells.scale}; --format {VCC2026} needs counts. Choose with --layer.")
-        _compare_scales(cells, data, config.mixed_scales)
+        _compare_scales(cells, known.normalisation, config.mixed_scales)
         tensors = checkpoint.projection()
         projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
-        encoder = _encoder(cells, embed_config, made, projection, data.targets.genes)
+        encoder = _encoder(cells, embed_config, made, projection, known.genes)
         names = encoder.gene_names(cells)
         if config.missing_genes == "error":
-            _need_genes(path, names, data.targets.genes, "the run")
+            _need_genes(path, names, known.genes, "the run")
         _need_genes(path, names, extra, "--genes that are not the run's")
-        fill = _fill(config.missing_genes, data)
-        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, fill, data, extra)
+        fill = None if config.missing_genes == "error" else np.zeros(len(known.genes), np.float32)
+        if config.missing_genes == "mean":
+            fill = mean_of_controls(checkpoint, known)
+        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, fill, known, extra)
 
 
-def _compare_scales(cells: Cells, data: Dataset, mixed_scales: str) -> None:
+def _compare_scales(cells: Cells, own: Normalisation, mixed_scales: str) -> None:
     """Refuse, or with --mixed-scales say, log1p controls that were normalised otherwise than the run's cells."""
-    if cells.normalisation is None:
+    if cells.normalisation is None or not cells.normalisation.differs_from(own):
         return
-    name, logged = cells.source.path.name, normalisations(data.cache)
-    only_logged = len(logged) == len(data.cache.groups)
-    own = next(iter(logged.values())) if only_logged else normalised_to(data.targets.target_sum)
-    if not cells.normalisation.differs_from(own):
-        return
-    text = f"{name} is {cells.normalisation}, but the run was trained on {own}"
+    text = f"{cells.source.path.name} is {cells.normalisation}, but the run was trained on {own}"
     if mixed_scales != "allow":
         raise InputError(
             f"{text}. Give the cells as they were trained on (often a --layer), or normalise them so; --mixed-scales "
@@ -299,19 +299,6 @@ def _encoder(
     return encoder
 
 
-def _fill(rule: str, data: Dataset) -> np.ndarray | None:
-    """(G,) log1p values for genes of the run that a file lacks: 0, or the mean of the run's controls; None: refused."""
-    if rule == "error":
-        return None
-    if rule == "zero":
-        return np.zeros(len(data.targets.genes), np.float32)
-    rows = np.flatnonzero(data.labels.is_control)
-    total = np.zeros(len(data.targets.genes))
-    for start in range(0, len(rows), 8192):
-        total += np.asarray(data.targets.log1p(rows[start : start + 8192]).sum(0), np.float64).ravel()
-    return (total / len(rows)).astype(np.float32)
-
-
 def _need_genes(path: Path, names: Sequence[str], genes: Sequence[str], whose: str) -> None:
     there = set(names)
     missing = [name for name in genes if name not in there]
@@ -326,7 +313,7 @@ def _embed(
     projection: Projection | None,
     names: Sequence[str],
     fill: np.ndarray | None,
-    data: Dataset,
+    known: Known,
     extra: Sequence[str],
 ) -> dict[str, Pool]:
     """Embeddings and log1p values of a file's controls `rows`; `names` are its genes as the encoder names them.
@@ -335,7 +322,7 @@ def _embed(
     """
     size = encoder.batch_size(0)
     place = {name: i for i, name in enumerate(names)}
-    columns = np.array([place.get(name, -1) for name in data.targets.genes])
+    columns = np.array([place.get(name, -1) for name in known.genes])
     more = np.array([place[name] for name in extra], int)
     embeddings, expression, others, totals = [], [], [], []
     progress.begin("Embedding controls", len(rows), "cells")
@@ -345,11 +332,11 @@ def _embed(
         encoded = encoder.encode(cells, block, part)
         if projection is not None:
             encoded = projection.apply(encoded[:, : encoder.native_dim])
-        embeddings.append(encoded[:, : data.cache.dim].astype(data.embeddings.dtype))
+        embeddings.append(encoded[:, : known.dim].astype(known.dtype))
         factor = np.zeros(len(part), np.float32)
         if cells.scale == "counts":  # totals over all genes of the file, as in a cache
             totals.append(total_counts(block))
-            factor = factors_to(data.targets.target_sum, totals[-1]).astype(np.float32)
+            factor = factors_to(known.target_sum, totals[-1]).astype(np.float32)
         expression.append(_filled(log1p_rows(block[:, columns[columns >= 0]], factor), columns, fill))
         others.append(log1p_rows(block[:, more], factor))
         progress.advance(len(part))

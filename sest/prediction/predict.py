@@ -18,20 +18,19 @@ import numpy as np
 import pandas as pd
 
 from sest import progress
-from sest.baselines.all import Baselines
-from sest.cache import open_cache
+from sest.cache import Cache
 from sest.cells.columns import Columns
 from sest.config import VCC2026, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.targets import remove_scratch
 from sest.errors import InputError, nearest, shown
-from sest.evaluation.means import training_effects
 from sest.files.write_h5ad import H5adWriter
 from sest.machine.devices import choose_device, choose_precision
 from sest.outputs import check_output
 from sest.prediction.cells import (
     Member,
     baseline_effects,
+    fitted_baselines,
     predicted_cells,
     predicted_effects,
     query_of,
@@ -45,7 +44,8 @@ from sest.prediction.record import baselines, is_source, pairs_of, provenance
 from sest.prediction.requests import Request, Wanted, asked_of, join_tables, make_requests, obs_of, read_wanted
 from sest.prediction.submission import all_controls, copies_of, refuse_options, write_submission
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
-from sest.runs.provenance import check_data, files_of, find_data, saw_the_same_split
+from sest.runs.known import Known, known_with_cells, known_without_cells
+from sest.runs.provenance import check_data, files_of, find_data
 from sest.runs.run_folder import SCRATCH, seeds_of, stored_features
 
 if TYPE_CHECKING:
@@ -101,38 +101,35 @@ def predict(
     checkpoints = [sound_checkpoint(find_checkpoint(one, config.checkpoint)) for one in runs]
     _refuse_unlike(checkpoints)
     checkpoint = checkpoints[0]
-    train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
-    if out.exists() and is_source(out, open_cache(os.fspath(cache))):
-        raise InputError(f"{out} has the cells that {cache} was made from, and is never replaced. Give another name.")
     planned = planned_pools(config, checkpoint)
-    data = _read(cache, train_config, checkpoint, out)
-    genes, places, extra = _genes(config, data.targets.genes)
-    requests, columns = make_requests(config, listed, data, planned)
+    known = _known(checkpoint, config, out)
+    genes, places, extra = _genes(config, known.genes)
+    requests, columns = make_requests(config, listed, known, planned)
     copies = copies_of(requests, config) if config.format == VCC2026 else {}
     if config.with_controls and copies:
         check_output(config.with_controls, inputs=[*inputs, out], force=force, made={c.name for c in copies.values()})
     asked = asked_of(requests)
     names = sorted({request.perturbation for request in asked})
-    first = _member(checkpoint, train_config, source, names, config, data)
-    members = [first, *(_other_member(other, names, config, data) for other in checkpoints[1:])]
+    first = _member(checkpoint, names, config, known)
+    members = [first, *(_member(other, names, config, _also_known(other, config, known)) for other in checkpoints[1:])]
     if planned is not None:  # all that can be refused was, before the embedding
-        pools = new_pools(config, checkpoint, data, extra)
+        pools = new_pools(config, checkpoint, known, extra)
         requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
     weights = [member.blend.weights if member.blend is not None else None for member in members]
     query, blend = query_of(pairs_of(requests), first.vectors), first.blend
-    uns = {"sest": provenance(checkpoints, data, columns, config.missing_genes, weights)}
+    uns = {"sest": provenance(checkpoints, known, columns, config.missing_genes, weights)}
     for sentence in blend.said(query) if blend is not None and config.blend == "auto" else ():
         logger.info(sentence)
     if config.format == VCC2026:
         requests = requests if copies else asked_of(requests)
         effects, scale = (
             _blocks(requests, members, config.seed, all_controls, predicted_effects),
-            data.targets.target_sum,
+            known.target_sum,
         )
         write_submission(out, copies, requests, effects, genes, places, uns["sest"], scale, config.seed)
     else:
-        if blend is not None or saw_the_same_split(checkpoint, data):  # baselines must not see other cells
-            fitted = blend.baselines if blend is not None else Baselines().fit(training_effects(data))
+        fitted = blend.baselines if blend is not None else fitted_baselines(checkpoint, known)
+        if fitted is not None:
             uns["sest"] |= baselines(fitted, requests, config.seed, query, places)
         else:
             logger.info("What the run was trained on is not known here, so no baselines are stored.")
@@ -222,36 +219,21 @@ def _refuse_unlike(checkpoints: Sequence[Checkpoint]) -> None:
                 raise InputError(f"{other.folder} was trained {what} than {first.folder}: they cannot be averaged.")
 
 
-def _member(
-    checkpoint: Checkpoint,
-    train_config: TrainConfig,
-    source: str,
-    names: Sequence[str],
-    config: PredictConfig,
-    data: Dataset,
-) -> Member:
-    """A run that is ready to predict the perturbations `names`; `data` are the cells as it knows them."""
+def _member(checkpoint: Checkpoint, names: Sequence[str], config: PredictConfig, known: Known) -> Member:
+    """A run that is ready to predict the perturbations `names`; `known` are the cells as it knows them."""
     device = choose_device(config.device)
-    blend = weights_for(config.blend, checkpoint, data)
+    blend = weights_for(config.blend, checkpoint, known)
     needs_head = blend is None or blend.of_head > 0
     return Member(
         checkpoint=checkpoint,
         model=checkpoint.model().to(device) if needs_head else None,
         blend=blend,
-        vectors=vectors_of(names, source, train_config.missing_perturbations, checkpoint, data),
-        control=data.features.matrix[0],
-        batch_size=train_config.batch_size,
-        set_size=train_config.set_size,
+        vectors=vectors_of(names, checkpoint, known),
+        control=known.features.matrix[0],
+        batch_size=known.config.batch_size,
+        set_size=known.config.set_size,
         precision=choose_precision(config.precision, device, training=False),
     )
-
-
-def _other_member(checkpoint: Checkpoint, names: Sequence[str], config: PredictConfig, data: Dataset) -> Member:
-    """Another run on the same cache, whose targets and embeddings are not read again."""
-    train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
-    own = read_dataset(cache, train_config, stored=stored_features(checkpoint), like=data)
-    check_data(checkpoint, own)
-    return _member(checkpoint, train_config, source, names, config, own)
 
 
 def predict_cells(
@@ -273,7 +255,31 @@ def predict_cells(
         return predict_cells(run, wanted, config, out=Path(folder) / "predicted.h5ad")
 
 
-def _read(cache: Path, config: TrainConfig, checkpoint: Checkpoint, out: Path) -> Dataset:
+def _known(checkpoint: Checkpoint, config: PredictConfig, out: Path) -> Known:
+    """What is known of the run's cells: with new controls the checkpoint is enough, unless --cache names a cache."""
+    if config.controls is not None and config.cache is None:
+        known = known_without_cells(checkpoint, config.perturbations)
+        if known is not None:
+            return known
+    train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
+    if out.exists() and is_source(out, cache):
+        raise InputError(
+            f"{out} has the cells that {cache.path} was made from, and is never replaced. Give another name."
+        )
+    return known_with_cells(checkpoint, _read(cache, train_config, checkpoint, out), train_config, source)
+
+
+def _also_known(checkpoint: Checkpoint, config: PredictConfig, first: Known) -> Known:
+    """The same of another run on the same cells, whose targets and embeddings are not read again."""
+    if first.data is None and (known := known_without_cells(checkpoint, config.perturbations)) is not None:
+        return known
+    train_config, cache, source = find_data(checkpoint, config.cache, config.perturbations)
+    data = read_dataset(cache, train_config, stored=stored_features(checkpoint), like=first.data)
+    check_data(checkpoint, data)
+    return known_with_cells(checkpoint, data, train_config, source)
+
+
+def _read(cache: Cache, config: TrainConfig, checkpoint: Checkpoint, out: Path) -> Dataset:
     """The cells of the cache, which must be the checkpoint's."""
     scratch = Path(config.scratch or out.with_name(f".{out.name}.{SCRATCH}"))  # only if memory is too small
     data = read_dataset(cache, config, stored=stored_features(checkpoint), scratch=scratch)
@@ -281,7 +287,9 @@ def _read(cache: Path, config: TrainConfig, checkpoint: Checkpoint, out: Path) -
         remove_scratch(scratch)  # mapped files stay readable
     check_data(checkpoint, data)
     if not checkpoint.state["genes"]:
-        logger.info(f"{checkpoint.folder} does not name its genes: they are taken to be those of {cache}, in order.")
+        logger.info(
+            f"{checkpoint.folder} does not name its genes: they are taken to be those of {cache.path}, in order."
+        )
     return data
 
 

@@ -14,8 +14,6 @@ from sest.baselines.effects import Query
 from sest.blend.weights import Weights
 from sest.cache import Cache
 from sest.cells.columns import Columns
-from sest.data.dataset import Dataset
-from sest.data.targets import compare_scales
 from sest.errors import InputError
 from sest.evaluation.record import BASELINES_VERSION
 from sest.files.cell_file import CellFile
@@ -23,6 +21,7 @@ from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request
 from sest.runs.checkpoint import MODEL, Checkpoint
+from sest.runs.known import Known
 
 RECORD = "sest"  # what a prediction says of itself stands below this name in uns
 
@@ -44,7 +43,7 @@ def is_source(path: Path, cache: Cache) -> bool:
 
 def provenance(
     checkpoints: Sequence[Checkpoint],
-    data: Dataset,
+    known: Known,
     columns: Columns,
     missing_genes: str,
     weights: Sequence[Weights | None],
@@ -56,21 +55,21 @@ def provenance(
         weights: what the parts of the prediction count, of every checkpoint; None: the head alone.
     """
     checkpoint = checkpoints[0]
-    state, scale = checkpoint.state, data.targets.scale
+    state, scale = checkpoint.state, known.scale
     is_log1p = scale == "log1p"
-    if scale == "mixed" and compare_scales(data.cache, data.targets.target_sum) is None:
+    if scale == "mixed" and known.is_one_scale:
         scale = "counts"  # the log1p files are of the same total
     return {
         "columns": {key: value for key, value in columns.as_kept().items() if key != "batch"},
         "scale": scale,
-        **({} if is_log1p else {"target_sum": data.targets.target_sum}),
+        **({} if is_log1p else {"target_sum": known.target_sum}),
         "provenance": {
             "sest_version": __version__,
             "checkpoint": checkpoint.folder.name,
             "run": checkpoint.folder.parent.name,
             "step": state["step"],
             "model_sha256": state["files"].get(MODEL, ""),
-            "cache_sha256": data.cache.sha256,
+            "cache_sha256": known.cache_sha256,
             "encoder": state["encoder"]["name"],
             "licence": state["encoder"]["licence"] or "",
             **({} if missing_genes == "error" else {"missing_genes": missing_genes}),

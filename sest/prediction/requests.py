@@ -22,6 +22,7 @@ from sest.data.dataset import Dataset
 from sest.errors import InputError, shown
 from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
+from sest.runs.known import Known
 
 logger = logging.getLogger(__name__)
 
@@ -145,47 +146,53 @@ def _read_table(path: Path, n_cells: int) -> dict[str, int]:
 
 
 def make_requests(
-    config: PredictConfig, wanted: Mapping[str, int] | None, data: Dataset, new: Mapping[str, Pool] | None
+    config: PredictConfig, wanted: Mapping[str, int] | None, run: Known, new: Mapping[str, Pool] | None
 ) -> tuple[list[Request], Columns]:
     """Everything to write, in order, and the obs columns it is labelled in.
 
     Args:
         config: the template and its columns, and the cell type.
         wanted: see `read_wanted`.
+        run: with its cells, unless there are new controls.
         new: control cells to start from instead of the cache's.
 
     Raises:
         InputError: nothing to predict, the control among the perturbations, or cell types without controls.
     """
-    made = next(iter(data.cache.groups.values())).attributes["columns"]
+    made = run.columns
     control, rule = str(made["control"]), made.get("labels", AUTO)
-    known = [*data.labels.perturbations[1:], *data.features.vectors.names]
+    known = [*run.perturbations[1:], *run.features.vectors.names]
     if config.template is not None:
         obs, columns = _template(Path(config.template), made, config.pert_col, config.cell_type_col, config.control)
-        return _of_template(obs, columns, new or cached_pools(data), config.cell_type, known), columns
+        return _of_template(obs, columns, new or cached_pools(_cells_of(run)), config.cell_type, known), columns
     perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
     columns = Columns(perturbation, cell_type, batch, control, (), rule=rule)
     if config.all_perturbations:
-        wanted = dict.fromkeys(data.labels.perturbations[1:], config.n_cells or N_CELLS[config.format])
+        wanted = dict.fromkeys(run.perturbations[1:], config.n_cells or N_CELLS[config.format])
     elif wanted is not None:
         wanted = named(wanted, known, split=config.only is not None, as_is=rule == AS_IS)
     if wanted is not None:
         if control in wanted:
             raise InputError(f"'{control}' is the control: real control cells are added without being asked for.")
         requests = []
-        for pool in _wanted_pools(new, data, config.cell_type):
+        for pool in _wanted_pools(new, run, config.cell_type):
             requests += [Request(pool, name, False, n) for name, n in wanted.items()]
             requests.append(Request(pool, control, True, len(pool)))
         return requests, columns
     if new is not None:
         raise InputError("--controls gives new controls; say what to predict with --only, --list or --template.")
-    return _test_split(data, control, config.cell_type), columns
+    return _test_split(_cells_of(run), control, config.cell_type), columns
 
 
-def _wanted_pools(new: Mapping[str, Pool] | None, data: Dataset, cell_types: Names) -> list[Pool]:
+def _cells_of(run: Known) -> Dataset:
+    assert run.data is not None, "without new controls the cache is read"
+    return run.data
+
+
+def _wanted_pools(new: Mapping[str, Pool] | None, run: Known, cell_types: Names) -> list[Pool]:
     """The controls of the cell types that are asked for; without one, of every cell type of `new` controls."""
     if new is None or cell_types is not None:
-        pools = new or cached_pools(data)
+        pools = new or cached_pools(_cells_of(run))
         return [pool_of(pools, name) for name in _each(cell_types)] or [pool_of(pools, None)]
     if len(new) > 1:
         logger.info(f"Predicting in each cell type of --controls: {shown(new)}. Choose one with --cell-type.")

@@ -75,11 +75,13 @@ def read_cache(run: RunFacts, *, n_sets: int, device: torch.device, scratch: Pat
     notes: dict[str, str] = {}
     try:
         cache = _open(run.folder, run.cache)
+        if run.checkpoint is not None:
+            cache = cache.as_of(run.checkpoint.state["cache_sha256"])
     except InputError as error:
         return CacheFacts({}, None, (), None, None, dict.fromkeys(("table", "pairs", "map"), str(error)))
     data, pairs, cells = None, None, None
     try:
-        data = _read_data(run, cache.path, scratch)
+        data = _read_data(run, cache, scratch)
         pairs = _predict(run, data, n_sets, device)
     except Error as error:
         notes["table" if data is None else "pairs"] = notes["pairs"] = str(error)
@@ -100,11 +102,11 @@ def _open(run: Path, cache: str) -> Cache:
         raise InputError(f"The run's cache cannot be opened: {error}") from error
 
 
-def _read_data(run: RunFacts, cache: str, scratch: Path) -> Dataset:
+def _read_data(run: RunFacts, cache: Cache, scratch: Path) -> Dataset:
     config = run.config
     require_sources(config.perturbations)
     where = Path(config.scratch) if config.scratch else scratch
-    data = read_dataset(Path(cache), config, stored=stored_features(run.checkpoint), scratch=where)
+    data = read_dataset(cache, config, stored=stored_features(run.checkpoint), scratch=where)
     if not config.scratch:
         remove_scratch(where)  # mapped files stay readable
     return data

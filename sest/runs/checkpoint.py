@@ -2,7 +2,7 @@
 
     checkpoint-step-500/model.safetensors       the head alone
                         projection.safetensors  the PCA of the embeddings, for new cells (where there is one)
-                        features.safetensors    vectors of the genes, where these are the features
+                        features.safetensors    vectors of genes and from files, where these are the features
                         blend.safetensors       effects of the training pairs (best/, once training has ended)
                         optimizer.safetensors   AdamW's moments (not in best/)
                         state.json              step, configuration, genes, hashes; sha256 of every file, also its own
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
@@ -88,9 +87,9 @@ class Checkpoint:
         """Mean, basis and explained variance of the embeddings' PCA, or None."""
         return _read(self.folder / PROJECTION) if PROJECTION in self.state["files"] else None
 
-    def gene_loadings(self) -> np.ndarray | None:
-        """(G, W) float32 vectors of the run's genes, where these are its features."""
-        return _read(self.folder / FEATURES)["genes"].numpy() if FEATURES in self.state["files"] else None
+    def features(self) -> dict[str, Tensor]:
+        """Vectors of perturbations and genes that nothing else has; see `sest.runs.known.features_to_keep`."""
+        return _read(self.folder / FEATURES) if FEATURES in self.state["files"] else {}
 
     @property
     def has_head(self) -> bool:

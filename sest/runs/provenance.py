@@ -6,10 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sest.cache import Cache, open_cache
 from sest.cache.storage import is_url
 from sest.cells.split_file import read_splits
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
+from sest.data.features import Features
 from sest.data.vectors import GENES, ONE_HOT, source_files, sources_of
 from sest.errors import InputError
 from sest.options import read_toml
@@ -36,19 +38,20 @@ def files_of(run: Path) -> list[Path]:
     return files
 
 
-def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | None) -> tuple[TrainConfig, Path, str]:
+def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | None) -> tuple[TrainConfig, Cache, str]:
     """What a checkpoint was trained with, by its run folder.
 
     Args:
         cache, perturbations: where the cache and the features file are now, if not where the run says.
 
     Returns:
-        Its configuration, the cache (a path or URL) and the sources of its features. The
+        Its configuration, the cache as it was trained on (see `Cache.as_of`) and the sources of its features. The
         configuration of an imported checkpoint says one-hot whatever the source: of its features only those of the
         perturbations to predict are needed, not those of a whole cache.
 
     Raises:
-        InputError: a checkpoint without its run folder that is not told where they are, or nothing is there.
+        InputError, CacheError: a checkpoint without its run folder that is not told where they are, or nothing is
+            there that can be used.
     """
     run = checkpoint.folder.parent
     values: dict[str, Any] = dict(checkpoint.state["config"])
@@ -62,7 +65,7 @@ def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | No
         values["perturbations"] = perturbations
     source = values.get("perturbations", ONE_HOT)
     require_sources(source)
-    if GENES in sources_of(source) and checkpoint.gene_loadings() is None:
+    if GENES in sources_of(source) and "genes" not in checkpoint.features():
         raise InputError(f"{checkpoint.folder} keeps no vectors of genes. Pass --perturbations with a file.")
     cache = cache or provenance.get("cache")
     if cache is None:
@@ -71,7 +74,8 @@ def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | No
         raise InputError(f"The cache {cache} does not exist. Pass --cache with the one the run was trained on.")
     if checkpoint.state["cache_sha256"] is None:  # imported
         values["perturbations"] = ONE_HOT
-    return TrainConfig.from_values(values, str(run / CONFIG)), Path(cache), source
+    opened = open_cache(cache).as_of(checkpoint.state["cache_sha256"])
+    return TrainConfig.from_values(values, str(run / CONFIG)), opened, source
 
 
 def require_sources(source: str) -> None:
@@ -92,19 +96,30 @@ def check_data(checkpoint: Checkpoint, data: Dataset) -> None:
         raise InputError(f"{cache} is not the cache {checkpoint.folder} was trained on. Pass --cache with that one.")
     if data.cache.dim != sizes.dim:
         raise InputError(f"{cache} has embeddings of width {data.cache.dim}; the checkpoint takes {sizes.dim}.")
-    if state["features"]["sha256"] is not None:
-        check_width(features.source, features.width, checkpoint)
-    if state["features"]["sha256"] not in (None, features.sha256):
-        raise InputError(
-            f"{features.source} has other features than the checkpoint was trained with. "
-            "Pass --perturbations with the file it was trained with."
-        )
+    check_features(checkpoint, features)
     genes = data.targets.genes
     if len(genes) != sizes.n_genes:
         raise InputError(f"{cache} has {len(genes)} genes; the checkpoint predicts {sizes.n_genes}.")
     if state["genes"] and list(genes) != state["genes"]:
         first = next(f"{b} instead of {a}" for a, b in zip(state["genes"], genes, strict=True) if a != b)
         raise InputError(f"{cache} has other genes, or in another order, than the checkpoint predicts: {first}.")
+
+
+def check_features(checkpoint: Checkpoint, features: Features) -> None:
+    """Refuse features of the run's perturbations that are not those it was trained with.
+
+    Raises:
+        InputError: another width, or other vectors.
+    """
+    known = checkpoint.state["features"]["sha256"]
+    if known is None:  # imported
+        return
+    check_width(features.source, features.width, checkpoint)
+    if features.sha256 != known:
+        raise InputError(
+            f"{features.source} has other features than the checkpoint was trained with. "
+            "Pass --perturbations with the file it was trained with."
+        )
 
 
 def check_width(source: str, width: int, checkpoint: Checkpoint) -> None:

@@ -103,10 +103,10 @@ def stored_features(checkpoint: Checkpoint | None) -> StoredFeatures | None:
     """What a checkpoint keeps of its features; None without one."""
     if checkpoint is None:
         return None
-    made, loadings = checkpoint.state["features"], checkpoint.gene_loadings()
+    made, loadings = checkpoint.state["features"], checkpoint.features().get("genes")
     names, columns = (tuple(made[key]) if made.get(key) else None for key in ("names", "columns"))
     genes = {name: i for i, name in enumerate(checkpoint.state["genes"])}
-    return StoredFeatures(names, columns, None if loadings is None else Source(GENES, genes, loadings))
+    return StoredFeatures(names, columns, None if loadings is None else Source(GENES, genes, loadings.numpy()))
 
 
 def config_of(run: Path, options: dict[str, Any], resume: str | None, where: str) -> TrainConfig:

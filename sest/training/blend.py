@@ -56,8 +56,8 @@ def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
     check_data(checkpoint, data)
     if not saw_the_same_split(checkpoint, data):
         raise InputError(
-            f"{checkpoint.folder} does not say which cells of {cache} it was trained on, so none are known to be new "
-            "to it: there is nothing to fit a blend on."
+            f"{checkpoint.folder} does not say which cells of {cache.path} it was trained on, so none are known to be "
+            "new to it: there is nothing to fit a blend on."
         )
     held = held_out(data, train_config, VAL, train_config.val_sets)
     nothing = np.array([c.context for c in split_ceilings(data, VAL, train_config.seed) if c.verdict], int)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sest.config import RESUMABLE, TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import Features
-from sest.data.vectors import GENES, ONE_HOT
+from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, brief
 from sest.head.model import HeadSizes
 from sest.runs.checkpoint import Checkpoint, sizes_to_values
@@ -54,12 +54,6 @@ def projection_to_keep(data: Dataset) -> dict[str, Tensor] | None:
     """The PCA of the embeddings, for new cells, where there is one."""
     projection = data.cache.projection
     return {name: torch.from_numpy(values) for name, values in projection.items()} if projection else None
-
-
-def features_to_keep(data: Dataset) -> dict[str, Tensor] | None:
-    """Vectors of the genes, where these are the features: they cannot be had again from a file."""
-    genes = data.features.vectors.of(GENES)
-    return None if genes is None else {"genes": torch.from_numpy(genes.matrix)}
 
 
 def _means(data: Dataset) -> dict[str, Any]:

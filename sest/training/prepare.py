@@ -21,7 +21,7 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import StoredFeatures, equal_vectors
+from sest.data.features import equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetSampler
 from sest.data.targets import refuse_mixed_scales
@@ -66,7 +66,7 @@ def prepare(
     """
     precision = choose_precision(config.precision, device, training=True)
     _check(config, device, precision)
-    data = read_in_turn(cache, config, stored_features(start), scratch, team)
+    data = read_in_turn(cache, config, start, scratch, team)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
     model = (_new_model(sizes, config.seed, data) if start is None else start.model()).to(device).train()
@@ -141,11 +141,15 @@ def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
             logger.info(hint)
 
 
-def read_in_turn(cache: Path, config: TrainConfig, stored: StoredFeatures | None, scratch: Path, team: Team) -> Dataset:
-    """Read the data; of several processes the first goes ahead, as it may write the files that the others map."""
+def read_in_turn(cache: Path, config: TrainConfig, start: Checkpoint | None, scratch: Path, team: Team) -> Dataset:
+    """Read the data; of several processes the first goes ahead, as it may write the files that the others map.
+
+    `start` is the checkpoint to go on from, whose cells do not include what was added to its cache since.
+    """
+    stored, then = stored_features(start), start.state["cache_sha256"] if start is not None else None
 
     def read() -> Dataset:
-        opened, target_sum = open_cache(os.fspath(cache)), config.target_sum
+        opened, target_sum = open_cache(os.fspath(cache)).as_of(then), config.target_sum
         if isinstance(target_sum, float):  # known before the values are read
             refuse_mixed_scales(opened, target_sum, config.mixed_scales)
         data = read_dataset(opened, config, stored=stored, scratch=scratch)

@@ -41,9 +41,10 @@ from sest.runs.checkpoint import (
     step_folder,
 )
 from sest.runs.curves import best_of
+from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS
 from sest.training.blend import blend_of
-from sest.training.identity import features_to_keep, projection_to_keep
+from sest.training.identity import projection_to_keep
 from sest.training.limit import Limit
 from sest.training.validate import Validator
 from sest.training.window import Window
@@ -94,6 +95,7 @@ class Trainer:
         self._features = torch.from_numpy(self.data.features.matrix).to(self.device)  # (perturbations, P)
         self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
+        self._cells = cells_to_keep(self.data)
         self._kept_at = -1  # step of the newest checkpoint-step-N
         self._average = WeightAverage(self.model, self.optimizer, self.config.ema) if self.config.ema else None
 
@@ -287,6 +289,7 @@ class Trainer:
                 "sizes": sizes_to_values(self.model.sizes),
                 "trainable_parameters": n_parameters(self.model),
                 "genes": list(self.data.targets.genes),
+                CELLS: self._cells,
                 **self.identity,
             },
             self.model.state_dict(),

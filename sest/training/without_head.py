@@ -20,9 +20,10 @@ from sest.machine.devices import choose_device
 from sest.machine.team import ALONE
 from sest.runs.checkpoint import BEST, save_checkpoint, sizes_to_values
 from sest.runs.curves import METRICS as SCORES
+from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS, append_metrics, find_start, opened_run
 from sest.training.blend import blend_of
-from sest.training.identity import features_to_keep, identity_of, projection_to_keep
+from sest.training.identity import identity_of, projection_to_keep
 from sest.training.prepare import head_sizes, read_in_turn, say_what_is_not_learned
 from sest.training.trainer import RunState
 from sest.training.validate import Validator
@@ -72,6 +73,7 @@ def fit_without_head(
                 "sizes": sizes_to_values(head_sizes(data, config)),
                 "trainable_parameters": 0,
                 "genes": list(data.targets.genes),
+                CELLS: cells_to_keep(data),
                 **identity,
             },
             None,

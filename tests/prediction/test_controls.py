@@ -26,6 +26,7 @@ from sest.errors import InputError
 from sest.prediction.controls import Pool, cached_pool, cached_pools, new_pools, pool_of
 from sest.prediction.predict import predict
 from sest.runs.checkpoint import open_checkpoint
+from sest.runs.known import known_with_cells, known_without_cells
 from sest.runs.run_folder import read_run_config
 from sest.training.train import train
 
@@ -35,7 +36,14 @@ def controls_of(run: Path, **options: Any) -> tuple[dict[str, Pool], dict[str, P
     values, provenance = read_run_config(run)
     data = read_dataset(Path(provenance["cache"]), TrainConfig.from_values(values, "run"))
     checkpoint = open_checkpoint(run / "best")
-    return cached_pools(data), new_pools(PredictConfig(**options), checkpoint, data)
+    known = known_with_cells(checkpoint, data, TrainConfig.from_values(values, "run"), values["perturbations"])
+    alone = known_without_cells(checkpoint, None)
+    assert alone is not None
+    pools, same = (new_pools(PredictConfig(**options), checkpoint, one) for one in (known, alone))
+    for name, pool in pools.items():
+        assert np.array_equal(pool.embeddings, same[name].embeddings)
+        assert not (pool.expression != same[name].expression).nnz
+    return cached_pools(data), pools
 
 
 def assert_same_cells(stored: dict[str, Pool], new: dict[str, Pool]) -> None:

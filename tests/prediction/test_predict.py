@@ -27,12 +27,15 @@ from helpers.notes import Notes
 from sest.baselines.effects import BASELINES
 from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
-from sest.config import EmbedConfig, EvaluateConfig, PredictConfig
+from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.embedding.embed import embed
+from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
 from sest.prediction.predict import predict, predict_cells
 from sest.progress import Silent, reporting
+from sest.report.write import write_report
 from sest.runs.checkpoint import load_model, open_checkpoint, save_checkpoint
+from sest.runs.run_folder import read_run_config
 from sest.training.train import train
 
 
@@ -180,6 +183,51 @@ def test_a_checkpoint_without_its_run_is_told_where_files_lie(
     best = shutil.copytree(demo.run / "best", tmp_path / "best")  # has a blend, and with it what baselines learn from
     predict(best, tmp_path / "of_best.h5ad", PredictConfig(**given, only=names[0], cell_type="beta"))
     assert set(ad.read_h5ad(tmp_path / "of_best.h5ad").uns["sest"]["baselines"]) == set(BASELINES[1:])
+
+
+def test_a_checkpoint_alone_predicts_from_new_controls_what_it_predicts_beside_its_cache(
+    demo: Demo, predicted: Predict, names: list[str], held_out: dict[str, list[str]], tmp_path: Path
+) -> None:
+    alone = shutil.copytree(demo.run / "best", tmp_path / "head")
+    for options in ({"only": (names[0], held_out["test"][0])}, {"all_perturbations": True, "cell_type": "beta"}):
+        asked = {**options, "controls": str(demo.cells), "n_cells": 20}
+        one, other = predicted(alone, **asked), predicted(cache=str(demo.cache), **asked)
+        assert one.obs.equals(other.obs) and list(one.var_names) == list(other.var_names)
+        np.testing.assert_array_equal(one.X.toarray(), other.X.toarray())
+        kept, read = one.uns["sest"], other.uns["sest"]
+        assert kept["blend"] == read["blend"] and kept["target_sum"] == read["target_sum"]
+        for name, values in read["baselines"].items():
+            np.testing.assert_array_equal(kept["baselines"][name], values)
+    last = shutil.copytree(demo.run / "last", tmp_path / "other" / "last")
+    notes = Notes()
+    with reporting(notes):
+        predict(last, tmp_path / "last.h5ad", PredictConfig(controls=str(demo.cells), only=names[0]))
+    assert any("no baselines are stored" in note for note in notes.notes)
+    with pytest.raises(InputError, match=r"--blend stack has nothing to go by\. Pass --cache, or --blend head"):
+        predict(last, tmp_path / "o.h5ad", PredictConfig(controls=str(demo.cells), only=names[0], blend="stack"))
+
+
+def test_files_that_joined_the_cache_since_change_nothing_of_a_run(
+    demo: Demo, predicted: Predict, whole: ad.AnnData, tmp_path: Path
+) -> None:
+    cache, run = (shutil.copytree(source, tmp_path / source.name) for source in (demo.cache, demo.run))
+    more = Path(shutil.copy(demo.cells, tmp_path / "more.h5ad"))
+    embed([more], cache, EmbedConfig(encoder="pca"), add=True)
+    assert list(open_cache(cache).groups) == ["cells", "more"]
+    again = predicted(run, cache=str(cache))
+    np.testing.assert_array_equal(again.X.toarray(), whole.X.toarray())
+    assert again.obs.equals(whole.obs)
+    values, before = read_run_config(run)[0], open_checkpoint(run / "last")
+    steps = before.state["step"] + 2
+    config = TrainConfig.from_values({**values, "max_steps": steps}, "config.toml")
+    train(cache, run, config, resume="auto")
+    train(demo.cache, tmp_path / "same", config, resume=str(demo.run / "last"))
+    for folder in (run, tmp_path / "same"):
+        assert open_checkpoint(folder / "last").state["cache_sha256"] == before.state["cache_sha256"]
+    one, other = (load_file(folder / "last" / "model.safetensors") for folder in (run, tmp_path / "same"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    facts = write_report(run, cache=str(cache))
+    assert "is not the cache" not in facts.path.read_text()
 
 
 def test_another_cache_than_the_runs_is_refused(demo: Demo, refusal: Callable[..., str], tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from sest.evaluation.evaluate import evaluate
 from sest.prediction.controls import cached_pools
 from sest.prediction.predict import predict
 from sest.prediction.requests import Request, join_tables, make_requests, named, obs_of, read_wanted
+from sest.runs.checkpoint import Checkpoint
+from sest.runs.known import Known, known_with_cells
 from sest.training.train import train
 
 
@@ -179,12 +181,19 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
 
 
+def known(data: Dataset) -> Known:
+    """As of a run on these cells."""
+    assert data.split_file is not None
+    state = {"cache_sha256": data.cache.sha256, "splits_sha256": data.split_file.sha256}
+    return known_with_cells(Checkpoint(Path("run/best"), state), data, small_config(), "onehot")
+
+
 def summary(requests: list[Request]) -> list[tuple[str, str, bool, int, int]]:
     return [(r.pool.cell_type, r.perturbation, r.is_control, r.n_cells, len(r.pool)) for r in requests]
 
 
 def test_the_test_split_is_asked_for_context_by_context_with_all_its_controls(tiny_data: Dataset) -> None:
-    requests, columns = make_requests(PredictConfig(), None, tiny_data, None)
+    requests, columns = make_requests(PredictConfig(), None, known(tiny_data), None)
     assert summary(requests) == [
         ("x", "P", False, 8, 7),
         ("x", "ctrl", True, 7, 7),
@@ -196,10 +205,12 @@ def test_the_test_split_is_asked_for_context_by_context_with_all_its_controls(ti
 
 
 def test_a_list_is_asked_for_in_its_order_from_the_controls_of_one_cell_type(tiny_data: Dataset) -> None:
-    requests, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5, "A": 300}, tiny_data, None)
+    requests, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5, "A": 300}, known(tiny_data), None)
     assert summary(requests) == [("y", "S", False, 5, 7), ("y", "A", False, 300, 7), ("y", "ctrl", True, 7, 7)]
     new = cached_pools(tiny_data)["x"]
-    requests, _ = make_requests(PredictConfig(), {"S": 5}, tiny_data, {"x": new})  # new controls replace the cache's
+    requests, _ = make_requests(
+        PredictConfig(), {"S": 5}, known(tiny_data), {"x": new}
+    )  # new controls replace the cache's
     assert all(request.pool is new for request in requests)
 
 
@@ -207,14 +218,14 @@ def test_all_perturbations_of_the_run_in_several_cell_types_at_once(tiny_data: D
     names = list(tiny_data.labels.perturbations[1:])
     asked = PredictConfig(all_perturbations=True, cell_type=("y", "x", "y"), n_cells=3)
     assert read_wanted(None, asked) is None
-    requests, _ = make_requests(asked, None, tiny_data, None)
+    requests, _ = make_requests(asked, None, known(tiny_data), None)
     assert [(r.pool.cell_type, r.perturbation, r.n_cells) for r in requests if not r.is_control] == [
         (cell_type, name, 3) for cell_type in ("y", "x") for name in names
     ]
-    test, _ = make_requests(PredictConfig(cell_type=("x",)), None, tiny_data, None)
+    test, _ = make_requests(PredictConfig(cell_type=("x",)), None, known(tiny_data), None)
     assert {r.pool.cell_type for r in test} == {"x"}
     with pytest.raises(InputError, match="No test cells of cell type 'z'"):
-        make_requests(PredictConfig(cell_type=("x", "z")), None, tiny_data, None)
+        make_requests(PredictConfig(cell_type=("x", "z")), None, known(tiny_data), None)
     with pytest.raises(InputError, match="Pass one of"):
         read_wanted(None, PredictConfig(all_perturbations=True, only="P"))
     with pytest.raises(InputError, match="not both"):
@@ -251,10 +262,10 @@ def test_a_template_without_controls_is_told_what_works(
 
 
 def test_new_controls_of_several_cell_types_start_the_predictions_of_each(tiny_data: Dataset) -> None:
-    requests, _ = make_requests(PredictConfig(), {"S": 5}, tiny_data, cached_pools(tiny_data))
+    requests, _ = make_requests(PredictConfig(), {"S": 5}, known(tiny_data), cached_pools(tiny_data))
     assert summary(requests)[:2] == [("x", "S", False, 5, 7), ("x", "ctrl", True, 7, 7)]
     assert [r.pool.cell_type for r in requests] == ["x", "x", "y", "y"]
-    one, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5}, tiny_data, cached_pools(tiny_data))
+    one, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5}, known(tiny_data), cached_pools(tiny_data))
     assert [r.pool.cell_type for r in one] == ["y", "y"]
 
 
