@@ -32,6 +32,38 @@ GROUPS = {
     "Speed and memory": "batch_size precision device",
 }
 
+CacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        "-o",
+        help=f"{CACHE}: a folder (OUT.zarr) or a URL that fsspec knows (s3://...), new or to continue; default: "
+        "none, with --to-h5ad",
+    ),
+]
+Copy = Annotated[
+    Path | None,
+    typer.Option(
+        help="also write a copy of INPUT with the embeddings in obsm; without --cache as `state emb transform`: "
+        "CLS + 10 dataset columns in float32, and no cache is kept; default: none",
+    ),
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        help="a cache, run or checkpoint: embed as its cells were, with the same encoder and projection, so that "
+        "its heads can predict and go on learning (train --init-from); default: none"
+    ),
+]
+DataRoots = Annotated[
+    list[Path],
+    typer.Option(help="folder a .toml's paths may lead to, may be repeated; default: its own and the working folder"),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(help="number of this process, from 0, of several that write one cache; default: torchrun's, or 0"),
+]
+
 
 @options(EmbedConfig, GROUPS)
 def embed(
@@ -42,23 +74,9 @@ def embed(
             help="files of cells (.h5ad, .h5mu, .zarr), folders of them, URLs, or one cell-load style .toml",
         ),
     ],
-    encoder: Annotated[str, opt(EmbedConfig, "encoder")],
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            "--cache",
-            "-o",
-            help=f"{CACHE}: a folder (OUT.zarr) or a URL that fsspec knows (s3://...), new or to continue; default: "
-            "none, with --to-h5ad",
-        ),
-    ] = None,
-    to_h5ad: Annotated[
-        Path | None,
-        typer.Option(
-            help="also write a copy of INPUT with the embeddings in obsm; without --cache as `state emb transform`: "
-            "CLS + 10 dataset columns in float32, and no cache is kept; default: none",
-        ),
-    ] = None,
+    encoder: Annotated[str | None, opt(EmbedConfig, "encoder")] = None,
+    cache: CacheOption = None,
+    to_h5ad: Copy = None,
     obsm_key: Annotated[
         str, typer.Option(help=f"obsm entry for --to-h5ad [default: {STATE_KEY}]", show_default=False)
     ] = STATE_KEY,
@@ -66,16 +84,9 @@ def embed(
         bool,
         typer.Option("--add", help="add files to a cache; those it has are left as they are [default: off]"),
     ] = False,
-    data_root: Annotated[
-        list[Path],
-        typer.Option(
-            help="folder a .toml's paths may lead to, may be repeated; default: its own and the working folder"
-        ),
-    ] = [],  # noqa: B006 - Typer copies it
-    rank: Annotated[
-        int | None,
-        typer.Option(help="number of this process, from 0, of several that write one cache; default: torchrun's, or 0"),
-    ] = None,
+    like: Like = None,
+    data_root: DataRoots = [],  # noqa: B006 - Typer copies it
+    rank: Rank = None,
     world_size: Annotated[
         int | None, typer.Option(help="number of processes that write one cache; default: torchrun's, or 1")
     ] = None,
@@ -87,11 +98,12 @@ def embed(
 
     Running the same command again continues where it stopped.
     """
-    config = EmbedConfig.from_values({"encoder": encoder, **options}, "the command line")
+    config = EmbedConfig.from_values({"encoder": encoder or "", **options}, "the command line")
     config = dataclasses.replace(config, device=device_of_rank(config.device, os.environ))
     ranks = ranks_of(rank, world_size, os.environ)
     if cache is None and to_h5ad is None:
         raise InputError("Nowhere to write. Pass --cache OUT.zarr, or --to-h5ad OUT.h5ad.")
+    from sest.api import made_by
     from sest.embedding.embed import embed as run  # imports torch
     from sest.embedding.write_obsm import check_key, write_obsm
 
@@ -102,9 +114,19 @@ def embed(
         check_key(inputs[0], obsm_key)
         if not is_kept:
             folder = str(to_h5ad.with_name(f".{to_h5ad.name}.sest.zarr"))  # so that a stopped run can be continued
-            config = _whole(config)
+            config = config if like is not None else _whole(config)
     with ConsoleProgress(f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""):
-        plan = run(inputs, folder, config, data_roots=data_root, ranks=ranks, add=add, targets=is_kept, dry_run=dry_run)
+        plan = run(
+            inputs,
+            folder,
+            config,
+            data_roots=data_root,
+            ranks=ranks,
+            add=add,
+            like=made_by(like) if like is not None else None,
+            targets=is_kept,
+            dry_run=dry_run,
+        )
         if to_h5ad is not None and not dry_run:
             from sest.cache import open_cache
 

@@ -31,7 +31,7 @@ GROUPS = {
     "mixed_scales match_controls control_targets",
     "How long, how fast it learns": "max_steps lr schedule warmup ema weight_decay clip batch_size set_size accumulate "
     "loss",
-    "The head": "head hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
+    "The head": "head init_from freeze hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
     "Validation and stopping": "val_every val_sets monitor early_stopping patience max_bad_steps",
     "What is kept and shown": "checkpoint_every log_every tensorboard wandb",
     "Speed and memory": "precision compile device gradients num_workers data_device scratch",

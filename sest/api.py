@@ -18,12 +18,15 @@ import anndata
 import pandas as pd
 
 from sest.cache import Cache, open_cache
+from sest.cache.schema import ROOT
+from sest.cache.storage import is_url
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.files.in_memory import file_of
 from sest.notebook import shown_in_notebooks
 from sest.outputs import check_output
 
 if TYPE_CHECKING:
+    from sest.encoder.made import Made
     from sest.evaluation.results import Evaluation
     from sest.head.model import StateTransition
 
@@ -36,9 +39,10 @@ def embed(
     inputs: Cells | Sequence[PathLike],
     cache: PathLike,
     *,
-    encoder: PathLike = "pca",
+    encoder: PathLike | None = None,
     dim: int | str | None = None,
     add: bool = False,
+    like: PathLike | Cache | None = None,
     **options: Any,
 ) -> Cache:
     """Embed every cell of the inputs once, into `cache`; the same call again continues where it stopped.
@@ -48,10 +52,11 @@ def embed(
             is "cells").
         cache: the folder to write, or a URL that fsspec knows.
         encoder: an SE folder, a weights file, a Hugging Face repo id; or without weights "pca", "genes", or
-            "obsm:KEY" for embeddings that the files have.
+            "obsm:KEY" for embeddings that the files have; None: pca, or that of `like`.
         dim: stored width; "native", "state", or None: 512 (genes: 2000), or the native width where
             that is smaller.
         add: files that a finished cache does not have yet are added to it.
+        like: a cache, run or checkpoint: embed as its cells were, with the same encoder and projection.
         **options: further fields of `sest.config.EmbedConfig`.
 
     Raises:
@@ -61,14 +66,34 @@ def embed(
     from sest.embedding.embed import embed as run
     from sest.encoder.choose import obsm_key
 
+    if encoder is None:
+        encoder = "pca" if like is None else ""
     config = EmbedConfig.from_values({"encoder": os.fspath(encoder), "dim": dim, **options}, WHERE)
+    made = None if like is None else made_by(like.storage.url if isinstance(like, Cache) else like)
     several = [inputs] if isinstance(inputs, str | os.PathLike | anndata.AnnData) else inputs
     with shown_in_notebooks(), ExitStack() as stack:
         files = [
             stack.enter_context(file_of(cells, "cells", config.layer, obsm_key(config.encoder))) for cells in several
         ]
-        run(files, os.fspath(cache), config, add=add)
+        run(files, os.fspath(cache), config, add=add, like=made)
     return open_cache(os.fspath(cache))
+
+
+def made_by(path: PathLike) -> Made:
+    """How the embeddings of a cache, or of what a run or checkpoint was trained on, were made.
+
+    Raises:
+        sest.Error: there is none of these.
+    """
+    from sest.embedding.plan import made_of_cache
+    from sest.prediction.controls import made_of
+    from sest.runs.checkpoint import find_checkpoint, sound_checkpoint
+
+    where = os.fspath(path)
+    if is_url(where) or (Path(where) / ROOT).is_file():
+        cache = open_cache(where)
+        return made_of_cache(cache.attributes, cache.storage)
+    return made_of(sound_checkpoint(find_checkpoint(Path(where))))
 
 
 def train(cache: PathLike | Cache, run: PathLike, *, resume: bool | PathLike = False, **options: Any) -> Run:

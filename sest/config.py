@@ -61,7 +61,7 @@ class EmbedConfig(Config):
     encoder: str = option(
         "",
         f"{ENCODER}: SE folder, file of weights, Hugging Face repo id, or without weights: 'pca', 'genes' (log1p of "
-        "the most variable), 'obsm:KEY' (embeddings the files have)",
+        "the most variable), 'obsm:KEY' (embeddings the files have); default: that of --like",
     )
     weights: str | None = option(
         None, "which of several files of weights in the encoder's folder, by file name; default: the only one"
@@ -155,6 +155,16 @@ class TrainConfig(Config):
         "context", "a set's controls: same file and cell type, or also the same batch", choices=("context", "batch")
     )
     control_targets: bool = option(False, "also learn control cells from control cells")
+    init_from: str | None = option(
+        None,
+        "checkpoint or run whose head goes on with these cells, which must be embedded as its were (embed --like); "
+        "genes and perturbations are found by name; default: a fresh head",
+    )
+    freeze: str | tuple[str, ...] | None = option(
+        None,
+        "part of that head that keeps its weights: pert_encoder, basal_encoder, transformer_backbone or project_out; "
+        "may be given several times; default: all parts train",
+    )
     head: str = option("st", "State Transition, or none: the stack of baselines alone", choices=("st", "none"))
     hidden: int = option(672, "hidden width of the head", least=1)
     n_layers: int = option(4, "transformer layers", least=1)

@@ -34,11 +34,13 @@ from sest.embedding.plan import (
     group_plan,
     measure_fidelity,
     plan_addition,
+    plan_alike,
     plan_cache,
     stored_projection,
 )
 from sest.embedding.rows import Piece, RowEncoder
 from sest.encoder.choose import check_encoder
+from sest.encoder.made import Made, alike
 from sest.encoder.projection import Projection, fit_pca
 from sest.errors import InputError
 from sest.files.cell_file import CellFile
@@ -61,6 +63,7 @@ def embed(
     data_roots: Sequence[Path] = (),
     ranks: Ranks = SINGLE,
     add: bool = False,
+    like: Made | None = None,
     targets: bool = True,
     dry_run: bool = False,
 ) -> EmbedPlan:
@@ -73,6 +76,7 @@ def embed(
         data_roots: folders that a .toml's paths may lead to, beside its own and the working folder.
         ranks: which of several processes with the same inputs and configuration this is.
         add: files that the cache does not have yet are added to it.
+        like: make embeddings that mean the same as others: the same encoder and the same projection.
         targets: store the expression values too, which training needs.
         dry_run: read and check everything, write nothing.
 
@@ -80,11 +84,15 @@ def embed(
         InputError, CacheError: bad input; nothing was written, or everything finished before is kept.
         Interrupted: after SIGINT or SIGTERM; finished rows are saved.
     """
-    if config.missing_genes != "error" and not add:
+    if config.missing_genes != "error" and not (add or like):
         raise InputError(
             "Files that are embedded together use the genes that all of them have. --missing-genes is for files that "
-            "join a cache with --add; leave it out."
+            "join a cache with --add, or are embedded --like another; leave it out."
         )
+    if like is not None:
+        if add:
+            raise InputError("Files that join a cache with --add are embedded as it was. Leave --like out.")
+        config = alike(config, like)
     sources, splits = resolve_inputs(inputs, data_roots)
     storage = storage_at(cache)
     refuse_foreign(storage)  # all that can be refused before the inputs are read, which can take an hour
@@ -97,6 +105,8 @@ def embed(
         cells = open_cells(sources, config, stack)
         if add and existing is not None:
             plan = plan_addition(cells, config, existing, storage)
+        elif like is not None:
+            plan = plan_alike(cells, config, like)
         else:
             plan = plan_cache(cells, splits, config)
         plan.attributes["targets"] = targets
@@ -182,12 +192,12 @@ class _Work:
         """The PCA of the cache: fitted by the first process on what all have encoded; None where there is none."""
         plan, writer = self._plan, self._writer
         stored = stored_projection(writer.storage) if writer.has_projection() else None
-        if plan.projected and plan.encoder.fitted is None:
+        if plan.projected and plan.encoder.fitted is None and plan.given is None:
             self._encode_sample(needed=stored is None)
         if not plan.projected or stored is not None:
             return stored
         if self._ranks.rank == 0:
-            fitted = plan.encoder.fitted or fit_pca(self._sampled, plan.dim)
+            fitted = plan.given or plan.encoder.fitted or fit_pca(self._sampled, plan.dim)
             writer.write_projection(fitted.arrays(), {"sha256": fitted.sha256, **plan.encoder.projection_attributes()})
         else:
             self._wait(writer.has_projection, "rank 0 to fit the PCA")

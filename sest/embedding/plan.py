@@ -5,8 +5,10 @@ Shapes: B cells, D native width, E stored width.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,8 @@ from sest.config import EmbedConfig, TrainConfig
 from sest.encoder.align import hash_names, name_genes_as
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import FITTED, make_encoder
-from sest.encoder.genes import TARGET_SUM, GenesEncoder
+from sest.encoder.genes import TARGET_SUM
+from sest.encoder.made import Made
 from sest.encoder.pca import PCA
 from sest.encoder.projection import Projection
 from sest.errors import InputError
@@ -46,6 +49,7 @@ class EmbedPlan:
     sample: list[np.ndarray]  # per file: sorted rows of the PCA's sample
     selected: list[np.ndarray]  # per file: sorted rows to embed
     attributes: dict[str, Any]  # of the cache's root
+    given: Projection | None = None  # that of another cache, which is not fitted again
     complete: bool = False  # whether the cache is
 
     @property
@@ -98,26 +102,75 @@ def plan_addition(
     Args:
         existing: the cache's attributes.
     """
+    return _planned(cells, config, made_of_cache(existing, storage), existing["projection_sample_sha256"])
+
+
+def plan_alike(cells: list[Cells], config: EmbedConfig, made: Made) -> EmbedPlan:
+    """As `plan_cache`, for a new cache whose embeddings mean the same as others that were `made`.
+
+    `config` is as `sest.encoder.made.alike` gives it. What the projection was fitted on is not known of a checkpoint,
+    so the cache has the projection's own hash there.
+    """
+    plan = _planned(cells, config, made, made.fitted.sha256 if made.fitted is not None else None)
+    made.require(plan.encoder.sha256, config.encoder)
+    return plan
+
+
+def _planned(cells: list[Cells], config: EmbedConfig, made: Made, sample_sha256: str | None) -> EmbedPlan:
     _compare_scales(cells, config)
-    stored = None
-    if existing.get("projection") in FITTED:
-        if f"{schema.PROJECTION}/{schema.ROOT}" not in storage.sizes():
-            raise InputError(f"{storage} is unfinished. Run the command that began it before adding files.")
-        stored = stored_projection(storage)
-    if config.encoder in FITTED and stored is not None:
-        encoder: CellEncoder = _fitted_of_cache(cells, stored, storage, existing["encoder_sha256"], config)
+    if config.encoder in FITTED and made.fitted is not None:
+        what = "PCA" if config.encoder == PCA else "embedding"
+        names = name_genes_as(
+            cells,
+            made.genes,
+            f"the {what} of {made.whose}",
+            config.gene_col,
+            advice=" Make a cache of all files together instead.",
+            missing_genes=config.missing_genes,
+        )
+        of_config = dataclasses.replace(made, name=config.encoder)
+        encoder: CellEncoder = of_config.fitted_encoder(names, config.missing_genes)
     else:
         encoder = make_encoder(config, cells)
     attributes = {
         **_attributes(cells, encoder, config),
-        "dim": _number(config.dim) or existing["dim"],
-        "projection": "state" if config.dim == "state" else existing["projection"],
-        "projection_sample_sha256": existing["projection_sample_sha256"],
+        "dim": _number(config.dim) or made.dim,
+        "projection": "state" if config.dim == "state" else made.projection,
+        "projection_sample_sha256": sample_sha256,
     }
-    if stored is not None and encoder.projection == "pca":
-        logger.info("The new cells are projected with the PCA of the cache, which they had no part in.")
+    if made.fitted is not None and encoder.projection == "pca":
+        logger.info(f"The new cells are projected with the PCA of {made.whose}, which they had no part in.")
     selected = _selected(cells, config.cells)
-    return EmbedPlan(cells, encoder, existing["dim"], stored is not None, _no_sample(cells), selected, attributes)
+    is_projected = made.fitted is not None
+    return EmbedPlan(cells, encoder, made.dim, is_projected, _no_sample(cells), selected, attributes, given=made.fitted)
+
+
+def made_of_cache(attributes: Mapping[str, Any], storage: Storage) -> Made:
+    """How the embeddings of a cache were made.
+
+    Raises:
+        InputError: it was begun, and its projection is not fitted yet.
+    """
+    fitted, kept = None, dict[str, Any]()
+    if attributes.get("projection") in FITTED:
+        if f"{schema.PROJECTION}/{schema.ROOT}" not in storage.sizes():
+            raise InputError(f"{storage} is unfinished. Run the command that began it before adding files.")
+        group = open_group(storage, schema.PROJECTION)
+        fitted, kept = stored_projection(storage), dict(group.attrs)
+    return Made(
+        whose=str(storage),
+        name=attributes["encoder"],
+        sha256=attributes["encoder_sha256"],
+        native_dim=attributes["native_dim"],
+        dim=attributes["dim"],
+        dtype=attributes["dtype"],
+        seed=attributes["seed"],
+        max_tokens=attributes.get("max_tokens"),
+        projection=attributes["projection"],
+        fitted=fitted,
+        genes=tuple(map(str, kept.get("genes", ()))),
+        means=np.array(kept["means"]) if "means" in kept else None,
+    )
 
 
 def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:
@@ -138,28 +191,6 @@ def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:
             f"The files were normalised differently: {differing}. Give all of them as counts (often a --layer), or "
             "normalise them alike; --mixed-scales allow embeds them as they are."
         )
-
-
-def _fitted_of_cache(
-    cells: list[Cells], projection: Projection, storage: Storage, sha256: str, config: EmbedConfig
-) -> GenesEncoder:
-    """The pca or genes encoder that a cache was made with, whose hash is `sha256`: of all the genes it chose from."""
-    kept: dict[str, Any] = dict(open_group(storage, schema.PROJECTION).attrs)
-    genes = [str(name) for name in kept["genes"]]
-    names = name_genes_as(
-        cells,
-        genes,
-        f"the {'PCA' if config.encoder == PCA else 'embedding'} of {storage}",
-        config.gene_col,
-        advice=" Make a cache of all files together instead.",
-        missing_genes=config.missing_genes,
-    )
-    means = np.array(kept["means"]) if "means" in kept else None
-    encoder = FITTED[config.encoder].from_projection(genes, projection, names, means)
-    encoder.sha256 = sha256
-    if config.missing_genes != "error":
-        encoder.fill_missing(config.missing_genes)
-    return encoder
 
 
 def _attributes(cells: list[Cells], encoder: CellEncoder, config: EmbedConfig) -> dict[str, Any]:

@@ -141,8 +141,8 @@ class GenesEncoder:
         return hash_names(self.genes)
 
     def projection_attributes(self) -> dict[str, Any]:
-        assert self.means is not None
-        return {"genes": self.genes, "means": [float(mean) for mean in self.means]}
+        means = {} if self.means is None else {"means": [float(mean) for mean in self.means]}  # older caches have none
+        return {"genes": self.genes, **means}
 
     def input_identity(self, cells: Cells) -> dict[str, Any]:
         if self._fill is None or not (missing := int((self._columns_of(cells) < 0).sum())):

@@ -27,6 +27,7 @@ from sest.data.dataset import Dataset
 from sest.encoder.align import name_genes_as
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import FITTED, make_encoder, needs_weights, obsm_key
+from sest.encoder.made import Made
 from sest.encoder.obsm import ObsmEncoder
 from sest.encoder.pca import PCA
 from sest.encoder.projection import Projection
@@ -35,7 +36,7 @@ from sest.evaluation.means import context_name
 from sest.files.cell_file import CellFile
 from sest.files.remote import located
 from sest.runs.checkpoint import Checkpoint
-from sest.runs.known import Known, mean_of_controls
+from sest.runs.known import CELLS, Known, mean_of_controls
 from sest.se.hub import with_local_encoder
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,32 @@ def _check_encoder(config: PredictConfig, checkpoint: Checkpoint) -> None:
         )
 
 
+def made_of(checkpoint: Checkpoint) -> Made:
+    """How the embeddings were made that the checkpoint was trained on.
+
+    Raises:
+        InputError: it does not say: it was imported, or is of an earlier sest.
+    """
+    state, made = checkpoint.state, checkpoint.state["encoder"]
+    if made["sha256"] is None or "projection" not in made:
+        raise InputError(f"{checkpoint.folder} does not say how the cells that it was trained on were embedded.")
+    tensors = checkpoint.projection()
+    return Made(
+        whose=str(checkpoint.folder),
+        name=made["name"],
+        sha256=made["sha256"],
+        native_dim=made["native_dim"],
+        dim=checkpoint.sizes.dim,
+        dtype=state.get(CELLS, {}).get("dtype", EmbedConfig().dtype),
+        seed=made["seed"],
+        max_tokens=made.get("max_tokens"),
+        projection=made["projection"],
+        fitted=Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None,
+        genes=tuple(made["genes"] or ()),
+        means=np.array(made["gene_means"]) if "gene_means" in made else None,
+    )
+
+
 def _controls_file(config: PredictConfig) -> Path:
     return located(str(config.controls))
 
@@ -211,18 +238,18 @@ def new_pools(
         InputError: no such file or no controls in it, another encoder than the run's, genes of the run that the file
             lacks, or values of another kind (counts, log1p) than the run was trained on.
     """
-    state, made, path = checkpoint.state, checkpoint.state["encoder"], _controls_file(config)
     _check_encoder(config, checkpoint)
+    state, made, path = checkpoint.state, made_of(checkpoint), _controls_file(config)
     with CellFile(path, config.layer, config.modality) as file:
         columns = _columns(file, checkpoint, config)
         columns["labels"] = columns.pop("rule")
     embed_config = EmbedConfig(
-        encoder=str(config.encoder) if needs_weights(made["name"]) else made["name"],
+        encoder=str(config.encoder) if needs_weights(made.name) else made.name,
         layer=config.layer,
         modality=config.modality,
         device=config.device,
-        max_tokens=made.get("max_tokens"),
-        seed=made["seed"],
+        max_tokens=made.max_tokens,
+        seed=made.seed,
         gene_col=config.gene_col,
         missing_genes=config.missing_genes,
         **columns,
@@ -240,9 +267,7 @@ def new_pools(
         if config.format == VCC2026 and cells.scale != "counts":
             raise InputError(f"{path} holds {cells.scale}; --format {VCC2026} needs counts. Choose with --layer.")
         _compare_scales(cells, known.normalisation, config.mixed_scales)
-        tensors = checkpoint.projection()
-        projection = Projection(**{name: t.numpy() for name, t in tensors.items()}) if tensors else None
-        encoder = _encoder(cells, embed_config, made, projection, known.genes)
+        encoder = _encoder(cells, embed_config, made, known.genes)
         names = encoder.gene_names(cells)
         if config.missing_genes == "error":
             _need_genes(path, names, known.genes, "the run")
@@ -250,7 +275,7 @@ def new_pools(
         fill = None if config.missing_genes == "error" else np.zeros(len(known.genes), np.float32)
         if config.missing_genes == "mean":
             fill = mean_of_controls(checkpoint, known)
-        return _embed(cells, np.flatnonzero(is_control), encoder, projection, names, fill, known, extra)
+        return _embed(cells, np.flatnonzero(is_control), encoder, made.fitted, names, fill, known, extra)
 
 
 def _compare_scales(cells: Cells, own: Normalisation, mixed_scales: str) -> None:
@@ -266,36 +291,28 @@ def _compare_scales(cells: Cells, own: Normalisation, mixed_scales: str) -> None
     logger.warning(f"{text}; they are taken as they are, as asked.")
 
 
-def _encoder(
-    cells: Cells, config: EmbedConfig, made: Mapping[str, Any], projection: Projection | None, genes: Sequence[str]
-) -> CellEncoder:
-    """The encoder that the run was made with, `made` (state.json's "encoder"), ready for these cells.
+def _encoder(cells: Cells, config: EmbedConfig, made: Made, genes: Sequence[str]) -> CellEncoder:
+    """The encoder that the run's embeddings were `made` with, ready for these cells.
 
     `genes` of the run are found in the file by name; those of its PCA are among them, or are more.
     """
-    if made["name"] in FITTED:
-        assert projection is not None
-        known = list(dict.fromkeys((*made["genes"], *genes)))
-        whose = "the run's PCA" if made["name"] == PCA and len(known) == len(made["genes"]) else "the run"
+    if made.name in FITTED:
+        known = list(dict.fromkeys((*made.genes, *genes)))
+        whose = "the run's PCA" if made.name == PCA and len(known) == len(made.genes) else "the run"
         names = name_genes_as([cells], known, whose, config.gene_col, missing_genes=config.missing_genes)
-        means = np.array(made["gene_means"]) if "gene_means" in made else None
-        fitted = FITTED[made["name"]].from_projection(list(made["genes"]), projection, names, means)
-        if config.missing_genes != "error":
-            fitted.fill_missing(config.missing_genes)
-        return fitted
-    if key := obsm_key(made["name"]):
+        return made.fitted_encoder(names, config.missing_genes)
+    if key := obsm_key(made.name):
         names = name_genes_as([cells], genes, "the run", config.gene_col, missing_genes=config.missing_genes)
         encoder: CellEncoder = ObsmEncoder(key, [cells], names)
-        if encoder.native_dim != made["native_dim"]:
+        if encoder.native_dim != made.native_dim:
             raise InputError(
                 f"obsm {key!r} of {cells.file.path} is {encoder.native_dim} wide; the run's cells have "
-                f"{made['native_dim']}. Embed the new cells with the model that made theirs."
+                f"{made.native_dim}. Embed the new cells with the model that made theirs."
             )
         logger.info("That the model of the run's cells made these embeddings cannot be checked.")
         return encoder
     encoder = make_encoder(config, [cells])
-    if encoder.sha256 != made["sha256"]:
-        raise InputError(f"{config.encoder} is not the encoder the run was made with ({made['name']}).")
+    made.require(encoder.sha256, config.encoder)
     return encoder
 
 

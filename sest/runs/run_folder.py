@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 METRICS, CONFIG, SPLITS, SCRATCH = "metrics.jsonl", "config.toml", "splits.toml", "scratch"
 SEED = "seed-"  # and its number: a run of several that differ in nothing else
-PATHS = ("perturbations", "splits")  # where files lie is no part of a run's identity; their content is
+PATHS = ("perturbations", "splits", "init_from")  # where files lie is no part of a run's identity; their content is
 # RESUMABLE, but with others the steps are other ones
 SAME_STEPS = ("lr", "schedule", "warmup", "weight_decay", "clip", "precision")
 
@@ -200,8 +200,9 @@ def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | No
     try:
         remove_unfinished(run)
         paths = {"perturbations": resolved(config.perturbations)}
-        if config.splits is not None:
-            paths["splits"] = str(Path(config.splits).resolve())
+        for name in ("splits", "init_from"):
+            if (path := getattr(config, name)) is not None:
+                paths[name] = str(Path(path).resolve())
         provenance = {
             "cache": data.cache.storage.url,
             "sest_version": __version__,

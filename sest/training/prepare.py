@@ -31,8 +31,17 @@ from sest.head.loss import make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
 from sest.machine.team import Team
-from sest.runs.checkpoint import Checkpoint, tensors_to_optimizer
+from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint, tensors_to_optimizer
 from sest.runs.diagnose import GIVE_FEATURES
+from sest.runs.initial import (
+    features_to_start_with,
+    freeze,
+    frozen_parts,
+    refuse_other_cells,
+    sized_like,
+    started_from,
+    take_over,
+)
 from sest.runs.run_folder import stored_features
 from sest.runs.sinks import check_sinks
 from sest.training.identity import identity_of, refuse_other_run
@@ -66,10 +75,15 @@ def prepare(
     """
     precision = choose_precision(config.precision, device, training=True)
     _check(config, device, precision)
-    data = read_in_turn(cache, config, start, scratch, team)
+    source = _source(config, start)
+    config = sized_like(config, source or start) if config.init_from is not None else config
+    data = read_in_turn(cache, config, start, scratch, team, source)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
-    model = (_new_model(sizes, config.seed, data) if start is None else start.model()).to(device).train()
+    model = _new_model(sizes, config.seed, data) if start is None else start.model()
+    taken = take_over(source, model, data, config) if source is not None else None
+    freeze(model, config)
+    model = model.to(device).train()
     # float16 also where the head computes in bf16: 8 times as exact, and scaled so that it cannot overflow
     gram = torch.float16 if device.type == "cuda" and precision != "fp32" else torch.float32
     criterion, cast = make_loss(config.loss, gram), partial(autocast, device, precision)
@@ -99,7 +113,6 @@ def prepare(
             "metric, or hold out more perturbations."
         )
     ddp = team.ddp(model, config.gradients)
-    network = _compiled(ddp, device) if config.compile else ddp
     team.wait()  # all have read what is in the folder
     n_sets = config.batch_size // team.size * config.accumulate
     return Trainer(
@@ -109,7 +122,7 @@ def prepare(
         device=device,
         data=data,
         model=model,
-        network=network,
+        network=_compiled(ddp, device) if config.compile else ddp,
         ddp=ddp,
         optimizer=optimizer,
         scaler=scaler,
@@ -120,7 +133,15 @@ def prepare(
         limit=measure_limit(model, n_sets, config.set_size, DTYPES[precision]),
         identity=identity,
         state=RunState() if start is None else _state_of(start),
+        origin=started_from(start, taken),
     )
+
+
+def _source(config: TrainConfig, start: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint whose head a new run takes on."""
+    if config.init_from is None or start is not None:
+        return None
+    return sound_checkpoint(find_checkpoint(Path(config.init_from)))
 
 
 def _state_of(start: Checkpoint) -> RunState:
@@ -135,18 +156,32 @@ def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
     """Refuse what this machine cannot do; say what it could do better."""
     if config.gradients == "bf16" and device.type == "cpu":
         raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
+    frozen_parts(config)
     check_sinks(config)
     for hint in (faster_precision(precision, device), slow_pages(device)):
         if hint:
             logger.info(hint)
 
 
-def read_in_turn(cache: Path, config: TrainConfig, start: Checkpoint | None, scratch: Path, team: Team) -> Dataset:
+def read_in_turn(
+    cache: Path,
+    config: TrainConfig,
+    start: Checkpoint | None,
+    scratch: Path,
+    team: Team,
+    source: Checkpoint | None = None,
+) -> Dataset:
     """Read the data; of several processes the first goes ahead, as it may write the files that the others map.
 
-    `start` is the checkpoint to go on from, whose cells do not include what was added to its cache since.
+    Args:
+        start: the checkpoint to go on from, whose cells do not include what was added to its cache since.
+        source: the checkpoint whose head a new run takes on.
+
+    Raises:
+        InputError, CacheError: bad input, or cells that mean something else than those of `source`.
     """
-    stored, then = stored_features(start), start.state["cache_sha256"] if start is not None else None
+    stored = stored_features(start) or features_to_start_with(source)
+    then = start.state["cache_sha256"] if start is not None else None
 
     def read() -> Dataset:
         opened, target_sum = open_cache(os.fspath(cache)).as_of(then), config.target_sum
@@ -155,6 +190,8 @@ def read_in_turn(cache: Path, config: TrainConfig, start: Checkpoint | None, scr
         data = read_dataset(opened, config, stored=stored, scratch=scratch)
         if not isinstance(target_sum, float):
             refuse_mixed_scales(opened, data.targets.target_sum, config.mixed_scales)
+        if source is not None:
+            refuse_other_cells(source, data)
         return data
 
     if team.leads:

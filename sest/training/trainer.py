@@ -86,6 +86,7 @@ class Trainer:
     limit: Limit
     identity: dict[str, Any]
     state: RunState
+    origin: dict[str, Any] = field(default_factory=dict)  # for state.json: what the head was taken over from
     window: Window = field(init=False)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     blend: Blend | None = None  # once training has ended
@@ -290,6 +291,7 @@ class Trainer:
                 "trainable_parameters": n_parameters(self.model),
                 "genes": list(self.data.targets.genes),
                 CELLS: self._cells,
+                **self.origin,
                 **self.identity,
             },
             self.model.state_dict(),

@@ -48,6 +48,10 @@ def fit_without_head(
     """
     if resume is not None:
         raise InputError("A run without a head (--head none) is done at once: there is nothing to resume.")
+    if config.init_from is not None or config.freeze is not None:
+        raise InputError(
+            "A run without a head (--head none) has none to go on with: leave --init-from and --freeze out."
+        )
     find_start(run, None, config)
     device = choose_device(config.device)
     data = read_in_turn(cache, config, None, scratch, ALONE)

@@ -48,7 +48,7 @@ def test_new_files_are_embedded_with_the_caches_projection_and_old_ones_stay(
     notes = Notes()
     with reporting(notes):
         assert embed([files["b"]], cache, config, add=True).complete
-    assert "The new cells are projected with the PCA of the cache, which they had no part in." in notes.notes
+    assert f"The new cells are projected with the PCA of {cache}, which they had no part in." in notes.notes
     after = hashes(cache)
     besides = (schema.ROOT, schema.JOURNAL, schema.COMPLETE)
     assert all(after[name] == sha256 for name, sha256 in before.items() if name not in besides)

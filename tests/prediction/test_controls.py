@@ -100,7 +100,7 @@ def test_new_cells_that_do_not_fit_the_run_are_refused(
     with_se = {"run": se_run / "run", "controls": str(se_run / "screen.h5ad"), **asked}
     assert "Pass --encoder with its folder" in refusal(**with_se)
     write_se(tmp_path / "other", [str(g) for g in real.var_names], seed=1)
-    assert "is not the encoder the run was made with" in refusal(**with_se, encoder=str(tmp_path / "other"))
+    assert "is not the encoder that" in refusal(**with_se, encoder=str(tmp_path / "other"))
     few = tmp_path / "few.h5ad"
     real[:, 7:].write_h5ad(few)
     assert "lacks 7 of the 300 genes of the run's PCA: GENE0001" in refusal(controls=str(few), **asked)
