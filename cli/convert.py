@@ -9,26 +9,63 @@ import typer
 
 from sest.cli import console
 from sest.cli.options import Force, options
-from sest.config import EmbedConfig
+from sest.cli.progress import ConsoleProgress
+from sest.config import EmbedConfig, TrainConfig
+from sest.errors import InputError
+from sest.options import CHECKPOINT, TARGET_SUM
+
+USUAL = float(TrainConfig().target_sum)
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="UPSTREAM.ckpt", help="checkpoint of `state tx train`")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="UPSTREAM", help="run folder of `state tx train`, as on the hub, or its .ckpt"),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder to write, new or empty")],
+    target_sum: Annotated[
+        float, typer.Option(help=f"{TARGET_SUM}; upstream's files do not say it", show_default=True)
+    ] = USUAL,
     force: Force = False,
 ) -> None:
-    """Import a checkpoint of upstream's `state tx train`.
+    """Import a head of upstream's `state tx train`.
 
-    It becomes a checkpoint folder that predicts the same. The file is read without running anything in it.
+    It becomes a checkpoint folder that predicts the same, and from which training can start (train --init-from).
+    Nothing in the files is run.
     """
     from sest.compat.import_upstream import import_checkpoint
 
-    state = import_checkpoint(source, out, force=force)
+    with ConsoleProgress():
+        state = import_checkpoint(source, out, target_sum=target_sum, force=force)
     sizes = state["sizes"]
     console.say(
         f"{out}: step {state['step']:,}, {state['trainable_parameters']:,} parameters; embeddings {sizes['dim']}, "
         f"features {sizes['n_features']}, {sizes['n_genes']:,} genes."
     )
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="output: the folder to write")],
+    to: Annotated[str, typer.Option(help="program that is to read it: state (arc-state)", show_default=True)] = "state",
+    checkpoint: Annotated[str | None, typer.Option(help=f"{CHECKPOINT}; default: best")] = None,
+    force: Force = False,
+) -> None:
+    """Write a head as a run folder of upstream's `state tx`.
+
+    Its classes load it and predict the same. The baselines beside the head stay behind.
+    """
+    if to != "state":
+        raise InputError(f"--to is {to!r}; it takes: state.")
+    from sest.compat.export_upstream import export_run
+
+    done = export_run(run, out, checkpoint=checkpoint, force=force)
+    console.say(
+        f"{out}: the head of {done.checkpoint} (step {done.step:,}) for `state tx infer --model-dir {out} --embed-key "
+        f"{done.embed_key}`, with the vectors of {done.n_perturbations:,} perturbations."
+    )
+    if done.has_blend:
+        console.say("Its blend with the baselines is not in it: upstream predicts by the head alone.")
 
 
 @options(EmbedConfig, {"Options": "weights"})

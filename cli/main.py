@@ -13,13 +13,14 @@ import typer
 from sest import __version__
 from sest.cli import console
 from sest.cli.blend import blend
-from sest.cli.convert import convert, import_
+from sest.cli.convert import convert, export, import_
 from sest.cli.demo import demo
 from sest.cli.embed import embed
 from sest.cli.evaluate import evaluate
 from sest.cli.info import info
 from sest.cli.options import Command
 from sest.cli.predict import predict
+from sest.cli.push import push
 from sest.cli.report import report
 from sest.cli.simulate import simulate
 from sest.cli.train import train
@@ -44,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, train, blend, predict, evaluate, report, info, convert, demo, simulate):
+for command in (embed, train, blend, predict, evaluate, report, info, convert, export, push, demo, simulate):
     app.command(cls=Command)(command)
 app.command("import", cls=Command)(import_)
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sest.api import Run, embed, evaluate, open_run, predict, train
+    from sest.api import Run, embed, evaluate, open_run, predict, push, train
     from sest.cache import Cache, open_cache
     from sest.errors import Error
     from sest.evaluation.results import Evaluation
@@ -35,6 +35,7 @@ __all__ = [
     "open_cache",
     "open_run",
     "predict",
+    "push",
     "simulate",
     "train",
 ]

@@ -88,9 +88,10 @@ def made_by(path: PathLike) -> Made:
     from sest.embedding.plan import made_of_cache
     from sest.prediction.controls import made_of
     from sest.runs.checkpoint import find_checkpoint, sound_checkpoint
+    from sest.runs.from_hub import repository_of
 
     where = os.fspath(path)
-    if is_url(where) or (Path(where) / ROOT).is_file():
+    if repository_of(where) is None and (is_url(where) or (Path(where) / ROOT).is_file()):
         cache = open_cache(where)
         return made_of_cache(cache.attributes, cache.storage)
     return made_of(sound_checkpoint(find_checkpoint(Path(where))))
@@ -252,6 +253,35 @@ def _predict(
             file = stack.enter_context(file_of(controls, "controls", config.layer, key))
             config = dataclasses.replace(config, controls=str(file))
         return predict_cells(folders, perturbations, config, out=out, force=force)
+
+
+def push(
+    run: PathLike | Run,
+    repository: str,
+    *,
+    checkpoint: str | None = None,
+    private: bool = True,
+    card: PathLike | None = None,
+) -> str:
+    """Push a head with a model card to the Hugging Face hub, where it is `hf://owner/name`.
+
+    Args:
+        run: a run folder, or one of its checkpoint folders.
+        repository: owner/name; made where it does not exist.
+        checkpoint: which of the run; None: best.
+        private: whether a repository that this makes is.
+        card: write the model card to this file and push nothing.
+
+    Returns:
+        the address, or `card`.
+
+    Raises:
+        sest.Error: no such checkpoint, or no right to write there.
+    """
+    from sest.report.card import push_head
+
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    return push_head(folder, repository, checkpoint=checkpoint, private=private, card=card)
 
 
 def evaluate(predicted: Cells, real: Cells, **options: Any) -> Evaluation:

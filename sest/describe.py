@@ -22,6 +22,7 @@ from sest.files.containers import SUFFIXES
 from sest.files.formats import is_zarr, of_folder
 from sest.files.remote import located
 from sest.runs.curves import read_lines
+from sest.runs.from_hub import fetched, repository_of
 
 if TYPE_CHECKING:
     from sest.cells.labels import DecidedLabels
@@ -46,7 +47,7 @@ def describe(
     """Return the facts about a path and the files found damaged (only with `verify`).
 
     Args:
-        path: a cache (also its URL), a run, a checkpoint, an encoder folder or a file of cells.
+        path: a cache (also its URL), a run, a checkpoint (also hf://owner/name), an encoder folder or a file of cells.
         verify: read every file of a cache or a checkpoint and compare its sha256.
         splits: of a cache: also count its cells as this TOML divides them ("splits", one entry a table row, and
             "split_notes").
@@ -55,7 +56,7 @@ def describe(
     Raises:
         InputError, CacheError: nothing there, nothing sest knows, or something that cannot be used.
     """
-    path = located(os.fspath(path))
+    path = located(os.fspath(fetched(Path(path)) if repository_of(path) else path))
     if not (path.exists() or is_url(path)):
         raise InputError(f"{path} does not exist.")
     if _is_cache(path):

@@ -61,6 +61,8 @@ FORM_ONLY = {
     "hf download": "downloads SE-600M",
     "sbatch": "needs SLURM; the script must be a block of the page",
     "tensorboard --logdir": "a server that runs until it is stopped",
+    "sest push competition": "needs a token; tests/runs/test_from_hub.py pushes to a server on this machine",
+    "sest predict hf://": "downloads; the same test predicts from there",
     "cell-eval2 run": "not among what tests install; tests/prediction/test_submission.py runs it where it is",
 }
 READY = {  # what is there before a page's first command, as made on the pages before it

@@ -13,7 +13,7 @@ from helpers.source_tree import ROOT, imported, modules, parsed, used
 # From the ground up: a room imports only rooms on the floors below its own.
 FLOORS = (
     ("errors",),
-    ("cache", "progress", "outputs", "options", "baselines"),
+    ("cache", "progress", "outputs", "options", "hub", "baselines"),
     ("config", "files", "head", "machine", "untrusted"),
     ("cells", "se", "notebook"),
     ("encoder", "data", "blend"),

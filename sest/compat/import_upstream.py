@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,25 @@ import torch
 
 from sest import __version__
 from sest.cache.disk import sha256_file
+from sest.config import TrainConfig
+from sest.data.features import Features, make_features
+from sest.data.vectors import Source, Vectors
+from sest.encoder.align import hash_names
+from sest.encoder.obsm import PREFIX
 from sest.errors import InputError, shown
 from sest.head.model import RMS_NORM_EPS, HeadSizes, StateTransition, n_parameters
 from sest.outputs import check_output
-from sest.runs.checkpoint import FILES, save_checkpoint, sizes_to_values
-from sest.untrusted.tensors import check_finite, refuse_impostor
+from sest.runs.checkpoint import FILES, save_checkpoint
+from sest.runs.known import CELLS
+from sest.untrusted.plain_yaml import read_yaml
+from sest.untrusted.tensors import check_finite, read_vectors, refuse_impostor
 from sest.untrusted.unpickle import read_checkpoint
 
+logger = logging.getLogger(__name__)
+
+TARGET_SUM = float(TrainConfig().target_sum)
+WEIGHTS, CONFIG, MAP, VAR_DIMS = "checkpoints/final.ckpt", "config.yaml", "pert_onehot_map.pt", "var_dims.pkl"
+"""In a run folder of upstream's."""
 FROZEN = "transformer_backbone.embed_tokens.weight"  # an all-zero table that upstream keeps and nobody reads
 LAYER = re.compile(r"transformer_backbone\.layers\.(\d{1,4})\.")
 EXPECTED = {  # what no tensor tells; upstream's value where a checkpoint is silent about a switch is the same
@@ -55,11 +68,53 @@ def load_transition(path: Path) -> TransitionCheckpoint:
     return TransitionCheckpoint(tensors, parameters, step if isinstance(step, int) else 0)
 
 
-def import_checkpoint(source: Path, out: Path, *, force: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class UpstreamRun:
+    """What a run folder of upstream's says beside its weights."""
+
+    names: tuple[str, ...]  # of perturbations
+    vectors: torch.Tensor  # (n, P) float32, of these
+    columns: dict[str, str | None]
+
+
+def read_run_folder(folder: Path) -> UpstreamRun | None:
+    """Read pert_onehot_map.pt and config.yaml, without running anything in them; None where there is no map.
+
+    Raises:
+        InputError: one of them is damaged, or holds something else.
+    """
+    if not (folder / MAP).is_file():
+        return None
+    names, vectors = read_vectors(folder / MAP)
+    data: Any = read_yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    for key in ("data", "kwargs"):
+        data = data.get(key) if isinstance(data, dict) else None
+    known = data if isinstance(data, dict) else {}
+    keys = {"perturbation": "pert_col", "cell_type": "cell_type_key", "batch": "batch_col", "control": "control_pert"}
+    columns = {name: known.get(key) for name, key in keys.items()}
+    return UpstreamRun(names, vectors, {n: v if isinstance(v, str) else None for n, v in columns.items()})
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that upstream's commands use of a run folder, or the only one in it."""
+    found = sorted(folder.glob("**/*.ckpt"))
+    if (folder / WEIGHTS) in found:
+        return folder / WEIGHTS
+    if len(found) != 1:
+        there = shown(file.relative_to(folder).as_posix() for file in found) if found else "none"
+        raise InputError(f"{folder} has no {WEIGHTS}, and of other .ckpt files: {there}. Name the one to import.")
+    return found[0]
+
+
+def import_checkpoint(
+    source: Path, out: Path, *, target_sum: float = TARGET_SUM, force: bool = False
+) -> dict[str, Any]:
     """Read an upstream checkpoint and write it as a checkpoint folder that predicts the same.
 
     Args:
-        source: a `.ckpt` of `state tx train`.
+        source: a `.ckpt` of `state tx train`, or its run folder (as on the Hugging Face hub), whose pert_onehot_map.pt
+            then has the features.
+        target_sum: what its targets were normalised to, which no file of upstream's says.
         out: the folder to write; new or empty, or with `force` an older checkpoint to replace.
 
     Returns:
@@ -69,6 +124,9 @@ def import_checkpoint(source: Path, out: Path, *, force: bool = False) -> dict[s
         InputError: not such a checkpoint, of another architecture, or `out` exists.
     """
     check_output(out, inputs=[source], force=force, made=FILES)
+    beside = source if source.is_dir() else source.parent.parent if source.parent.name == "checkpoints" else None
+    source = _checkpoint_in(source) if source.is_dir() else source
+    run = read_run_folder(beside) if beside is not None else None
     checkpoint = load_transition(source)
     sizes = _sizes(source, checkpoint)
     tensors = {name: t for name, t in checkpoint.tensors.items() if name != FROZEN}
@@ -77,36 +135,63 @@ def import_checkpoint(source: Path, out: Path, *, force: bool = False) -> dict[s
     _check_tensors(source, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     parameters = checkpoint.hyper_parameters
     genes, set_size = parameters.get("gene_names"), parameters.get("cell_set_len")
+    features = _features(source, run, sizes, str(parameters.get("control_pert"))) if run is not None else None
+    columns = dict.fromkeys(("perturbation", "cell_type", "batch", "control")) if run is None else run.columns
     state = {
         "sest_version": __version__,
         "step": checkpoint.step,
         "run": {"step": checkpoint.step, "best_step": None, "best_val_loss": None, "val_loss": None},
-        "sizes": sizes_to_values(sizes),
+        "sizes": sizes.to_values(),
         "trainable_parameters": n_parameters(model),
         "genes": list(map(str, genes)) if isinstance(genes, list) and len(genes) == sizes.n_genes else [],
         "config": {"set_size": set_size if isinstance(set_size, int) else 128, "dropout": sizes.dropout},
         "precision": "fp32",
         "cache_sha256": None,
         "splits_sha256": None,
-        "features": {"source": "upstream", "sha256": None, "width": sizes.n_features, "names": None},
-        "encoder": {
-            "name": str(parameters.get("embed_key") or "unknown"),
-            "sha256": None,
-            "licence": None,
-            "genes": None,
+        "features": {
+            "source": "upstream" if features is None else MAP,
+            "sha256": None if features is None else features.sha256,
+            "width": sizes.n_features,
+            "names": None,
         },
+        "encoder": _encoder(parameters.get("embed_key"), sizes.dim),
         "scale": None,
-        "target_sum": None,
-        "columns": {
-            "perturbation": None,
-            "cell_type": None,
-            "batch": None,
-            "control": parameters.get("control_pert"),
-        },
+        "target_sum": None if features is None else target_sum,
+        "columns": {**columns, "control": parameters.get("control_pert")},
         "imported": {"file": source.name, "sha256": sha256_file(source)},
     }
-    save_checkpoint(out.resolve(), state, tensors)
+    if features is not None:
+        logger.info(f"Targets of the run are taken to be log1p of counts normalised to {target_sum:g}: --target-sum.")
+        state[CELLS] = {
+            "perturbations": list(features.names),
+            "trained": list(features.names[1:]),
+            "missing": [],
+            "sources": [MAP],
+            "dtype": "float32",
+            "is_one_scale": True,
+            "normalisation": None,
+        }
+    kept = None if features is None else {"source-0": torch.from_numpy(features.matrix)}
+    save_checkpoint(out.resolve(), state, tensors, features=kept)
     return state
+
+
+def _features(source: Path, run: UpstreamRun, sizes: HeadSizes, control: str) -> Features:
+    """The perturbations of a run folder and their vectors; the control first, which has none where it is not there."""
+    vectors = Source(MAP, {name: row for row, name in enumerate(run.names)}, run.vectors.numpy())
+    if vectors.width != sizes.n_features:
+        raise InputError(f"{MAP} has vectors of width {vectors.width}; {source.name} takes {sizes.n_features}.")
+    names = (control, *(name for name in run.names if name != control))
+    return make_features(Vectors(MAP, (vectors,)), names, "zero", needed=frozenset())
+
+
+def _encoder(embed_key: Any, dim: int) -> dict[str, Any]:
+    """Where the embeddings are from: those that upstream reads from obsm, new cells must bring as well."""
+    if not isinstance(embed_key, str):
+        return {"name": "unknown", "sha256": None, "licence": None, "genes": None}
+    name = f"{PREFIX}{embed_key}"
+    made = {"max_tokens": None, "projection": "none", "seed": 0, "licence": None, "genes": None}
+    return {"name": name, "sha256": hash_names([name, str(dim)]), "native_dim": dim, **made}
 
 
 def _sizes(source: Path, checkpoint: TransitionCheckpoint) -> HeadSizes:

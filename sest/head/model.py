@@ -9,7 +9,7 @@ with State"; the sizes of the default configuration are in docs/design.md, The h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
@@ -36,6 +36,10 @@ class HeadSizes:
     n_encoder_layers: int = 4  # Linear layers of pert_encoder and basal_encoder
     n_decoder_layers: int = 4  # Linear layers of project_out
     dropout: float = 0.1  # in the MLPs; the transformer has none
+
+    def to_values(self) -> dict[str, int | float]:
+        """Plain values for state.json."""
+        return asdict(self)
 
     def __post_init__(self) -> None:
         if self.hidden % self.n_heads:

@@ -260,7 +260,7 @@ def new_pools(
         is_control = np.ones(cells.file.n_cells, bool) if config.all_controls else cells.is_control
         if not is_control.any():
             raise InputError(f"{path} has no control cells. Pass --pert-col and --control.")
-        if state["scale"] not in ("mixed", cells.scale):
+        if state["scale"] not in (None, "mixed", cells.scale):
             raise InputError(
                 f"{path} holds {cells.scale}; the run was trained on {state['scale']}. Choose with --layer."
             )

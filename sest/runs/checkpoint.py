@@ -13,7 +13,6 @@ bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from sest.cache.disk import NEW, OLD, folder_aside, sha256, sha256_file, write_f
 from sest.config import upgraded
 from sest.errors import InputError, shown
 from sest.head.model import HeadSizes, StateTransition
+from sest.runs.from_hub import fetched
 
 FORMAT_VERSION = 1
 FILES = MODEL, PROJECTION, FEATURES, BLEND, OPTIMIZER, STATE = (
@@ -153,7 +153,7 @@ def save_checkpoint(
     values, of_blend = to_stored(blend) if blend is not None else (None, None)
     with folder_aside(folder) as aside:
         files = {
-            name: to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())})
+            name: _bytes_of(tensors)
             for name, tensors in (
                 (MODEL, model),
                 (OPTIMIZER, optimizer),
@@ -177,7 +177,7 @@ def add_blend(folder: Path, blend: Blend) -> None:
     """
     state = json.loads((folder / STATE).read_text())
     values, tensors = to_stored(blend)
-    data = to_safetensors({key: _plain(t) for key, t in sorted(tensors.items())})
+    data = _bytes_of(tensors)
     with folder_aside(folder.with_name(_meant(folder.name))) as aside:
         for name in state["files"]:
             if name != BLEND:
@@ -200,8 +200,8 @@ def _share(source: Path, target: Path) -> None:
         write_flushed(target, source.read_bytes())
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
+    return to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
 
 
 def _state_sha256(content: Mapping[str, Any]) -> str:
@@ -215,6 +215,15 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     with folder_aside(folder) as aside:
         for name in (*json.loads((source / STATE).read_text())["files"], STATE):
             _share(source / name, aside / name)
+
+
+def without_optimizer(source: Checkpoint, folder: Path) -> None:
+    """Make `folder` the checkpoint `source`, but for what only a resumed training needs."""
+    files = {name: digest for name, digest in source.state["files"].items() if name != OPTIMIZER}
+    with folder_aside(folder) as aside:
+        for name in files:
+            _share(source.folder / name, aside / name)
+        _write_state(aside, {**source.state, "files": files})
 
 
 def remove_unfinished(run: Path) -> None:
@@ -315,11 +324,12 @@ def _present(run: Path, name: str) -> Path | None:
 
 
 def find_checkpoint(path: Path, which: str | None = None) -> Path:
-    """The checkpoint folder that a path means: itself, or of a run its best/ (or `which`), else last/.
+    """The checkpoint folder that a path means: itself, also of the hub, or of a run best/ (or `which`), else last/.
 
     Raises:
         InputError: there is none; the ones that exist are listed.
     """
+    path = fetched(path)
     if (path / STATE).exists() and which is None:
         return path
     for name in (which,) if which else (BEST, LAST):
@@ -374,26 +384,3 @@ def _is_sound(folder: Path) -> bool:
     except InputError:
         return False
     return True
-
-
-def optimizer_to_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's state as "<kind>/<parameter name>" tensors; names in the order of the parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        f"{kind}/{name}": value
-        for name, parameter in zip(names, parameters, strict=True)
-        for kind, value in optimizer.state[parameter].items()
-    }
-
-
-def tensors_to_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
-    """Put `optimizer_to_tensors` back, on each parameter's device."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, parameter in zip(names, parameters, strict=True):
-        state = {k.split("/", 1)[0]: v for k, v in tensors.items() if k.split("/", 1)[1] == name}
-        optimizer.state[parameter] = {kind: value.to(parameter.device).clone() for kind, value in state.items()}
-
-
-def sizes_to_values(sizes: HeadSizes) -> dict[str, Any]:
-    """Sizes as plain values for state.json."""
-    return dataclasses.asdict(sizes)

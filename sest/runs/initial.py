@@ -94,7 +94,7 @@ def refuse_other_cells(source: Checkpoint, data: Dataset) -> None:
             f"{data.cache.path} has embeddings of width {data.cache.dim}; {source.folder} takes {source.sizes.dim}. "
             f"{_embed_alike(source)}"
         )
-    if made["sha256"] is None:
+    if made["sha256"] is None or state["cache_sha256"] is None:
         logger.warning(f"That the cells of {data.cache.path} are embedded as {source.folder} needs cannot be checked.")
     else:
         other = [key for key in ("native_dim", "max_tokens", "projection") if made.get(key) != here.get(key)]

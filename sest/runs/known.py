@@ -45,7 +45,7 @@ class Known:
     columns: dict[str, Any]  # as the first file was read
     dim: int  # of an embedding
     dtype: np.dtype  # of a stored embedding
-    cache_sha256: str
+    cache_sha256: str  # "": imported
     perturbations: tuple[str, ...]  # (R,) the control first
     trained: tuple[str, ...] | None  # the perturbations of the training split; None: not known here
     features: Features
@@ -94,13 +94,13 @@ def known_without_cells(checkpoint: Checkpoint, perturbations: str | None) -> Kn
         config=TrainConfig.from_values(state["config"], str(checkpoint.folder)),
         genes=tuple(state["genes"]),
         target_sum=state["target_sum"],
-        scale=state["scale"],
+        scale=state["scale"] or "counts",  # of an imported one it is not known
         is_one_scale=kept["is_one_scale"],
         normalisation=_normalisation(kept, state["target_sum"]),
         columns=state["columns"],
         dim=checkpoint.sizes.dim,
         dtype=np.dtype(kept["dtype"]),
-        cache_sha256=state["cache_sha256"],
+        cache_sha256=state["cache_sha256"] or "",
         perturbations=names,
         trained=tuple(kept["trained"]),
         features=dataclasses.replace(features, missing=tuple(kept["missing"])),

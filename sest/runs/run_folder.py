@@ -31,6 +31,7 @@ from sest.runs.checkpoint import (
     resumable,
     sound_checkpoint,
 )
+from sest.runs.from_hub import repository_of
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | No
         remove_unfinished(run)
         paths = {"perturbations": resolved(config.perturbations)}
         for name in ("splits", "init_from"):
-            if (path := getattr(config, name)) is not None:
+            if (path := getattr(config, name)) is not None and repository_of(path) is None:
                 paths[name] = str(Path(path).resolve())
         provenance = {
             "cache": data.cache.storage.url,

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sest.cache.disk import file_aside
-from sest.errors import InputError, nearest, one_line, shown
+from sest.errors import InputError, nearest, shown
+from sest.untrusted.plain_yaml import parse_yaml, read_yaml
 from sest.untrusted.tensors import check_finite, read_safetensors, read_vectors, refuse_impostor, stack_vectors
 from sest.untrusted.unpickle import Checkpoint, damaged, read_checkpoint
 
@@ -57,7 +57,6 @@ _MODULES = {
 }
 _LAYER = {"qkv_proj": "3D D", "out_proj": "D D", "linear1": "H D", "linear2": "D H", "norm1": "D", "norm2": "D"}
 _HASH_BLOCK = 2**26
-_MAX_CONFIG_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -233,17 +232,8 @@ def _configs(read: Checkpoint) -> list[Any]:
     return [
         {"model": {"nhead": arguments.get("nhead")}},
         arguments.get("cfg"),
-        _yaml(text, "cfg_yaml of the checkpoint") if isinstance(text, str) else {},
+        parse_yaml(text, "cfg_yaml of the checkpoint") if isinstance(text, str) else {},
     ]
-
-
-def _yaml(text: str, name: str) -> Any:
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise InputError(f"{name} is larger than 1 MB, which no model configuration is.")
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{name} is not YAML ({one_line(error)}).") from error
 
 
 def _checked_settings(weights: Path, read: _Weights, config: Path | None) -> dict[str, int]:
@@ -259,8 +249,7 @@ def _settings(weights: Path, configs: list[Any], config: Path | None) -> dict[st
     """n_heads, pad_length and cls_count_gene from the checkpoint's `configs`, else from `config`."""
     found = _found(configs)
     if config is not None and len(found) < len(_SETTINGS):
-        with config.open(encoding="utf-8", errors="replace") as file:
-            found = _found([_yaml(file.read(_MAX_CONFIG_BYTES + 1), str(config))]) | found
+        found = _found([read_yaml(config)]) | found
     settings = {}
     for name, ((section, key), default, smallest) in _SETTINGS.items():
         value = found.get(name, default)

@@ -13,7 +13,7 @@ from sest.data.features import Features
 from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, brief
 from sest.head.model import HeadSizes
-from sest.runs.checkpoint import Checkpoint, sizes_to_values
+from sest.runs.checkpoint import Checkpoint
 from sest.runs.run_folder import PATHS
 
 NOT_COMPARED = ("precision", "features.source")  # kept in a checkpoint, but free to change when it is resumed
@@ -77,7 +77,7 @@ def refuse_other_run(start: Checkpoint, identity: dict[str, Any], sizes: HeadSiz
     Raises:
         InputError: something other than what `NOT_COMPARED` names differs.
     """
-    there, now = _flat(start.state), _flat({**identity, "sizes": sizes_to_values(sizes)})
+    there, now = _flat(start.state), _flat({**identity, "sizes": sizes.to_values()})
     different = [key for key in now if key not in NOT_COMPARED and there.get(key) != now[key]]
     if different:
         found = "; ".join(f"{key}: {brief(there.get(key))} there, {brief(now[key])} now" for key in different)

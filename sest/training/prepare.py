@@ -29,9 +29,10 @@ from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, shown
 from sest.head.loss import make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
+from sest.head.moments import tensors_to_optimizer
 from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
 from sest.machine.team import Team
-from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint, tensors_to_optimizer
+from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.diagnose import GIVE_FEATURES
 from sest.runs.initial import (
     features_to_start_with,

@@ -26,6 +26,7 @@ from sest.errors import InputError, TrainingFailed, one_line
 from sest.head.average import WeightAverage
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
+from sest.head.moments import optimizer_to_tensors
 from sest.machine.team import Team
 from sest.runs.checkpoint import (
     BEST,
@@ -34,10 +35,8 @@ from sest.runs.checkpoint import (
     copy_checkpoint,
     find_checkpoint,
     open_checkpoint,
-    optimizer_to_tensors,
     resumable,
     save_checkpoint,
-    sizes_to_values,
     step_folder,
 )
 from sest.runs.curves import best_of
@@ -287,7 +286,7 @@ class Trainer:
                 "step": self.state.step,
                 "run": {**vars(self.state), "skipped_steps": self.state.skipped_steps + self.window.n_bad()},
                 "scaler": self.scaler.state_dict(),
-                "sizes": sizes_to_values(self.model.sizes),
+                "sizes": self.model.sizes.to_values(),
                 "trainable_parameters": n_parameters(self.model),
                 "genes": list(self.data.targets.genes),
                 CELLS: self._cells,

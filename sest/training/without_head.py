@@ -18,7 +18,7 @@ from sest.errors import InputError
 from sest.head.loss import make_loss
 from sest.machine.devices import choose_device
 from sest.machine.team import ALONE
-from sest.runs.checkpoint import BEST, save_checkpoint, sizes_to_values
+from sest.runs.checkpoint import BEST, save_checkpoint
 from sest.runs.curves import METRICS as SCORES
 from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS, append_metrics, find_start, opened_run
@@ -74,7 +74,7 @@ def fit_without_head(
                 "step": 0,
                 "run": vars(state),
                 "scaler": {},
-                "sizes": sizes_to_values(head_sizes(data, config)),
+                "sizes": head_sizes(data, config).to_values(),
                 "trainable_parameters": 0,
                 "genes": list(data.targets.genes),
                 CELLS: cells_to_keep(data),

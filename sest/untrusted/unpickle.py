@@ -179,6 +179,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise InputError("a pickle that refers to other files is refused")
 
 
+def plain_pickle(content: dict[str, Any]) -> bytes:
+    """A pickle of containers, numbers and text, for programs that read nothing else; `read_plain_pickle` reads it."""
+    return pickle.dumps(content, protocol=4)
+
+
 def read_plain_pickle(path: Path) -> dict[Any, Any]:
     """Return the dictionary of lists of numbers in a plain pickle. Raises InputError if it is anything else."""
     try:

@@ -21,7 +21,9 @@ def test_every_command_has_help_in_the_readme_and_in_its_tests(sest: Callable[..
     readme = (ROOT / "README.md").read_text()
     tests = {p.name: p.read_text() for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_main.py"}
     overview = sest("--help").out
-    assert set(COMMANDS) == set("embed convert train blend predict evaluate report info demo simulate import".split())
+    assert set(COMMANDS) == set(
+        "embed convert train blend predict evaluate report info demo simulate import export push".split()
+    )
     for name, command in COMMANDS.items():
         assert command.help and len(command.help) > 30
         assert re.search(rf"^\W*{name}\s+\w", overview, re.MULTILINE), name

@@ -26,6 +26,7 @@ from sest.head.loss import energy_distance
 from sest.prediction.predict import predict
 from sest.progress import reporting
 from sest.runs.checkpoint import load_model, open_checkpoint
+from sest.runs.known import known_without_cells
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_what_upstream_keeps_besides_does_not_hinder(
     made = TransitionCheckpoint(read.tensors, more, 7)
     monkeypatch.setattr(import_upstream, "load_transition", lambda source: made)
     state = import_checkpoint(shared_reference / "st" / "st.ckpt", tmp_path / "out")
-    assert state["genes"] == genes and state["encoder"]["name"] == "X_state" and state["step"] == 7
+    assert state["genes"] == genes and state["encoder"]["name"] == "obsm:X_state" and state["step"] == 7
 
 
 @pytest.fixture
@@ -246,3 +247,40 @@ def test_a_cache_or_features_of_other_sizes_are_refused(
     with pytest.raises(InputError, match="embeddings of width 6; the checkpoint takes 20"):
         predict(imported, tmp_path / "out.h5ad", PredictConfig(**files, only="P", cell_type="x"))
     assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_a_run_folder_brings_its_perturbations_and_columns(
+    read: TransitionCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the heads on the hub lie there; 24 is the width of the reference's features."""
+    monkeypatch.setattr(import_upstream, "load_transition", lambda source: read)
+    folder, rng = tmp_path / "run", np.random.default_rng(0)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "final.ckpt").write_bytes(b"read by the fixture")
+    vectors = {name: torch.from_numpy(rng.random(24, np.float32)) for name in ("B", "A", "non-targeting")}
+    torch.save(vectors, folder / "pert_onehot_map.pt")
+    (folder / "config.yaml").write_text("data:\n  kwargs: {pert_col: gene, cell_type_key: kind, batch_col: 3}\n")
+    notes = Notes()
+    with reporting(notes):
+        state = import_checkpoint(folder, tmp_path / "out", target_sum=5000)
+    assert any("log1p of counts normalised to 5000" in note for note in notes.notes)
+    assert (state["target_sum"], state["cells"]["perturbations"]) == (5000, ["non-targeting", "B", "A"])
+    assert state["columns"] == {"perturbation": "gene", "cell_type": "kind", "batch": None, "control": "non-targeting"}
+    known = known_without_cells(open_checkpoint(tmp_path / "out"), None)
+    assert known is not None and known.features.width == 24
+    for name in ("A", "non-targeting"):
+        np.testing.assert_array_equal(known.features.vectors.find(name), vectors[name].numpy())
+    same = import_checkpoint(folder / "checkpoints" / "final.ckpt", tmp_path / "of_file")
+    assert same["cells"] == state["cells"]
+
+    torch.save({"A": torch.ones(3)}, folder / "pert_onehot_map.pt")
+    with pytest.raises(InputError, match=r"pert_onehot_map\.pt has vectors of width 3; final\.ckpt takes 24"):
+        import_checkpoint(folder, tmp_path / "x")
+    (folder / "pert_onehot_map.pt").write_bytes(b"no such thing")
+    with pytest.raises(InputError, match=r"pert_onehot_map\.pt"):
+        import_checkpoint(folder, tmp_path / "x")
+    (folder / "checkpoints" / "final.ckpt").rename(folder / "checkpoints" / "step=1.ckpt")
+    (folder / "checkpoints" / "step=2.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"Name the one to import"):
+        import_checkpoint(folder, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -32,14 +32,11 @@ from sest.runs.checkpoint import (
     latest_checkpoint,
     load_model,
     open_checkpoint,
-    optimizer_to_tensors,
     remove_unfinished,
     resumable,
     save_checkpoint,
-    sizes_to_values,
     sound_checkpoint,
     step_folder,
-    tensors_to_optimizer,
 )
 
 SIZES = HeadSizes(dim=3, n_features=2, n_genes=4, hidden=4, n_layers=1, n_heads=2, ffn=8, n_encoder_layers=1)
@@ -47,7 +44,7 @@ SIZES = HeadSizes(dim=3, n_features=2, n_genes=4, hidden=4, n_layers=1, n_heads=
 
 def saved(folder: Path, step: int = 5, *, with_optimizer: bool = True, seed: int = 0) -> Path:
     """A checkpoint of a head with 4 genes; its optimizer state is a made-up tensor."""
-    state = {"step": step, "sizes": sizes_to_values(SIZES), "run": {"step": step, "best_val_loss": 0.1 + 0.2}}
+    state = {"step": step, "sizes": SIZES.to_values(), "run": {"step": step, "best_val_loss": 0.1 + 0.2}}
     optimizer = {"exp_avg/w": torch.arange(3.0)} if with_optimizer else None
     projection = {"mean": torch.zeros(3), "basis": torch.eye(3)}
     save_checkpoint(folder, state, new_model(SIZES, seed).state_dict(), optimizer=optimizer, projection=projection)
@@ -92,7 +89,7 @@ def test_load_model_predicts_as_the_saved_head_did_from_a_checkpoint_or_a_run(tm
 
 def test_the_same_content_gives_the_same_bytes_in_whatever_order_it_is_given(tmp_path: Path) -> None:
     saved(tmp_path / "a")
-    state = {"run": {"best_val_loss": 0.1 + 0.2, "step": 5}, "sizes": sizes_to_values(SIZES), "step": 5}
+    state = {"run": {"best_val_loss": 0.1 + 0.2, "step": 5}, "sizes": SIZES.to_values(), "step": 5}
     model = dict(reversed(list(new_model(SIZES, 0).state_dict().items())))
     projection = {"basis": torch.eye(3), "mean": torch.zeros(3)}
     save_checkpoint(tmp_path / "b", state, model, optimizer={"exp_avg/w": torch.arange(3.0)}, projection=projection)
@@ -178,7 +175,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_their_sizes_are_an_error_of_one_line(tmp_path: Path) -> None:
-    state = {"step": 1, "sizes": {**sizes_to_values(SIZES), "n_genes": 5}}
+    state = {"step": 1, "sizes": {**SIZES.to_values(), "n_genes": 5}}
     save_checkpoint(tmp_path / LAST, state, new_model(SIZES, 0).state_dict())
     with pytest.raises(InputError, match=r"model.safetensors does not fit state.json") as error:
         load_model(tmp_path / LAST)
@@ -195,7 +192,7 @@ def test_a_checkpoint_without_moments_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_no_projection_is_none(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / LAST, {"step": 1, "sizes": sizes_to_values(SIZES)}, new_model(SIZES, 0).state_dict())
+    save_checkpoint(tmp_path / LAST, {"step": 1, "sizes": SIZES.to_values()}, new_model(SIZES, 0).state_dict())
     assert open_checkpoint(tmp_path / LAST).projection() is None
 
 
@@ -356,31 +353,11 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_the_ones_beside_it(tmp_p
     assert isinstance(sound_checkpoint(tmp_path / LAST), Checkpoint)
 
 
-def test_an_optimizer_comes_back_with_every_moment(tmp_path: Path) -> None:
-    def trained(model: torch.nn.Module) -> torch.optim.AdamW:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for p in model.parameters():
-            p.grad = torch.full_like(p, 0.1)
-        optimizer.step()
-        return optimizer
-
-    model = new_model(SIZES, 0)
-    names = [name for name, _ in model.named_parameters()]
-    optimizer = trained(model)
-    tensors = optimizer_to_tensors(optimizer, names)
-    assert {key.split("/")[0] for key in tensors} == {"step", "exp_avg", "exp_avg_sq"}
-    fresh = torch.optim.AdamW(model.parameters(), fused=True)
-    tensors_to_optimizer(tensors, fresh, names)
-    again = optimizer_to_tensors(fresh, names)
-    assert tensors.keys() == again.keys() and all(torch.equal(tensors[key], again[key]) for key in tensors)
-    assert all(a is not b for a, b in zip(tensors.values(), again.values(), strict=True))
-
-
 def test_shared_memory_between_tensors_is_no_obstacle(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = dict(new_model(SIZES, 0).state_dict())
     save_checkpoint(
         tmp_path / LAST,
-        {"step": 1, "sizes": sizes_to_values(SIZES)},
+        {"step": 1, "sizes": SIZES.to_values()},
         tensors,
         optimizer={"a": tensors["pert_encoder.0.weight"].t()},
     )

@@ -2,92 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.h5ad_files import counts, gene_names, write_cells
+from helpers.hub import COMMIT, NO_SERVER, Hub, hub_environment
 from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.config import EmbedConfig
 from sest.embedding.embed import embed
 from sest.errors import InputError
 from sest.se.hub import with_local_encoder
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NO_SERVER = "http://127.0.0.1:9"  # the port of "discard", on which nothing listens
-
-
-class Hub:
-    """A Hugging Face hub with the repositories lab/one, lab/several, lab/other (no weights) and lab/gated."""
-
-    def __init__(self, files: Path) -> None:
-        self.requests: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *arguments: object) -> None:
-                """Nothing on the terminal."""
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                hub.requests.append(f"{self.command} {self.path.partition('?')[0]}")
-                parts = self.path.partition("?")[0].strip("/").split("/")
-                is_api = parts[:2] == ["api", "models"]
-                repository = "/".join(parts[2:4] if is_api else parts[:2])
-                folder = files / repository
-                revision = parts[5] if is_api and len(parts) > 5 else COMMIT
-                if not folder.is_dir():
-                    self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-                elif repository == "lab/gated":
-                    self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-                elif revision not in (COMMIT, "main"):
-                    self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-                elif is_api and len(parts) > 4 and parts[4] == "tree":
-                    tree = [
-                        {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40}
-                        for f in sorted(folder.iterdir())
-                    ]
-                    self._answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
-                elif is_api:
-                    siblings = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-                    about = {"id": repository, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-                    self._answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
-                else:
-                    data = (folder / parts[-1]).read_bytes()
-                    tag = hashlib.sha256(data).hexdigest()
-                    self._answer(200, data, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
-
-            def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def fetched(self) -> set[str]:
-        """Files that were downloaded."""
-        return {line.rpartition("/")[2] for line in self.requests if line.startswith("GET /lab/")}
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +49,11 @@ def sest(tmp_path: Path, endpoint: str, *words: object, **environment: str) -> s
         [sys.executable, "-m", "sest", "embed", "a.h5ad", "--device", "cpu", "--cache", "s.zarr", "--encoder"]
         + [str(word) for word in words],
         cwd=tmp_path,
-        env=_environment(tmp_path, endpoint) | environment,
+        env=hub_environment(tmp_path, endpoint) | environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-
-
-def _environment(tmp_path: Path, endpoint: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return {**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -194,7 +119,7 @@ def test_what_the_hub_does_not_have_is_one_line_that_says_what_to_do(hub: Hub, t
         "lab/other": "lab/other has no .ckpt or .safetensors: it is no SE encoder. It has: README.md.",
     }
     done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, *expected], cwd=tmp_path, env=_environment(tmp_path, hub.url),
+        [sys.executable, "-c", IN_TURN, *expected], cwd=tmp_path, env=hub_environment(tmp_path, hub.url),
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
