@@ -13,8 +13,8 @@ from sest.cli.progress import ConsoleProgress
 from sest.config import VCC2026, PredictConfig
 
 GROUPS = {
-    "What to predict": "format template list only all_perturbations n_cells cell_type perturbations genes "
-    "with_controls",
+    "What to predict": "template list only all_perturbations n_cells cell_type perturbations genes",
+    "What is written": "format target_sum effects with_controls",
     "From which control cells": (
         "cache controls all_controls encoder layer modality mixed_scales gene_col missing_genes"
     ),

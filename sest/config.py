@@ -38,7 +38,7 @@ from sest.options import (
     plain,
 )
 
-VCC2026 = "vcc2026"  # the Virtual Cell Challenge of that year
+VCC2025, VCC2026 = "vcc2025", "vcc2026"  # the Virtual Cell Challenges of these years
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,9 +243,19 @@ class PredictConfig(Config):
     )
     format: str = option(
         "log1p",
-        f"what is written: log1p with real controls, or {VCC2026}: a submission to the challenge, whole counts of all "
-        "contexts of --controls",
-        choices=("log1p", VCC2026),
+        "what is written: log1p or whole counts, with real controls, or a submission to the challenge: "
+        f"{VCC2025} log1p with controls, {VCC2026} counts of all contexts of --controls without them",
+        choices=("log1p", "counts", VCC2025, VCC2026),
+    )
+    target_sum: float | str | None = option(
+        None,
+        f"{TARGET_SUM}: of what is written; median: that of its control cells; default: the run's, of {VCC2025} median",
+        choices=("median",),
+    )
+    effects: str | None = option(
+        None,
+        "table to write too, .csv or .parquet: of each perturbation and gene the mean change, fold change and, with "
+        "pdex, the Wilcoxon test of the predicted cells; default: none",
     )
     with_controls: str | None = option(
         None, f"folder for a copy of each context with its control cells, as cell-eval2 takes it; of {VCC2026}"

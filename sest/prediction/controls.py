@@ -111,6 +111,7 @@ def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
         obs["batch"].astype(str).to_numpy(str),
         files,
         context_name(data, int(np.bincount(data.labels.context[rows]).argmax())),
+        totals=data.targets.target_sum / data.targets.factor[rows] if (data.targets.factor[rows] > 0).all() else None,
     )
 
 

@@ -13,10 +13,20 @@ Shapes: n cells, G genes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import scipy.sparse
+
+from sest.errors import InputError
+from sest.prediction.cells import ROWS_AT_ONCE
+from sest.prediction.controls import Pool
+from sest.prediction.draws import COUNTS, random_of
+from sest.prediction.requests import Request
+
+# of what, from which control cells (n,), and how far the run's genes move (G,); None: these control cells themselves
+Effect = tuple[Request, np.ndarray, np.ndarray | None]
 
 LEAST, MOST = 1e-5, 1e6  # counts a cell, of the rates that are told apart
 MOST_FOLD = 100.0  # a larger fold change is of a gene that is hardly there
@@ -94,3 +104,62 @@ def counts_of(values: scipy.sparse.csr_matrix, factor: np.ndarray) -> scipy.spar
     """
     data = np.rint(np.expm1(values.data.astype(np.float64)) / np.repeat(factor, np.diff(values.indptr)))
     return scipy.sparse.csr_matrix((data.astype(np.float32), values.indices, values.indptr), shape=values.shape)
+
+
+class CountedControls:
+    """Control cells of a pool as counts of the output's genes (G,).
+
+    Args:
+        pool: with the totals of its cells.
+        places: where the output's genes stand among the pool's; None: all, in order.
+        target_sum: counts a cell that the pool's values are normalised to.
+    """
+
+    def __init__(self, pool: Pool, places: np.ndarray | None, target_sum: float) -> None:
+        assert pool.totals is not None
+        self._pool, self._places, self._factor = pool, places, target_sum / pool.totals
+        self._typical = float(np.median(self._factor))
+        parts = np.array_split(np.arange(len(pool)), -(-len(pool) // ROWS_AT_ONCE))
+        sums, stored, self.most = np.zeros(len(pool.moments[0]) if places is None else len(places)), 0, 0.0
+        for counts in map(self.counts, parts):
+            sums += np.asarray(counts.sum(0, dtype=np.float64)).ravel()
+            stored += counts.nnz
+            self.most = max(self.most, float(counts.sum(1).max()))  # counts of a cell
+        self._share, self.stored_a_cell = sums / max(sums.sum(), 1.0), stored / len(pool)
+
+    def counts(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
+        """(n, G) of the cells `rows`."""
+        values = self._pool.whole(rows, self._pool.expression[rows])
+        return counts_of(values if self._places is None else values[:, self._places], self._factor[rows])
+
+    def changed(self, rows: np.ndarray, effect: np.ndarray, rng: np.random.Generator) -> scipy.sparse.csr_matrix:
+        """(n, G) of the cells `rows` after an effect on the run's genes."""
+        fold = fold_changes(self._pool.moments[0], effect, self._typical)
+        if self._places is not None:
+            n_extra = 0 if self._pool.extra is None else self._pool.extra.shape[1]
+            fold = np.concatenate([fold, np.ones(n_extra)])[self._places]
+        return changed_counts(self.counts(rows), fold, self._share, rng)
+
+
+def counted(requests: Sequence[Request], places: np.ndarray | None, target_sum: float) -> dict[int, CountedControls]:
+    """The pools of the requests as counts, by their id.
+
+    Raises:
+        InputError: control cells without counts.
+    """
+    pools = {id(request.pool): request.pool for request in requests}
+    if without := [pool.cell_type for pool in pools.values() if pool.totals is None]:
+        raise InputError(f"The control cells of {without[0]} are log1p values, so there are no counts to write.")
+    return {key: CountedControls(pool, places, target_sum) for key, pool in pools.items()}
+
+
+def count_blocks(
+    effects: Iterable[Effect], controls: dict[int, CountedControls], seed: int
+) -> Iterator[tuple[Request, np.ndarray, scipy.sparse.csr_matrix]]:
+    """What is written, in blocks of cells: of what, from which control cells (n,), and the counts (n, G)."""
+    current, rng = None, np.random.default_rng(seed)
+    for request, rows, effect in effects:
+        if request is not current:
+            current, rng = request, random_of(request, seed, COUNTS)
+        of_pool = controls[id(request.pool)]
+        yield request, rows, of_pool.counts(rows) if effect is None else of_pool.changed(rows, effect, rng)

@@ -11,19 +11,23 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from sest import progress
+from sest.baselines.effects import Query
 from sest.cache import Cache
 from sest.cells.columns import Columns
-from sest.config import VCC2026, PredictConfig, TrainConfig
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P
+from sest.config import VCC2025, VCC2026, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.targets import remove_scratch
-from sest.errors import InputError, nearest, shown
+from sest.errors import InputError, shown
 from sest.files.write_h5ad import H5adWriter
 from sest.machine.devices import choose_device, choose_precision
 from sest.outputs import check_output
@@ -38,11 +42,22 @@ from sest.prediction.cells import (
     weights_for,
 )
 from sest.prediction.controls import new_pools, planned_pools
+from sest.prediction.counts import count_blocks, counted
 from sest.prediction.draws import control_rows
+from sest.prediction.effects import write_effects
 from sest.prediction.features import vectors_of
-from sest.prediction.record import baselines, is_source, pairs_of, provenance
-from sest.prediction.requests import Request, Wanted, asked_of, join_tables, make_requests, obs_of, read_wanted
-from sest.prediction.submission import all_controls, copies_of, refuse_options, write_submission
+from sest.prediction.record import COUNTS_RECORD, RECORD, baselines, is_source, pairs_of, provenance
+from sest.prediction.requests import (
+    Request,
+    Wanted,
+    asked_of,
+    join_tables,
+    make_requests,
+    obs_of,
+    read_genes,
+    read_wanted,
+)
+from sest.prediction.submission import all_controls, copies_of, refuse_options, refuse_too_many, write_submission
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.known import Known, known_with_cells, known_without_cells
 from sest.runs.provenance import check_data, files_of, find_data
@@ -97,46 +112,50 @@ def predict(
     inputs = [*given, config.perturbations, *(file for one in runs for file in files_of(one))]
     check_output(out, inputs=inputs, force=force)
     refuse_options(config)
+    if config.effects is not None:
+        check_output(config.effects, inputs=[*inputs, out], force=force)
     listed = read_wanted(wanted, config)
     checkpoints = [sound_checkpoint(find_checkpoint(one, config.checkpoint)) for one in runs]
     _refuse_unlike(checkpoints)
     checkpoint = checkpoints[0]
     planned = planned_pools(config, checkpoint)
     known = _known(checkpoint, config, out)
-    genes, places, extra = _genes(config, known.genes)
+    genes, places, extra = read_genes(config, known.genes)
     requests, columns = make_requests(config, listed, known, planned)
+    refuse_too_many(requests, config)
     copies = copies_of(requests, config) if config.format == VCC2026 else {}
     if config.with_controls and copies:
         check_output(config.with_controls, inputs=[*inputs, out], force=force, made={c.name for c in copies.values()})
-    asked = asked_of(requests)
-    names = sorted({request.perturbation for request in asked})
+    names = sorted({request.perturbation for request in asked_of(requests)})
     first = _member(checkpoint, names, config, known)
     members = [first, *(_member(other, names, config, _also_known(other, config, known)) for other in checkpoints[1:])]
     if planned is not None:  # all that can be refused was, before the embedding
         pools = new_pools(config, checkpoint, known, extra)
         requests = [dataclasses.replace(request, pool=pools[request.pool.cell_type]) for request in requests]
-    weights = [member.blend.weights if member.blend is not None else None for member in members]
-    query, blend = query_of(pairs_of(requests), first.vectors), first.blend
-    uns = {"sest": provenance(checkpoints, known, columns, config.missing_genes, weights)}
-    for sentence in blend.said(query) if blend is not None and config.blend == "auto" else ():
+    what = _What(requests, members, columns, genes, places, known, config)
+    for sentence in what.said() if config.blend == "auto" else ():
         logger.info(sentence)
     if config.format == VCC2026:
-        requests = requests if copies else asked_of(requests)
-        effects, scale = (
-            _blocks(requests, members, config.seed, all_controls, predicted_effects),
+        what = dataclasses.replace(what, requests=requests if copies else asked_of(requests))
+        write_submission(
+            out,
+            copies,
+            what.requests,
+            what.effects(all_controls),
+            genes,
+            places,
+            what.record(),
             known.target_sum,
+            config.seed,
         )
-        write_submission(out, copies, requests, effects, genes, places, uns["sest"], scale, config.seed)
     else:
-        fitted = blend.baselines if blend is not None else fitted_baselines(checkpoint, known)
-        if fitted is not None:
-            uns["sest"] |= baselines(fitted, requests, config.seed, query, places)
-        else:
-            logger.info("What the run was trained on is not known here, so no baselines are stored.")
-        _write(out, requests, members, columns, genes, places, uns, config.seed)
+        _write(out, what)
+    if config.effects is not None:
+        write_effects(Path(config.effects), out, columns, known.target_sum if config.format == "counts" else None)
+    asked = asked_of(requests)
     return Prediction(
         n_predicted=sum(request.n_cells for request in asked),
-        n_controls=sum(request.n_cells for request in requests if request.is_control),
+        n_controls=sum(request.n_cells for request in what.requests if request.is_control),
         n_genes=len(genes),
         n_perturbations=len(names),
         checkpoint=checkpoint.folder,
@@ -147,6 +166,92 @@ def predict(
 
 
 Blocks = Iterable[tuple[np.ndarray, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _What:
+    """Everything that decides what is written."""
+
+    requests: Sequence[Request]
+    members: Sequence[Member]
+    columns: Columns
+    genes: Sequence[str]  # of the output
+    places: np.ndarray | None  # where they stand among the pools'; None: all, in order
+    known: Known
+    config: PredictConfig
+
+    @cached_property
+    def query(self) -> Query:
+        """The pairs, each once."""
+        return query_of(pairs_of(self.requests), self.members[0].vectors)
+
+    def said(self) -> list[str]:
+        """What the parts of the prediction count, a sentence each."""
+        blend = self.members[0].blend
+        return blend.said(self.query) if blend is not None else []
+
+    @cached_property
+    def factor(self) -> float:
+        """What counts are multiplied by before log1p, beside the run's target sum: 1 unless another one is asked for.
+
+        Raises:
+            InputError: the median of control cells without counts, or values of a run of no known target sum.
+        """
+        asked = self.config.target_sum
+        if asked is None and self.config.format == VCC2025 and self.known.config.target_sum != "median":
+            asked = "median"
+        if asked is None:
+            return 1.0
+        own = self.known.normalisation.total
+        if own is None:
+            raise InputError("The run's log1p values are of no known target sum, so --target-sum cannot change it.")
+        if isinstance(asked, str):
+            totals = [pool.totals for pool in {id(r.pool): r.pool for r in self.requests}.values()]
+            if any(of_pool is None for of_pool in totals):
+                raise InputError("Control cells of log1p values have no counts, so --target-sum must be a number.")
+            asked = float(np.median(np.concatenate([of_pool for of_pool in totals if of_pool is not None])))
+            logger.info(f"Values are of counts normalised to {asked:,.0f}, the median of the control cells.")
+        return asked / own
+
+    def record(self) -> dict[str, Any]:
+        """Provenance and, at the run's own scale, the baselines."""
+        checkpoints, weights = (
+            [m.checkpoint for m in self.members],
+            [m.blend.weights if m.blend else None for m in self.members],
+        )
+        record = provenance(checkpoints, self.known, self.columns, self.config.missing_genes, weights)
+        if self.config.format in ("counts", VCC2026):
+            return record
+        if self.factor != 1:
+            logger.info("Baselines are of the run's own target sum: none are stored beside values of another one.")
+            return record | {"scale": "counts", "target_sum": self.factor * float(self.known.normalisation.total or 0)}
+        blend = self.members[0].blend
+        fitted = blend.baselines if blend is not None else fitted_baselines(checkpoints[0], self.known)
+        if fitted is None:
+            logger.info("What the run was trained on is not known here, so no baselines are stored.")
+            return record
+        return record | baselines(fitted, self.requests, self.config.seed, self.query, self.places)
+
+    def effects(self, real: Callable[[Request], Blocks]) -> Iterator[tuple[Request, np.ndarray, Any]]:
+        """In blocks which control cells are moved, and how far; `real` says which are written as they are."""
+        return _blocks(self.requests, self.members, self.config.seed, real, predicted_effects)
+
+    def values(self) -> Iterator[tuple[Request, np.ndarray, scipy.sparse.csr_matrix]]:
+        """In blocks the cells to write: of what, from which control cells, and their values."""
+        seed = self.config.seed
+        if self.config.format == "counts":
+            controls = counted(self.requests, self.places, self.known.target_sum)
+            yield from count_blocks(self.effects(lambda r: [(control_rows(r, seed), None)]), controls, seed)
+            return
+
+        def real(request: Request) -> Blocks:
+            return real_cells(request.pool, control_rows(request, seed))
+
+        for request, rows, block in _blocks(self.requests, self.members, seed, real, predicted_cells):
+            values = request.pool.whole(rows, block)
+            if self.factor != 1:
+                values.data = np.log1p(np.expm1(values.data) * np.float32(self.factor)).clip(0, LARGEST_PREDICTED_LOG1P)
+            yield request, rows, values if self.places is None else values[:, self.places]
 
 
 def _blocks(
@@ -166,31 +271,18 @@ def _blocks(
             progress.advance(len(rows))
 
 
-def _write(
-    out: Path,
-    requests: Sequence[Request],
-    members: Sequence[Member],
-    columns: Columns,
-    genes: Sequence[str],
-    places: np.ndarray | None,
-    uns: dict[str, Any],
-    seed: int,
-) -> None:
-    """Write log1p values and labels of all cells."""
-
-    def real(request: Request) -> Blocks:
-        return real_cells(request.pool, control_rows(request, seed))
-
-    chosen: list[tuple[Request, list[np.ndarray]]] = []
-    with H5adWriter(out, len(genes), "float32") as writer:
-        for request, rows, block in _blocks(requests, members, seed, real, predicted_cells):
-            values = request.pool.whole(rows, block)
-            writer.add(values if places is None else values[:, places])
+def _write(out: Path, what: _What) -> None:
+    """Write values and labels of all cells."""
+    is_log1p = what.config.format != "counts"
+    uns, chosen = {RECORD if is_log1p else COUNTS_RECORD: what.record()}, list[tuple[Request, list[np.ndarray]]]()
+    with H5adWriter(out, len(what.genes), "float32") as writer:
+        for request, rows, values in what.values():
+            writer.add(values)
             if not chosen or chosen[-1][0] is not request:
                 chosen.append((request, []))
             chosen[-1][1].append(rows)
-        tables = [obs_of(request, np.concatenate(rows), columns) for request, rows in chosen]
-        writer.finish(join_tables(tables), pd.DataFrame(index=pd.Index(genes, dtype=str)), uns)
+        tables = [obs_of(request, np.concatenate(rows), what.columns) for request, rows in chosen]
+        writer.finish(join_tables(tables), pd.DataFrame(index=pd.Index(what.genes, dtype=str)), uns)
 
 
 def runs_of(run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -291,33 +383,3 @@ def _read(cache: Cache, config: TrainConfig, checkpoint: Checkpoint, out: Path) 
             f"{checkpoint.folder} does not name its genes: they are taken to be those of {cache.path}, in order."
         )
     return data
-
-
-def _genes(config: PredictConfig, genes: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
-    """The output's genes, where they stand among the run's and the extra ones (None: all, in order), and these.
-
-    Extra are those that the run does not have; new controls may.
-    """
-    path = config.genes
-    if path is None:
-        return list(genes), None, []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read {path}: {error}.") from error
-    names = [name for line in lines if (name := line.split(",")[0].strip().strip('"'))]
-    place = {name: i for i, name in enumerate(genes)}
-    if names and names[0] not in place and names[0].lower() in ("gene", "genes", "gene_name", "gene_names"):
-        names = names[1:]  # a header
-    extra = [name for name in names if name not in place]
-    if extra and (config.controls is None or len(extra) == len(names)):
-        raise InputError(f"{path}: {len(extra)} genes are not the run's: {shown(extra)}.{nearest(extra[0], place)}")
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"{path} must list genes, one a line, each once.")
-    if extra:
-        logger.warning(
-            f"{len(extra):,} of {len(names):,} genes are not the run's: {shown(extra)}. They keep the values of the "
-            "control cells, in which no perturbation has an effect on them."
-        )
-    place |= {name: len(genes) + i for i, name in enumerate(extra)}
-    return names, np.array([place[name] for name in names]), extra

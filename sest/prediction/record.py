@@ -24,6 +24,7 @@ from sest.runs.checkpoint import MODEL, Checkpoint
 from sest.runs.known import Known
 
 RECORD = "sest"  # what a prediction says of itself stands below this name in uns
+COUNTS_RECORD = "sest_submission"  # of one of counts
 
 
 def is_source(path: Path, cache: Cache) -> bool:

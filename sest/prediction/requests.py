@@ -17,9 +17,9 @@ from sest.cells.columns import Columns, detect_columns, labels, perturbations, u
 from sest.cells.genes import all_names
 from sest.cells.labels import AS_IS, AUTO, NoControlError, same_targets
 from sest.cells.split_file import TEST
-from sest.config import VCC2026, PredictConfig
+from sest.config import VCC2025, VCC2026, PredictConfig
 from sest.data.dataset import Dataset
-from sest.errors import InputError, shown
+from sest.errors import InputError, nearest, shown
 from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
 from sest.runs.known import Known
@@ -43,7 +43,14 @@ class Request:
     obs: pd.DataFrame | None = None  # (n_cells,) rows of the template, where there is one
 
 
-N_CELLS = {"log1p": 128, VCC2026: 400}  # of a perturbation, by format, where nothing says it
+TARGET_GENE, CONTEXT, CONTROL = "target_gene", "context", "non-targeting"  # as the challenge calls them
+N_CELLS = {VCC2026: 400}  # of a perturbation, by format, where nothing says it
+USUAL = 128
+
+
+def n_cells_of(config: PredictConfig) -> int:
+    """How many cells of a perturbation, where nothing else says it."""
+    return config.n_cells or N_CELLS.get(config.format, USUAL)
 
 
 def asked_of(requests: Sequence[Request]) -> list[Request]:
@@ -62,7 +69,7 @@ def read_wanted(wanted: Wanted | None, config: PredictConfig) -> dict[str, int] 
         InputError: more than one way to say what to predict, an unreadable table, or a name or number that is none.
     """
     template, table, only = config.template, config.list, config.only
-    n_cells = config.n_cells or N_CELLS[config.format]
+    n_cells = n_cells_of(config)
     ways = [template, table, only, config.all_perturbations or None]
     if wanted is not None and any(x is not None for x in ways):
         raise InputError(
@@ -167,8 +174,10 @@ def make_requests(
         return _of_template(obs, columns, new or cached_pools(_cells_of(run)), config.cell_type, known), columns
     perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
     columns = Columns(perturbation, cell_type, batch, control, (), rule=rule)
+    if config.format == VCC2025:
+        columns = replace(columns, perturbation=TARGET_GENE, control=CONTROL)
     if config.all_perturbations:
-        wanted = dict.fromkeys(run.perturbations[1:], config.n_cells or N_CELLS[config.format])
+        wanted = dict.fromkeys(run.perturbations[1:], n_cells_of(config))
     elif wanted is not None:
         wanted = named(wanted, known, split=config.only is not None, as_is=rule == AS_IS)
     if wanted is not None:
@@ -177,11 +186,11 @@ def make_requests(
         requests = []
         for pool in _wanted_pools(new, run, config.cell_type):
             requests += [Request(pool, name, False, n) for name, n in wanted.items()]
-            requests.append(Request(pool, control, True, len(pool)))
+            requests.append(Request(pool, str(columns.control), True, len(pool)))
         return requests, columns
     if new is not None:
         raise InputError("--controls gives new controls; say what to predict with --only, --list or --template.")
-    return _test_split(_cells_of(run), control, config.cell_type), columns
+    return _test_split(_cells_of(run), str(columns.control), config.cell_type), columns
 
 
 def _cells_of(run: Known) -> Dataset:
@@ -324,3 +333,33 @@ def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         elif pd.api.types.is_string_dtype(column.dtype) or column.dtype == object:
             table[name] = pd.Categorical(column.where(column.isna(), column.astype(str)))
     return table
+
+
+def read_genes(config: PredictConfig, genes: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
+    """The output's genes, where they stand among the run's and the extra ones (None: all, in order), and these.
+
+    Extra are those that the run does not have; new controls may.
+    """
+    path = config.genes
+    if path is None:
+        return list(genes), None, []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read {path}: {error}.") from error
+    names = [name for line in lines if (name := line.split(",")[0].strip().strip('"'))]
+    place = {name: i for i, name in enumerate(genes)}
+    if names and names[0] not in place and names[0].lower() in ("gene", "genes", "gene_name", "gene_names"):
+        names = names[1:]  # a header
+    extra = [name for name in names if name not in place]
+    if extra and (config.controls is None or len(extra) == len(names)):
+        raise InputError(f"{path}: {len(extra)} genes are not the run's: {shown(extra)}.{nearest(extra[0], place)}")
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{path} must list genes, one a line, each once.")
+    if extra:
+        logger.warning(
+            f"{len(extra):,} of {len(names):,} genes are not the run's: {shown(extra)}. They keep the values of the "
+            "control cells, in which no perturbation has an effect on them."
+        )
+    place |= {name: len(genes) + i for i, name in enumerate(extra)}
+    return names, np.array([place[name] for name in names]), extra

@@ -12,6 +12,7 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import Demo
 
@@ -259,3 +260,58 @@ def test_copies_are_not_written_over_without_force(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "notes.txt" in refusal(**options(submitted, with_controls=str(tmp_path / "mine")).to_values())
+
+
+def test_a_submission_of_2025_has_the_challenges_labels_and_scale(
+    demo: Demo, bundle: Path, real: ad.AnnData, tmp_path: Path
+) -> None:
+    """Values of counts normalised to the median of the controls, as cell-eval normalises what it is given."""
+    out, notes = tmp_path / "p.h5ad", Notes()
+    wanted = tmp_path / "list.csv"
+    names = (bundle / "pert_counts.csv").read_text().split()[1:4]
+    wanted.write_text("target_gene,n_cells\n" + "".join(f"{name},30\n" for name in names))
+    with reporting(notes):
+        predict(demo.run, out, PredictConfig(format="vcc2025", list=str(wanted), cell_type="beta"))
+    cells = ad.read_h5ad(out)
+    controls = real[(real.obs["cell_type"] == "beta") & (real.obs["target_gene"] == CONTROL)]
+    sizes = {"non-targeting": len(controls), **dict.fromkeys(names, 30)}
+    assert dict(cells.obs["target_gene"].value_counts()) == sizes
+    counts = controls.X.toarray().astype(np.float64)
+    median = np.median(counts.sum(1))
+    assert any(f"normalised to {median:,.0f}, the median of the control cells" in note for note in notes.notes)
+    mine = cells[cells.obs["target_gene"] == "non-targeting"].X.toarray()
+    np.testing.assert_allclose(mine, np.log1p(counts * median / counts.sum(1, keepdims=True)), atol=2e-6)
+    assert cells.uns["sest"]["target_sum"] == pytest.approx(median)
+
+
+def test_what_makes_no_submission_of_2025_is_refused(
+    refusal: Callable[..., str], bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = {"format": "vcc2025", "all_perturbations": True, "cell_type": "beta"}
+    assert "has its own labels" in refusal(format="vcc2025", template="t.h5ad")
+    monkeypatch.setattr(submission, "MOST_CELLS_2025", 1000)
+    assert "at most 1,000. Lower --n-cells" in refusal(**asked)
+
+
+def test_cell_eval_prepares_and_scores_it_as_it_is(demo: Demo, bundle: Path, real: ad.AnnData, tmp_path: Path) -> None:
+    """Against real counts, which cell-eval normalises to their median: its mae is ours, and not far above."""
+    program = shutil.which("cell-eval")
+    if program is None:
+        pytest.skip("cell-eval is not installed (sest[eval])")
+    names = (bundle / "pert_counts.csv").read_text().split()[1:5]
+    predict(demo.run, tmp_path / "p.h5ad", PredictConfig(format="vcc2025", only=tuple(names), cell_type="beta"))
+    cells = ad.read_h5ad(tmp_path / "p.h5ad")
+    (tmp_path / "genes.csv").write_text("\n".join(cells.var_names) + "\n")
+    prep = [program, "prep", "-i", "p.h5ad", "-g", "genes.csv", "-o", "p.vcc"]
+    done = subprocess.run(prep, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = real[(real.obs["cell_type"] == "beta") & real.obs["target_gene"].isin([*names, CONTROL])].copy()
+    counts.obs["target_gene"] = counts.obs["target_gene"].astype(str).replace(CONTROL, "non-targeting")
+    counts.X = counts.X.astype(np.float32)
+    counts.write_h5ad(tmp_path / "real.h5ad")
+    ours = sest.evaluate(tmp_path / "p.h5ad", tmp_path / "real.h5ad", cell_eval=False).summary["mae"]["model"]
+    run = [program, "run", "-ap", "p.h5ad", "-ar", "real.h5ad", "--profile", "vcc", "-o", "out"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out" / "agg_results.csv").set_index("statistic")
+    assert float(table.loc["mean", "mae"]) == pytest.approx(ours, rel=0.05)
