@@ -13,6 +13,7 @@ from sest.cli import console
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import EvaluateConfig
+from sest.errors import InputError, nearest
 from sest.evaluation.ceiling import Ceiling
 from sest.outputs import check_output
 
@@ -29,6 +30,13 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="output: a new or empty folder, for results.csv and summary.json")
     ],
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="the challenge's own scores, by its packages, context by context: vcc2025 (extra eval) or vcc2026 "
+            "(extra challenge); default: none"
+        ),
+    ] = None,
     force: Force = False,
     **options: Any,
 ) -> None:
@@ -37,6 +45,9 @@ def evaluate(
     Metrics: pearson_delta, mae and pds on pseudobulks; with the extra `eval` also cell-eval's.
     """
     config = EvaluateConfig.from_values(options, "the command line")
+    if suite is not None:
+        _suite(predicted, real, suite, out, force, config)
+        return
     from sest.evaluation.evaluate import evaluate as score
     from sest.evaluation.results import FILES
 
@@ -49,6 +60,34 @@ def evaluate(
     show_summary(evaluation.summary, f"{predicted.name} against {real.name}")
     show_ceilings(evaluation.ceilings)
     console.say(f"Written: {out / 'results.csv'}, {out / 'summary.json'}")
+
+
+def _suite(predicted: Path, real: Path, suite: str, out: Path, force: bool, config: EvaluateConfig) -> None:
+    """Score by the packages of the challenge, and show it beside what sest says."""
+    from sest.cache.disk import folder_aside
+    from sest.compat.suite import MADE, MEMBERS, OVERALL, SCORES, SUITES, score_suite
+
+    if suite not in SUITES:
+        raise InputError(f"--suite is {suite!r}; it takes one of: {', '.join(SUITES)}.{nearest(suite, SUITES)}")
+    check_output(out, inputs=[predicted, real], force=force, made=MADE)
+    with ConsoleProgress(), folder_aside(out.resolve()) as aside:
+        results = score_suite(predicted, real, suite, aside, config)
+    for result in results:
+        show_summary(result.own.summary, f"context {result.context}: {predicted.name} against {real.name}")
+        for note in result.own.notes:
+            console.say(note)
+        show_ceilings(result.own.ceilings)
+        if result.failed:
+            console.say(f"No score in context {result.context}. The package says: {result.failed}")
+            continue
+        short = {**MEMBERS[suite], OVERALL: "Overall"}
+        rows = [
+            [short[str(row[0])], *(console.figure(float(value)) for value in row[1:])]
+            for row in result.table.to_numpy()
+        ]
+        columns = ["member", "this", "controls", "mean response", "replicate", "score", "of controls"]
+        console.table(f"{suite}, context {result.context}", columns, rows)
+    console.say(f"Written: {out / SCORES}, and for each context a folder with all that was measured.")
 
 
 def show_ceilings(ceilings: Sequence[Ceiling]) -> None:
