@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
-    "mixed_scales match_controls control_targets",
+    "mixed_scales gene_axis match_controls control_targets",
     "How long, how fast it learns": "max_steps lr schedule warmup ema weight_decay clip batch_size set_size accumulate "
     "loss",
     "The head": "head init_from freeze hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",

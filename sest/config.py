@@ -44,11 +44,11 @@ VCC2025, VCC2026 = "vcc2025", "vcc2026"  # the Virtual Cell Challenges of these 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """A training's values as an earlier sest wrote them, with today's names, and numbers that it kept as text.
 
-    Before `val_contexts` perturbations were held out in all contexts; all runs had a head, its val_loss monitored, and
-    no average of its weights.
+    Before `val_contexts` perturbations were held out in all contexts; all runs had a head, its val_loss monitored, no
+    average of its weights, and the genes that all files have.
     """
     kinds, renamed = TrainConfig.kinds(), RENAMED["TrainConfig"]
-    now = {"val_contexts": "all", "head": "st", "monitor": "val_loss", "ema": 0.0} | {
+    now = {"val_contexts": "all", "head": "st", "monitor": "val_loss", "ema": 0.0, "gene_axis": "common"} | {
         renamed.get(key, key): value for key, value in values.items()
     }
     return {key: plain(value, kinds[key]) if key in kinds else value for key, value in now.items()}
@@ -151,6 +151,11 @@ class TrainConfig(Config):
     loss: str = option("energy", "between predicted and real sets", choices=("energy", "mse", "energy+sinkhorn"))
     target_sum: float | str = option(10_000.0, f"{TARGET_SUM}; median: that of the cells", choices=("median",))
     mixed_scales: str = option("refuse", MIXED, choices=("refuse", "allow"))
+    gene_axis: str = option(
+        "common",
+        "genes of the head: those that all files have, or the union, of which each file trains what it measured",
+        choices=("common", "union"),
+    )
     match_controls: str = option(
         "context", "a set's controls: same file and cell type, or also the same batch", choices=("context", "batch")
     )

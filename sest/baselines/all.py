@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from sest.baselines.blocks import BlockStack
 from sest.baselines.effects import BASELINES, Effects, Query
 from sest.baselines.means import Controls
 from sest.baselines.stack import Stack
@@ -26,7 +27,7 @@ class Baselines:
     @cached_property
     def stack(self) -> Stack:
         """The stack, which holds the others."""
-        return Stack().fit(self.effects)
+        return (Stack() if self.effects.measured is None else BlockStack()).fit(self.effects)
 
     def predict(self, query: Query) -> dict[str, np.ndarray]:
         """Name -> (N, G) effects, in the order of `BASELINES`."""

@@ -27,6 +27,10 @@ class Contexts:
     variance: np.ndarray  # (C, G) between cells
     n_cells: np.ndarray  # (C,)
 
+    def of_genes(self, genes: np.ndarray) -> Contexts:
+        """The same of some genes."""
+        return Contexts(self.names, self.mean[:, genes], self.variance[:, genes], self.n_cells)
+
 
 @dataclass(frozen=True, eq=False)
 class Query:
@@ -52,6 +56,10 @@ class Query:
             part = slice(start, start + rows)
             yield part, self.some(part)
 
+    def of_genes(self, genes: np.ndarray) -> Query:
+        """The same of some genes."""
+        return Query(self.controls.of_genes(genes), self.context, self.perturbations, self.features)
+
     def some(self, rows: slice | np.ndarray) -> Query:
         """Some of its pairs."""
         names = np.array(self.perturbations, object)[rows]
@@ -69,6 +77,7 @@ class Effects:
     context: np.ndarray  # (n,) index into `controls`
     perturbation: np.ndarray  # (n,) index into `perturbations`
     n_cells: np.ndarray  # (n,) perturbed cells behind each effect
+    measured: np.ndarray | None = None  # (C, G) bool: the genes that were measured in a context; None: all were
 
     def __post_init__(self) -> None:
         n_pairs = len(self.delta)
@@ -92,9 +101,27 @@ class Effects:
 
     def of_genes(self, genes: np.ndarray) -> Effects:
         """The same of some genes."""
-        of = self.controls
-        controls = Contexts(of.names, of.mean[:, genes], of.variance[:, genes], of.n_cells)
-        return replace(self, controls=controls, delta=self.delta[:, genes])
+        measured = None if self.measured is None else self.measured[:, genes]
+        return replace(self, controls=self.controls.of_genes(genes), delta=self.delta[:, genes], measured=measured)
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, Effects | None]]:
+        """Genes (indices) that the same contexts measured, and the effects on them in these; None: there are none."""
+        assert self.measured is not None
+        patterns, block = np.unique(self.measured, axis=1, return_inverse=True)
+        for number, contexts in enumerate(patterns.T):
+            genes, pairs = np.flatnonzero(block.ravel() == number), contexts[self.context]
+            if not pairs.any():
+                yield genes, None
+                continue
+            some, of = self.some(pairs).of_genes(genes), self.controls
+            kept = np.flatnonzero(contexts)
+            controls = Contexts(
+                tuple(of.names[i] for i in kept),
+                of.mean[np.ix_(kept, genes)],
+                of.variance[np.ix_(kept, genes)],
+                of.n_cells[kept],
+            )
+            yield genes, replace(some, controls=controls, context=np.searchsorted(kept, some.context), measured=None)
 
     def query(self, pairs: np.ndarray) -> Query:
         """What asks for some of the pairs."""

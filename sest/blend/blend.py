@@ -107,6 +107,8 @@ def to_stored(blend: Blend) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "perturbation": effects.perturbation.astype(np.int64),
         "n_cells": effects.n_cells.astype(np.int64),
     }
+    if effects.measured is not None:
+        arrays["measured"] = effects.measured
     return values, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -122,6 +124,7 @@ def from_stored(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ble
         context=a["context"],
         perturbation=a["perturbation"],
         n_cells=a["n_cells"],
+        measured=a.get("measured"),
     )
     return Blend(
         Baselines().fit(effects), Weights(dict(values["weights"]), dict(values["spread"]), int(values["n_pairs"]))

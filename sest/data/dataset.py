@@ -38,6 +38,13 @@ class Dataset:
     split_file: SplitFile | None
     table: list[SplitRow]  # what each split holds, for people
 
+    def measured_in(self, context: int) -> np.ndarray | None:
+        """(G,) bool: the genes that the file of a context has, by the context's code; None: all of them."""
+        if self.targets.measured is None:
+            return None
+        genes: np.ndarray = self.targets.measured[self.labels.groups.index(self.labels.contexts[context][0])]
+        return genes
+
     def in_split(self, bit: int) -> np.ndarray:
         """(N,) bool: the cells of a split."""
         return (self.mask & bit) > 0
@@ -102,13 +109,13 @@ def read_dataset(
     where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
     targets = like.targets if like is not None else None
     if targets is None and GENES in sources_of(config.perturbations) and (stored is None or stored.loadings is None):
-        targets = read_targets(cache, config.target_sum, where=where, scratch=scratch)
+        targets = read_targets(cache, config.target_sum, axis=config.gene_axis, where=where, scratch=scratch)
     features = _features(labels, mask, config, targets, stored)
     if config.missing_perturbations == "drop":
         mask = _without(features.missing, labels, mask)
     of_group = {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
     table = split_table(groups, dataclasses.replace(splits, masks=of_group))
-    targets = targets or read_targets(cache, config.target_sum, where=where, scratch=scratch)
+    targets = targets or read_targets(cache, config.target_sum, axis=config.gene_axis, where=where, scratch=scratch)
     if like is not None:
         embeddings, embedding_row = like.embeddings, like.embedding_row
     else:
@@ -130,6 +137,11 @@ def _features(
     """
     loadings = stored.loadings if stored is not None else None
     if targets is not None and loadings is None and GENES in sources_of(config.perturbations):
+        if targets.measured is not None:
+            raise InputError(
+                "--perturbations genes takes the genes' loadings in all control cells, so it needs genes that all "
+                "files have: --gene-axis common, or features from a file."
+            )
         rows = np.flatnonzero(labels.is_control & ((mask & TRAIN) > 0))
         loadings = gene_loadings(targets, rows, labels.context[rows], config.seed)
     names, columns = (stored.names, stored.columns) if stored is not None else (None, None)

@@ -6,7 +6,7 @@ Shapes: B sets, S cells a set, E embedding width, G genes, N cells.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class Batch(TypedDict):
     perturbation: Tensor  # (B,) int64 codes
     target: Tensor  # (B, S, G) float32 log1p
     number: Tensor  # (B,) int64 place of every set in the sequence they were drawn from
+    measured: NotRequired[Tensor]  # (B, 1, G) float32, 1 for the genes of the set's file; only where some lack some
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +85,23 @@ class ResidentCells:
             return self._send(self.embeddings.numpy()[rows]).float()
         return self.embeddings[self._send(rows)].float()
 
+    def measured(self, targets: np.ndarray) -> Tensor | None:
+        """(B, 1, G) float32: 1 for the genes that the file of a set (B, S) has, else 0; None: all files have all."""
+        genes = self.targets.measured_by(targets[:, 0])
+        return None if genes is None else self._send(genes[:, None].astype(np.float32))
+
     def batch(self, sets: SetRows, out: Tensor | None = None) -> Batch:
         """Gather sets."""
-        return Batch(
+        batch = Batch(
             basal=self.basal(sets["controls"]),
             perturbation=self._send(sets["perturbation"]),
             target=self.expression(sets["targets"], out),
             number=self._send(sets["number"]),
         )
+        measured = self.measured(sets["targets"])
+        if measured is not None:
+            batch["measured"] = measured
+        return batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,6 +56,15 @@ class Targets:
     factor: np.ndarray  # (N,) float32: target_sum / total counts; 0 marks a log1p source, used as it is
     target_sum: float  # counts a cell is normalised to
     scale: str  # "counts", "log1p", or "mixed" over files
+    measured: np.ndarray | None = None  # (files, G) bool: the genes that each has; None: all have all
+    first: np.ndarray | None = None  # (files + 1,) where the cells of each begin, with `measured`
+
+    def measured_by(self, rows: np.ndarray) -> np.ndarray | None:
+        """(n, G) bool: the genes of the file that each cell (n,) is of; None: all of them."""
+        if self.measured is None or self.first is None:
+            return None
+        genes: np.ndarray = self.measured[np.searchsorted(self.first, rows, side="right") - 1]
+        return genes
 
     @property
     def nbytes(self) -> int:
@@ -77,10 +86,13 @@ class Targets:
         return log1p_rows(self.values(rows), self.factor[rows])
 
 
-def read_targets(cache: Cache, target_sum: float | str, *, where: str = "auto", scratch: Path | None = None) -> Targets:
-    """Read the targets of all groups, over the genes that all groups have.
+def read_targets(
+    cache: Cache, target_sum: float | str, *, axis: str = "common", where: str = "auto", scratch: Path | None = None
+) -> Targets:
+    """Read the targets of all groups.
 
     Args:
+        axis: their genes: "common", those that all groups have, or "union", those that any has.
         target_sum: a number, or "median" of the cells' total counts.
         where: "memory", "disk" (plain files below `scratch`, mapped), or "auto": memory if they fit.
         scratch: folder for those files. What an earlier run finished there is used again, if it is of the same cache.
@@ -93,7 +105,8 @@ def read_targets(cache: Cache, target_sum: float | str, *, where: str = "auto", 
             f"{cache.path} holds no expression values (an unfinished --to-h5ad made it). Embed with --cache."
         )
     groups = list(cache.groups.values())
-    genes = _common_genes(groups)
+    genes = _union_of_genes(groups) if axis == "union" else _common_genes(groups)
+    measured = np.array([np.isin(genes, group.genes) for group in groups])
     n_values = sum(int(group.indptr[-1]) for group in groups)  # at most: some genes may be left out
     index_type = np.dtype(np.uint16 if len(genes) <= 2**16 else np.int32)
     data_type = np.result_type(*(group.target_dtype for group in groups))
@@ -120,6 +133,8 @@ def read_targets(cache: Cache, target_sum: float | str, *, where: str = "auto", 
         factor=factor,
         target_sum=wanted,
         scale=scales.pop() if len(scales) == 1 else "mixed",
+        measured=None if measured.all() else measured,
+        first=np.cumsum([0, *(group.n_cells for group in groups)]),
     )
 
 
@@ -197,15 +212,25 @@ def _choose(where: str, needed: int, scratch: Path | None) -> str:
 def _blocks(groups: list[Group], genes: list[str]) -> Iterator[tuple[scipy.sparse.csr_matrix, np.ndarray]]:
     """Rows of all groups over `genes`, and their totals over all genes of their file (n,) float64."""
     for group in groups:
-        columns = None
+        columns, place = None, {name: i for i, name in enumerate(group.genes)}
         if group.genes != genes:
-            place = {name: i for i, name in enumerate(group.genes)}
-            columns = np.array([place[name] for name in genes])
+            columns = np.array([place.get(name, -1) for name in genes])
         values_a_cell = max(int(group.indptr[-1]) // max(group.n_cells, 1), 1)
         step = max(VALUES_PER_READ // values_a_cell, 1)
         for start in range(0, group.n_cells, step):
             rows = group.targets(start, min(start + step, group.n_cells))
-            yield rows if columns is None else rows[:, columns], total_counts(rows)
+            yield rows if columns is None else _spread(rows, columns), total_counts(rows)
+
+
+def _spread(rows: scipy.sparse.csr_matrix, columns: np.ndarray) -> scipy.sparse.csr_matrix:
+    """Columns of rows by number, (G,); -1: a gene that they do not have, of which nothing is stored."""
+    there = columns >= 0
+    if there.all():
+        return rows[:, columns]
+    found = rows[:, columns[there]]
+    return scipy.sparse.csr_matrix(
+        (found.data, np.flatnonzero(there)[found.indices], found.indptr), shape=(rows.shape[0], len(columns))
+    )
 
 
 def _fill(
@@ -292,6 +317,18 @@ def _target_sum(asked: float | str, totals: np.ndarray) -> float:
     if isinstance(asked, str) or not 0 < asked < float("inf"):
         raise InputError(f"target-sum is {asked}; it takes a number above 0, or 'median'.")
     return float(asked)
+
+
+def _union_of_genes(groups: list[Group]) -> list[str]:
+    """The genes that any group has: the first one's in its order, then what each further one adds."""
+    if len(groups) > 1 and any(all(name.isdecimal() for name in group.genes) for group in groups):
+        raise InputError("The genes of this cache are numbers, which are not told apart: no --gene-axis union of them.")
+    genes = list(dict.fromkeys(name for group in groups for name in group.genes))
+    if shared := len(set.intersection(*(set(group.genes) for group in groups))):
+        logger.info(f"Training on the {len(genes):,} genes that any file has; all have {shared:,} of them.")
+    else:
+        raise InputError(f"The groups have no gene in common ({shown(g.path for g in groups)}).")
+    return genes
 
 
 def _common_genes(groups: list[Group]) -> list[str]:

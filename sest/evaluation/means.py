@@ -125,12 +125,13 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         folds = n_folds(n_groups, len(data.targets.genes))
         code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
         sums, counts, _ = sums_of(data.targets, code, n_groups * folds)
+        measured, genes = data.measured_in(int(context)), list(data.targets.genes)
+        if measured is not None:
+            sums, genes = sums[:, measured], np.array(genes)[measured].tolist()
         found = Folds(sums.reshape(n_groups, folds, -1), counts.reshape(n_groups, folds), seed)
         name, names = " / ".join(labels.contexts[context]), [labels.perturbations[p] for p in pairs]
-        of_split = ceiling(found, 0, 1 + np.arange(len(mine)), name, names[: len(mine)], data.targets.genes)
-        whole = (
-            ceiling(found, 0, 1 + np.arange(len(pairs)), name, names, data.targets.genes) if len(others) else of_split
-        )
+        of_split = ceiling(found, 0, 1 + np.arange(len(mine)), name, names[: len(mine)], genes)
+        whole = ceiling(found, 0, 1 + np.arange(len(pairs)), name, names, genes) if len(others) else of_split
         result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine), int(context)))
     return result
 
@@ -147,7 +148,14 @@ def training_effects(data: Dataset) -> Effects:
         context=pairs.own,
         perturbation=pair,
         n_cells=pairs.n_cells,
+        measured=_measured(data, pairs),
     )
+
+
+def _measured(data: Dataset, pairs: Pairs) -> np.ndarray | None:
+    """(contexts, G) bool of the contexts of `Pairs.controls`; None: all have all genes."""
+    masks = [data.measured_in(int(context)) for context in np.unique(pairs.context)]
+    return None if any(mask is None for mask in masks) else np.array(masks)
 
 
 def query_of(data: Dataset, pairs: Pairs) -> Query:

@@ -54,6 +54,9 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int) -> Held
     )
     fitted = Baselines().fit(training_effects(data))
     baselines = baseline_pseudobulks(fitted, query_of(data, pairs))
+    if data.targets.measured is not None:
+        shift = {name: measured_effects(data, pairs, means - pairs.control) for name, means in baselines.items()}
+        baselines = {name: (pairs.control + effects).astype(np.float32) for name, effects in shift.items()}
     return HeldOut(pairs, fitted, baselines, sets, pair, sampler.sets_per_epoch)
 
 
@@ -137,7 +140,16 @@ def head_effects(
         )
 
     predicted, of_controls = means(features), means(features[:1].expand_as(features))
-    return {HEAD: predicted - held.pairs.control, ANCHORED: predicted - of_controls}
+    effects = {HEAD: predicted - held.pairs.control, ANCHORED: predicted - of_controls}
+    return {name: measured_effects(data, held.pairs, effect) for name, effect in effects.items()}
+
+
+def measured_effects(data: Dataset, pairs: Pairs, effects: np.ndarray) -> np.ndarray:
+    """Effects (K, G) of the pairs, 0 where the file of a pair lacks the gene."""
+    if data.targets.measured is None:
+        return effects
+    masks = [data.measured_in(context) for context in pairs.context.tolist()]
+    return np.where(np.array(masks), effects, 0.0)
 
 
 def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str, np.ndarray]:
@@ -145,18 +157,18 @@ def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str
 
     pds is NaN where a context has one perturbation.
     """
-    scores = np.empty(len(predicted))
-    for context in np.unique(pairs.context):
-        mine = pairs.context == context
+    found = {name: np.empty(len(predicted)) for name in ("pearson_delta", "mae", "pds")}
+    for context in np.unique(pairs.context).tolist():
+        mine, measured = pairs.context == context, data.measured_in(context)
         names = [data.labels.perturbations[p] for p in pairs.perturbation[mine]]
-        scores[mine] = discrimination_score(
-            predicted[mine], pairs.observed[mine], pairs.control[mine][0], names, data.targets.genes
-        )
-    return {
-        "pearson_delta": pearson_delta(predicted, pairs.observed, pairs.control),
-        "mae": mean_absolute_error(predicted, pairs.observed),
-        "pds": scores,
-    }
+        sides, genes = [predicted[mine], pairs.observed[mine], pairs.control[mine]], list(data.targets.genes)
+        if measured is not None:
+            sides, genes = [side[:, measured] for side in sides], np.array(genes)[measured].tolist()
+        ours, observed, control = sides
+        found["pearson_delta"][mine] = pearson_delta(ours, observed, control)
+        found["mae"][mine] = mean_absolute_error(ours, observed)
+        found["pds"][mine] = discrimination_score(ours, observed, control[0], names, genes)
+    return found
 
 
 def mean_scores(scores: Mapping[str, np.ndarray]) -> dict[str, float]:

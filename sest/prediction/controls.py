@@ -57,6 +57,7 @@ class Pool:
     files: np.ndarray  # (n,) int, which file each is of: a set never mixes files
     context: str = ""  # what baselines call the context of most of them (`context_name`); "" for new cells
     extra: scipy.sparse.csr_matrix | None = None  # (n, genes) log1p of genes that the run does not have
+    measured: np.ndarray | None = None  # (G,) bool: the genes that all of its files have; None: all of them
     totals: np.ndarray | None = None  # (n,) counts of each cell over all genes of its file; None: not counts
 
     @cached_property
@@ -111,6 +112,7 @@ def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
         obs["batch"].astype(str).to_numpy(str),
         files,
         context_name(data, int(np.bincount(data.labels.context[rows]).argmax())),
+        measured=None if data.targets.measured is None else np.all(data.targets.measured[np.unique(files)], axis=0),
         totals=data.targets.target_sum / data.targets.factor[rows] if (data.targets.factor[rows] > 0).all() else None,
     )
 

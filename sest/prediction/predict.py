@@ -53,6 +53,7 @@ from sest.prediction.requests import (
     asked_of,
     join_tables,
     make_requests,
+    measured_genes,
     obs_of,
     read_genes,
     read_wanted,
@@ -116,12 +117,12 @@ def predict(
         check_output(config.effects, inputs=[*inputs, out], force=force)
     listed = read_wanted(wanted, config)
     checkpoints = [sound_checkpoint(find_checkpoint(one, config.checkpoint)) for one in runs]
-    _refuse_unlike(checkpoints)
-    checkpoint = checkpoints[0]
+    checkpoint = _first_of_alike(checkpoints)
     planned = planned_pools(config, checkpoint)
     known = _known(checkpoint, config, out)
     genes, places, extra = read_genes(config, known.genes)
     requests, columns = make_requests(config, listed, known, planned)
+    genes, places = measured_genes(requests, genes, places, asked=config.genes is not None)
     refuse_too_many(requests, config)
     copies = copies_of(requests, config) if config.format == VCC2026 else {}
     if config.with_controls and copies:
@@ -298,8 +299,8 @@ def runs_of(run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
     return runs
 
 
-def _refuse_unlike(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse to average predictions of different cells, genes or scales."""
+def _first_of_alike(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """The first; averages of different cells, genes or scales are refused."""
     first = checkpoints[0]
     for other in checkpoints[1:]:
         for key, what in (
@@ -309,6 +310,7 @@ def _refuse_unlike(checkpoints: Sequence[Checkpoint]) -> None:
         ):
             if first.state[key] != other.state[key] or first.state["cache_sha256"] is None:
                 raise InputError(f"{other.folder} was trained {what} than {first.folder}: they cannot be averaged.")
+    return first
 
 
 def _member(checkpoint: Checkpoint, names: Sequence[str], config: PredictConfig, known: Known) -> Member:

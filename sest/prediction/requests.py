@@ -363,3 +363,30 @@ def read_genes(config: PredictConfig, genes: Sequence[str]) -> tuple[list[str], 
         )
     place |= {name: len(genes) + i for i, name in enumerate(extra)}
     return names, np.array([place[name] for name in names]), extra
+
+
+def measured_genes(
+    requests: Sequence[Request], genes: list[str], places: np.ndarray | None, *, asked: bool
+) -> tuple[list[str], np.ndarray | None]:
+    """The output's genes, and where they stand, without those that files of the control cells lack.
+
+    Args:
+        asked: whether the user named the genes.
+
+    Raises:
+        InputError: one of those that are asked for was not measured in cells to predict from.
+    """
+    masks = [pool.measured for pool in {id(r.pool): r.pool for r in requests}.values() if pool.measured is not None]
+    if not masks or np.all(masks):
+        return genes, places
+    at = np.arange(len(genes)) if places is None else places
+    there = np.all(masks, axis=0)[at]
+    lost = [name for name, is_there in zip(genes, there, strict=True) if not is_there]
+    if asked and lost:
+        raise InputError(
+            f"{len(lost):,} genes were not measured in the control cells of the run: {shown(lost)}. Leave them out of "
+            "--genes, name other cell types, or pass --controls that have them."
+        )
+    if lost:
+        logger.warning(f"{len(lost):,} genes were not measured in all cells to predict from; they are left out.")
+    return [name for name, is_there in zip(genes, there, strict=True) if is_there], at[there]

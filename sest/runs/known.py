@@ -189,8 +189,10 @@ def mean_of_controls(checkpoint: Checkpoint, known: Known) -> np.ndarray:
         InputError: neither a blend nor the cache says it.
     """
     if checkpoint.has_blend:
-        controls = checkpoint.blend().effects.controls
-        return np.average(controls.mean, axis=0, weights=controls.n_cells).astype(np.float32)
+        effects = checkpoint.blend().effects
+        weight = effects.controls.n_cells[:, None] * (1.0 if effects.measured is None else effects.measured)
+        total = np.maximum(np.broadcast_to(weight, effects.controls.mean.shape).sum(0), 1.0)
+        return ((weight * effects.controls.mean).sum(0) / total).astype(np.float32)
     if known.data is None:
         raise InputError(
             f"{checkpoint.folder} does not keep the mean of its controls, for genes that are missing: only best/ does, "
@@ -198,7 +200,10 @@ def mean_of_controls(checkpoint: Checkpoint, known: Known) -> np.ndarray:
         )
     data = known.data
     rows = np.flatnonzero(data.labels.is_control)
-    total = np.zeros(len(known.genes))
+    total, counts = np.zeros(len(known.genes)), np.zeros(len(known.genes))
     for start in range(0, len(rows), 8192):
-        total += np.asarray(data.targets.log1p(rows[start : start + 8192]).sum(0), np.float64).ravel()
-    return (total / len(rows)).astype(np.float32)
+        part = rows[start : start + 8192]
+        total += np.asarray(data.targets.log1p(part).sum(0), np.float64).ravel()
+        measured = data.targets.measured_by(part)
+        counts += len(part) if measured is None else measured.sum(0)
+    return (total / np.maximum(counts, 1.0)).astype(np.float32)

@@ -22,7 +22,7 @@ from sest.data.resident import ResidentCells, resident_cells
 from sest.data.targets import remove_scratch
 from sest.errors import InputError
 from sest.evaluation.means import query_of, split_ceilings
-from sest.evaluation.pairs import HeldOut, head_effects, held_out
+from sest.evaluation.pairs import HeldOut, head_effects, held_out, measured_effects
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_device, choose_precision
 from sest.runs.checkpoint import add_blend, find_checkpoint, sound_checkpoint
@@ -84,7 +84,7 @@ def blend_of(
     """
     pairs = held.pairs
     control = pairs.control
-    parts = {STACK: held.baselines["stack"] - control}
+    parts = {STACK: measured_effects(data, pairs, held.baselines["stack"] - control)}
     learned = np.ones(len(control), bool)
     if model is not None:
         learned &= ~np.isin(pairs.context, nothing)

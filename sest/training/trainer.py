@@ -157,6 +157,8 @@ class Trainer:
                 features = self._features[batch["perturbation"][part]]
                 with self.autocast():
                     predicted = self.network(batch["basal"][part], features, keys[part])
+                if "measured" in batch:  # of a gene that its file lacks a set has no target
+                    predicted = predicted * batch["measured"][part]
                 loss = self.criterion(predicted, batch["target"][part]).sum() / self.config.batch_size
                 # gradients are averaged over the team
                 self.scaler.scale(loss * (self.team.size / self.config.accumulate)).backward()

@@ -73,11 +73,12 @@ class Validator:
         for start in range(0, n_sets, self._size):
             part = slice(start, start + self._size)
             sets = some_sets(self.sets, part)
-            target = self.cells.expression(sets["targets"])
+            target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
             controls = self.cells.expression(sets["controls"])
             pair = torch.as_tensor(held.pair[part])
             for name, shift in shifts.items():
                 moved = controls if name == "controls" else (controls + shift[pair].unsqueeze(1)).clamp_min(0)
+                moved = moved if measured is None else moved * measured
                 losses[name] += float(self._criterion(moved, target).sum())
                 distances[name] += float(unbiased_energy_distance(moved, target).sum())
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
@@ -98,7 +99,8 @@ class Validator:
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
 
         def add_losses(sets: SetRows, predicted: Tensor) -> None:
-            target = self.cells.expression(sets["targets"])
+            target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
+            predicted = predicted if measured is None else predicted * measured
             total[0] += self._criterion(predicted, target).double().sum()
             total[1] += unbiased_energy_distance(predicted, target).double().sum()
 
