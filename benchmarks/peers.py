@@ -2,8 +2,8 @@
 
 arc-state's `state` and `pseudobulk` (0.11.1), trained by its own command, `state tx train`, on log1p values of all
 genes (embed_key X_hvg), with the splits, the feature vectors, the width, the set size, the batch size, the learning
-rate and the number of steps of sest's heads; the rest is its default. Test pairs are predicted from sets of the test
-context's control cells, as many cells as there are real ones. Its interpreter need not be sest's:
+rate, the dropout and the number of steps of sest's heads; the rest is its default. Test pairs are predicted from sets
+of the test context's control cells, as many cells as there are real ones. Its interpreter need not be sest's:
 
     python benchmarks/peers.py --peers-python .venv-peers/bin/python [--fold replicate] [--small]
 """
@@ -88,7 +88,7 @@ def write_inputs(fold: Fold, cells: Path, folder: Path, data: Dataset) -> None:
     torch.save(features, folder / "features.pt")
 
 
-def overrides(fold: Fold, model: str, folder: Path, steps: int) -> list[str]:
+def overrides(fold: Fold, model: str, folder: Path, steps: int, dropout: float | None) -> list[str]:
     """What `state tx train` is told; the backbone as wide and deep as sest's head."""
     width, heads = TRAINING.hidden, TRAINING.n_heads
     backbone = {
@@ -109,6 +109,7 @@ def overrides(fold: Fold, model: str, folder: Path, steps: int) -> list[str]:
         f"model={model}",
         f"model.kwargs.cell_set_len={TRAINING.set_size}",
         f"model.kwargs.hidden_dim={width}",
+        f"++model.kwargs.dropout={TRAINING.dropout if dropout is None else dropout}",
         f"model.kwargs.n_encoder_layers={TRAINING.n_encoder_layers}",
         f"model.kwargs.n_decoder_layers={TRAINING.n_decoder_layers}",
         *(f"model.kwargs.transformer_backbone_kwargs.{key}={value}" for key, value in backbone.items()),
@@ -156,12 +157,12 @@ def write_prediction(out: Path, table: pd.DataFrame, predicted: np.ndarray, data
 
 
 def run_one(
-    python: str, fold: Fold, model: str, cells: Path, folder: Path, data: Dataset, steps: int
+    python: str, fold: Fold, model: str, cells: Path, folder: Path, data: Dataset, steps: int, dropout: float | None
 ) -> dict[str, Any]:
     """Train, predict and score one model on one fold."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1", "WANDB_MODE": "disabled"}
     log, began = folder / f"{model}.log", time.perf_counter()
-    command = [python, "-m", "state", "tx", "train", *overrides(fold, model, folder, steps)]
+    command = [python, "-m", "state", "tx", "train", *overrides(fold, model, folder, steps, dropout)]
     with open(log, "w") as file:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
@@ -180,7 +181,9 @@ def run_one(
     return {"model": model, "seconds": seconds, "scores": {m: summary[m]["model"] for m in METRICS}, "n": len(table)}
 
 
-def of_fold(python: str, fold: Fold, cells: Path, cache: Path, folder: Path, steps: int) -> dict[str, Any]:
+def of_fold(
+    python: str, fold: Fold, cells: Path, cache: Path, folder: Path, steps: int, dropout: float | None
+) -> dict[str, Any]:
     """All models on one fold, and sest's baselines beside them."""
     torch.set_num_threads(1)
     splits = folder.with_suffix(".toml")
@@ -194,7 +197,7 @@ def of_fold(python: str, fold: Fold, cells: Path, cache: Path, folder: Path, ste
     summary = sest.evaluate(
         folder / "stack.h5ad", cells, cell_type_col=SCREENS[fold.screen][1], cell_eval=False
     ).summary
-    found = [run_one(python, fold, model, cells, folder, data, steps) for model in MODELS]
+    found = [run_one(python, fold, model, cells, folder, data, steps, dropout) for model in MODELS]
     baselines = {name: {m: summary[m][name] for m in METRICS} for name in SHOWN}
     return {"kind": fold.kind, "fold": fold.name, "models": found, "baselines": baselines}
 
@@ -222,6 +225,9 @@ def main() -> None:
     parser.add_argument("--peers-python", required=True, help="an interpreter with arc-state 0.11.1")
     parser.add_argument("--fold", action="append", help="only folds of these kinds; may be given several times")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--dropout", type=float, help=f"default: that of sest's heads, {TRAINING.dropout}; its own: 0.1"
+    )
     parser.add_argument("--small", action="store_true", help="20 steps")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--work", type=Path, help="folder for all that is made; default: a temporary one")
@@ -239,7 +245,7 @@ def main() -> None:
         for fold in folds:
             cells = data / f"{SCREENS[fold.screen][0]}.h5ad"
             folder = work / f"{fold.kind}-{fold.name}".replace(" ", "-")
-            given = (fold, cells, work / f"{fold.screen}.zarr", folder, 20 if asked.small else STEPS)
+            given = (fold, cells, work / f"{fold.screen}.zarr", folder, 20 if asked.small else STEPS, asked.dropout)
             waiting.append(pool.submit(of_fold, asked.peers_python, *given))
         results = [one.result() for one in waiting]
     print(table(results))

@@ -11,19 +11,28 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from real_cells import DIM, SCREENS, TRAINING, Fold, data_folder, folds_of, hardware
+from torch import Tensor
 
 import sest
 from sest.config import TrainConfig
+from sest.data.dataset import read_dataset
+from sest.evaluation.means import training_effects
 from sest.report.run_facts import read_runs
 from sest.training.train import train
+from sest.training.trainer import Trainer
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 FOLDS = (("replicate", "rep_1"), ("few-shot", "rep_1"), ("combination", "fold 2"), ("combination", "fold 3"))
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,14 +45,63 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "constant rate, average": {"ema": 0.99},
     "twice as wide, two layers": {"hidden": 256, "ffn": 512, "n_layers": 2},
     "no control targets": {"control_targets": False},
+    "small loss of the mean": {},
+    "genes weighted by effect": {},
 }
 METRICS = ("energy_distance", "mae", "pearson_delta", "pds")
 SLOW_END = 0.1  # of the learning rate, in the last 2 / 7 of the steps; not in these:
 IN_ONE_GO = ("constant rate", "warm-up, then cosine", "constant rate, average")
 
 
-def run(cache: Path, folder: Path, fold: Fold, config: TrainConfig, in_one_go: bool) -> dict[str, float]:
-    """Train once; the metrics of the best validation."""
+MEAN_WEIGHT = 0.1  # of the squared distance of the means; 4 takes the cells' spread away
+
+
+def of_the_mean(criterion: Criterion, cache: Path, config: TrainConfig) -> Criterion:
+    """The loss, and a small one of the distance of the predicted from the real mean."""
+
+    def loss(predicted: Tensor, target: Tensor) -> Tensor:
+        return criterion(predicted, target) + MEAN_WEIGHT * (predicted.mean(1) - target.mean(1)).square().sum(-1)
+
+    return loss
+
+
+def weighted_by_effect(criterion: Criterion, cache: Path, config: TrainConfig) -> Criterion:
+    """The loss of cells whose genes are scaled by how much their effects differ in training, as 1 on average."""
+    sd = training_effects(read_dataset(cache, config)).delta.std(0)
+    scale = 0.5 + 0.5 * sd / sd.mean()
+    weight = torch.from_numpy(scale / np.sqrt(np.square(scale).mean())).float()
+
+    def loss(predicted: Tensor, target: Tensor) -> Tensor:
+        return criterion(predicted * weight, target * weight)
+
+    return loss
+
+
+LOSSES = {
+    "small loss of the mean": of_the_mean,
+    "genes weighted by effect": weighted_by_effect,
+}  # of the training alone
+
+
+def run(
+    cache: Path, folder: Path, fold: Fold, config: TrainConfig, in_one_go: bool, variant: str = ""
+) -> dict[str, float]:
+    """Train once; the metrics of the best validation.
+
+    A loss of `LOSSES` is that of the training steps; validation keeps the usual one.
+    """
+    if variant in LOSSES:
+        splits = folder.with_suffix(".toml")
+        splits.write_text(fold.toml())
+        data_config = replace(config, splits=str(splits), perturbations=fold.perturbations)
+        begun = Trainer.__post_init__
+
+        def with_loss(trainer: Trainer) -> None:
+            begun(trainer)
+            trainer.criterion = LOSSES[variant](trainer.criterion, cache, data_config)
+
+        with mock.patch.object(Trainer, "__post_init__", with_loss):
+            return run(cache, folder, fold, config, in_one_go)
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     (folder / "starter.toml").write_text(fold.toml())
@@ -104,7 +162,7 @@ def main() -> None:
                 for seed in range(asked.seeds):
                     config = replace(TRAINING, seed=seed, **changes)
                     folder = work / f"{name}-{fold.kind}-{fold.name}-{seed}".replace(" ", "-")
-                    found = pool.submit(run, caches[fold.screen], folder, fold, config, name in IN_ONE_GO)
+                    found = pool.submit(run, caches[fold.screen], folder, fold, config, name in IN_ONE_GO, name)
                     waiting.setdefault(name, {}).setdefault(f"{fold.kind}, {fold.name}", []).append(found)
         results = {n: {f: [one.result() for one in runs] for f, runs in folds.items()} for n, folds in waiting.items()}
     print(table(results))

@@ -45,7 +45,9 @@ def import_(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders; also hf://OWNER/NAME")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="output: the folder to write")],
     to: Annotated[str, typer.Option(help="program that is to read it: state (arc-state)", show_default=True)] = "state",
     checkpoint: Annotated[str | None, typer.Option(help=f"{CHECKPOINT}; default: best")] = None,

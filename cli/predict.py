@@ -27,7 +27,10 @@ GROUPS = {
 def predict(
     run: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="run folder, or one of its checkpoint folders; several are averaged"),
+        typer.Argument(
+            metavar="RUN...",
+            help="run folder, or one of its checkpoint folders; also hf://OWNER/NAME; several are averaged",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="output: the .h5ad to write")],
     force: Force = False,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sest.cells.columns import Columns, detect_columns, labels, perturbations, usual_columns
+from sest.cells.columns import PERTURBATION_COLUMNS, Columns, detect_columns, labels, perturbations, usual_columns
 from sest.cells.genes import all_names
 from sest.cells.labels import AS_IS, AUTO, NoControlError, same_targets
 from sest.cells.split_file import TEST
@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 
 Wanted = Sequence[str] | Mapping[str, int]
 """Perturbations to predict: names, or name -> cells."""
-Names = str | tuple[str, ...] | None
-"""As an option gives them that may be given several times."""
+Names = str | tuple[str, ...] | None  # as an option gives them that may be given several times
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +43,11 @@ class Request:
 
 
 TARGET_GENE, CONTEXT, CONTROL = "target_gene", "context", "non-targeting"  # as the challenge calls them
-N_CELLS = {VCC2026: 400}  # of a perturbation, by format, where nothing says it
-USUAL = 128
 
 
 def n_cells_of(config: PredictConfig) -> int:
     """How many cells of a perturbation, where nothing else says it."""
-    return config.n_cells or N_CELLS.get(config.format, USUAL)
+    return config.n_cells or (400 if config.format == VCC2026 else 128)
 
 
 def asked_of(requests: Sequence[Request]) -> list[Request]:
@@ -171,7 +168,8 @@ def make_requests(
     known = [*run.perturbations[1:], *run.features.vectors.names]
     if config.template is not None:
         obs, columns = _template(Path(config.template), made, config.pert_col, config.cell_type_col, config.control)
-        return _of_template(obs, columns, new or cached_pools(_cells_of(run)), config.cell_type, known), columns
+        requests = _of_template(obs, columns, new or cached_pools(_cells_of(run)), config.cell_type, known)
+        return [*requests, *_controls_of(requests, columns)], columns
     perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
     columns = Columns(perturbation, cell_type, batch, control, (), rule=rule)
     if config.format == VCC2025:
@@ -261,11 +259,16 @@ def _template(
     try:
         found = detect_columns(obs, batch_col=batch, **usual, genes=genes)
     except NoControlError as error:
-        raise InputError(
-            f"{path}: {str(error).removesuffix('Pass --control.')}If one of these is the control, pass --control. If "
-            f"none is, add rows with the label {made['control']!r} for every cell type, which get real control cells; "
-            "or say what to predict with --list or --only, which adds them."
-        ) from error
+        column = usual["pert_col"] or next((name for name in PERTURBATION_COLUMNS if name in obs), None)
+        if not isinstance(control, str) or column is None:
+            raise InputError(
+                f"{path}: {str(error).removesuffix('Pass --control.')}If one of these is the control, pass --control. "
+                f"If none is, pass --control {made['control']} all the same: real control cells of every cell type are "
+                "written under that label. --list and --only add them too."
+            ) from error
+        logger.info(f"{path} has no control cells: those of every cell type are written too, as {control!r}.")
+        with_one = pd.concat([obs, obs.iloc[:1].assign(**{column: control})])
+        found = detect_columns(with_one, batch_col=batch, **usual | {"pert_col": column}, genes=genes)
     if found.perturbation is None:
         raise InputError(f"{path} has no perturbation column. Columns: {shown(obs.columns, 30)}. Pass --pert-col.")
     if found.decided is not None and (n := found.decided.n_unassigned):
@@ -303,6 +306,14 @@ def _of_template(
         Request(pool_of(pools, str(kind)), str(name), name == columns.control, len(rows), rows)
         for (kind, name), rows in obs.groupby([kinds, names], sort=True)
     ]
+
+
+def _controls_of(requests: Sequence[Request], columns: Columns) -> list[Request]:
+    """All control cells of the requests' pools, where none are asked for."""
+    if any(request.is_control for request in requests):
+        return []
+    pools = {id(request.pool): request.pool for request in requests}
+    return [Request(pool, str(columns.control), True, len(pool)) for pool in pools.values()]
 
 
 def obs_of(request: Request, chosen: np.ndarray, columns: Columns) -> pd.DataFrame:
@@ -370,18 +381,15 @@ def measured_genes(
 ) -> tuple[list[str], np.ndarray | None]:
     """The output's genes, and where they stand, without those that files of the control cells lack.
 
-    Args:
-        asked: whether the user named the genes.
-
     Raises:
-        InputError: one of those that are asked for was not measured in cells to predict from.
+        InputError: one that the user `asked` for was not measured in cells to predict from.
     """
     masks = [pool.measured for pool in {id(r.pool): r.pool for r in requests}.values() if pool.measured is not None]
-    if not masks or np.all(masks):
+    if not masks:
         return genes, places
     at = np.arange(len(genes)) if places is None else places
     there = np.all(masks, axis=0)[at]
-    lost = [name for name, is_there in zip(genes, there, strict=True) if not is_there]
+    lost = np.array(genes)[~there].tolist()
     if asked and lost:
         raise InputError(
             f"{len(lost):,} genes were not measured in the control cells of the run: {shown(lost)}. Leave them out of "
@@ -389,4 +397,4 @@ def measured_genes(
         )
     if lost:
         logger.warning(f"{len(lost):,} genes were not measured in all cells to predict from; they are left out.")
-    return [name for name, is_there in zip(genes, there, strict=True) if is_there], at[there]
+    return np.array(genes)[there].tolist(), at[there]

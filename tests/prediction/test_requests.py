@@ -250,15 +250,22 @@ def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: D
     assert list(table["gene"].cat.categories) == ["P", "ctrl"]
 
 
-def test_a_template_without_controls_is_told_what_works(
-    refusal: Callable[..., str], template: ad.AnnData, tmp_path: Path
+def test_a_template_without_controls_gets_them_under_the_label_that_is_given(
+    refusal: Callable[..., str], predicted: Predict, template: ad.AnnData, real: ad.AnnData, tmp_path: Path
 ) -> None:
     path = tmp_path / "template.h5ad"
-    template[template.obs["gene"] != "ctrl"].write_h5ad(path)
-    for options in ({}, {"control": CONTROL}):
-        line = refusal(template=str(path), **options)
-        assert str(path) in line and f"add rows with the label '{CONTROL}' for every cell type" in line
-        assert "--list or --only" in line
+    perturbed = template[template.obs["gene"] != "ctrl"]
+    perturbed.write_h5ad(path)
+    line = refusal(template=str(path))
+    assert str(path) in line and f"pass --control {CONTROL} all the same" in line and "--list and --only" in line
+    cells = predicted(template=str(path), control=CONTROL)
+    asked = cells.obs.loc[perturbed.obs_names]
+    assert asked["gene"].tolist() == perturbed.obs["gene"].tolist()
+    for kind in ("alpha", "beta"):
+        controls = rows_of(real, CONTROL, kind)
+        written = cells.obs[(cells.obs["gene"] == CONTROL) & (cells.obs["cell_type"] == kind)]
+        assert set(written.index) == set(real.obs_names[controls])
+    assert cells.uns["sest"]["columns"]["control"] == CONTROL
 
 
 def test_new_controls_of_several_cell_types_start_the_predictions_of_each(tiny_data: Dataset) -> None:
