@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import Features, make_features
 from sest.data.targets import compare_scales, normalisations
-from sest.data.vectors import DRUGS, GENES, ONE_HOT, WORDS, Source, Vectors, drugs_of, one_hot, read_sources
+from sest.data.vectors import DRUGS, GENES, ONE_HOT, WORDS, Source, Vectors, drugs_of, one_hot, read_sources, sources_of
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.provenance import check_features, saw_the_same_split
@@ -145,7 +144,9 @@ def _features(checkpoint: Checkpoint, names: tuple[str, ...], given: str | None)
     stored = stored_features(checkpoint)
     assert stored is not None
     columns = stored.columns or names[1:]
-    if given is not None and os.fspath(given) not in WORDS:
+    if given is not None and given != checkpoint.state["features"]["source"]:
+        if GENES in sources_of(given) and stored.loadings is None:
+            raise InputError(f"{checkpoint.folder} keeps no vectors of genes. Pass --perturbations with a file.")
         vectors = read_sources(given, names[1:], columns=columns, loadings=stored.loadings)
     else:
         tensors, made = checkpoint.features(), []

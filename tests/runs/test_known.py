@@ -82,6 +82,14 @@ def test_a_file_may_have_more_perturbations_but_none_of_the_runs_otherwise(folde
         known_without_cells(checkpoint, str(folder / "some.npz"))
 
 
+def test_other_sources_than_the_runs_are_not_ignored(folder: Path) -> None:
+    _, checkpoint = trained(folder, "sources", perturbations=str(folder / "f.npz"))
+    with pytest.raises(InputError, match=r"onehot has features of width 5; the checkpoint takes 3"):
+        known_without_cells(checkpoint, "onehot")
+    with pytest.raises(InputError, match="keeps no vectors of genes"):
+        known_without_cells(checkpoint, "genes")
+
+
 def test_what_earlier_versions_kept_is_not_enough(folder: Path) -> None:
     _, checkpoint = trained(folder, "old")
     before = dataclasses.replace(checkpoint, state={k: v for k, v in checkpoint.state.items() if k != CELLS})
