@@ -26,6 +26,10 @@ def import_(
     target_sum: Annotated[
         float, typer.Option(help=f"{TARGET_SUM}; upstream's files do not say it", show_default=True)
     ] = USUAL,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="of a head with a batch encoder: the batch whose cells it is to predict; default: none"),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Import a head of upstream's `state tx train`.
@@ -36,7 +40,7 @@ def import_(
     from sest.compat.import_upstream import import_checkpoint
 
     with ConsoleProgress():
-        state = import_checkpoint(source, out, target_sum=target_sum, force=force)
+        state = import_checkpoint(source, out, target_sum=target_sum, batch=batch, force=force)
     sizes = state["sizes"]
     console.say(
         f"{out}: step {state['step']:,}, {state['trainable_parameters']:,} parameters; embeddings {sizes['dim']}, "

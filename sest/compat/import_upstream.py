@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from dataclasses import dataclass
@@ -30,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 TARGET_SUM = float(TrainConfig().target_sum)
 WEIGHTS, CONFIG, MAP, VAR_DIMS = "checkpoints/final.ckpt", "config.yaml", "pert_onehot_map.pt", "var_dims.pkl"
+BATCHES, BATCH_ENCODER = "batch_onehot_map.torch", "batch_encoder.weight"
 """In a run folder of upstream's."""
 FROZEN = "transformer_backbone.embed_tokens.weight"  # an all-zero table that upstream keeps and nobody reads
 LAYER = re.compile(r"transformer_backbone\.layers\.(\d{1,4})\.")
 EXPECTED = {  # what no tensor tells; upstream's value where a checkpoint is silent about a switch is the same
     "transformer_backbone_key": "llama",
     "predict_residual": True,
-    "batch_encoder": False,
     "mask_attn": False,
     "output_space": "gene",
     "activation": "gelu",
@@ -107,7 +108,7 @@ def _checkpoint_in(folder: Path) -> Path:
 
 
 def import_checkpoint(
-    source: Path, out: Path, *, target_sum: float = TARGET_SUM, force: bool = False
+    source: Path, out: Path, *, target_sum: float = TARGET_SUM, batch: str | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Read an upstream checkpoint and write it as a checkpoint folder that predicts the same.
 
@@ -115,6 +116,7 @@ def import_checkpoint(
         source: a `.ckpt` of `state tx train`, or its run folder (as on the Hugging Face hub), whose pert_onehot_map.pt
             then has the features.
         target_sum: what its targets were normalised to, which no file of upstream's says.
+        batch: of a head with a batch encoder: the label of the batch whose cells are to be predicted.
         out: the folder to write; new or empty, or with `force` an older checkpoint to replace.
 
     Returns:
@@ -127,7 +129,7 @@ def import_checkpoint(
     beside = source if source.is_dir() else source.parent.parent if source.parent.name == "checkpoints" else None
     source = _checkpoint_in(source) if source.is_dir() else source
     run = read_run_folder(beside) if beside is not None else None
-    checkpoint = load_transition(source)
+    checkpoint = _of_one_batch(source, load_transition(source), beside, batch)
     sizes = _sizes(source, checkpoint)
     tensors = {name: t for name, t in checkpoint.tensors.items() if name != FROZEN}
     with torch.device("meta"):  # shapes only
@@ -158,7 +160,7 @@ def import_checkpoint(
         "scale": None,
         "target_sum": None if features is None else target_sum,
         "columns": {**columns, "control": parameters.get("control_pert")},
-        "imported": {"file": source.name, "sha256": sha256_file(source)},
+        "imported": {"file": source.name, "sha256": sha256_file(source), **({} if batch is None else {"batch": batch})},
     }
     if features is not None:
         logger.info(f"Targets of the run are taken to be log1p of counts normalised to {target_sum:g}: --target-sum.")
@@ -174,6 +176,39 @@ def import_checkpoint(
     kept = None if features is None else {"source-0": torch.from_numpy(features.matrix)}
     save_checkpoint(out.resolve(), state, tensors, features=kept)
     return state
+
+
+def _of_one_batch(
+    source: Path, checkpoint: TransitionCheckpoint, folder: Path | None, batch: str | None
+) -> TransitionCheckpoint:
+    """A head without its batch encoder, for the cells of one batch.
+
+    The encoder adds a vector of the batch to the encoded perturbation of every cell, and so does a bias.
+
+    Raises:
+        InputError: no batch is named, or one that it does not know; or it has no batch encoder.
+    """
+    tensors = dict(checkpoint.tensors)
+    vectors = tensors.pop(BATCH_ENCODER, None)
+    if vectors is None:
+        if batch is not None:
+            raise InputError(f"{source} has no batch encoder. Leave --batch out.")
+        return checkpoint
+    labels = [str(number) for number in range(len(vectors))]
+    if folder is not None and (folder / BATCHES).is_file():
+        names, rows = read_vectors(folder / BATCHES)
+        labels = [name for _, name in sorted(zip(rows.argmax(1).tolist(), names, strict=True))]
+        if len(labels) != len(vectors):
+            raise InputError(f"{BATCHES} has {len(labels)} batches; {source.name} has {len(vectors)}.")
+    if batch is None or batch not in labels:
+        unknown = "" if batch is None else f" It has no batch {batch!r}."
+        raise InputError(
+            f"{source} was trained with a batch encoder, so it predicts the cells of one batch.{unknown} Pass --batch "
+            f"with one of: {shown(labels, 20)}. Upstream takes the first for cells of other batches."
+        )
+    bias = f"pert_encoder.{_last_linear(tensors, 'pert_encoder')}.bias"
+    tensors[bias] = tensors[bias] + vectors[labels.index(batch)]
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _features(source: Path, run: UpstreamRun, sizes: HeadSizes, control: str) -> Features:

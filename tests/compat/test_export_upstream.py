@@ -112,6 +112,22 @@ def test_upstreams_class_loads_it_and_predicts_the_same(demo: Demo, exported: Pa
 
 
 @needs_upstream
+def test_a_head_with_a_batch_encoder_is_that_of_one_batch(tmp_path: Path) -> None:
+    upstream("make", tmp_path / "run", "plate1", "plate2", "plate3")
+    with pytest.raises(InputError, match=r"Pass --batch with one of: plate1, plate2, plate3\."):
+        import_checkpoint(tmp_path / "run", tmp_path / "head")
+    rng = np.random.default_rng(2)
+    basal, pert = rng.random((1, 8, 30), np.float32), np.repeat(np.eye(5, dtype=np.float32)[[3]], 8, 0)[None]
+    for number, name in enumerate(("plate1", "plate2", "plate3")):
+        import_checkpoint(tmp_path / "run", tmp_path / name, batch=name)
+        np.savez(tmp_path / "in.npz", allow_pickle=False, basal=basal, pert=pert, batch=np.full((8,), number))
+        upstream("predict_own", tmp_path / "run", tmp_path / "in.npz", tmp_path / "out.npy")
+        with torch.inference_mode():
+            ours = load_model(tmp_path / name)(torch.from_numpy(basal), torch.from_numpy(pert[:, 0]))[0].numpy()
+        np.testing.assert_allclose(np.load(tmp_path / "out.npy"), ours, atol=2e-6)  # float32, another order of sums
+
+
+@needs_upstream
 def test_a_run_folder_of_upstreams_predicts_through_sest_as_upstream_does(tmp_path: Path) -> None:
     """A head on highly variable genes, in the form of the published ones; its cells bring obsm["X_hvg"]."""
     upstream("make", tmp_path / "run")

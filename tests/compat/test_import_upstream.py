@@ -151,7 +151,6 @@ def test_files_that_are_no_state_tx_checkpoint_say_what_they_are(shared_referenc
     [
         ({"transformer_backbone_key": "GPT2"}, "transformer_backbone_key=GPT2"),
         ({"predict_residual": False}, "predict_residual=False"),
-        ({"batch_encoder": True}, "batch_encoder=True"),
         ({"mask_attn": True}, "mask_attn=True"),
         ({"activation": "relu"}, "activation=relu"),
         ({"output_space": "all"}, "output_space=all"),
@@ -284,3 +283,24 @@ def test_a_run_folder_brings_its_perturbations_and_columns(
     with pytest.raises(InputError, match=r"Name the one to import"):
         import_checkpoint(folder, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_batch_encoder_becomes_the_bias_of_one_batch(
+    read: TransitionCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a .ckpt alone batches are numbered."""
+    vectors = torch.rand(3, 48, generator=torch.Generator().manual_seed(0))
+    with_batches = TransitionCheckpoint({**read.tensors, "batch_encoder.weight": vectors}, read.hyper_parameters, 5)
+    monkeypatch.setattr(import_upstream, "load_transition", lambda source: with_batches)
+    source = tmp_path / "up.ckpt"
+    source.write_bytes(b"read by the fixture")
+    for batch, expected in ((None, "Pass --batch with one of: 0, 1, 2"), ("9", "It has no batch '9'")):
+        with pytest.raises(InputError, match=expected):
+            import_checkpoint(source, tmp_path / "out", batch=batch)
+    state = import_checkpoint(source, tmp_path / "out", batch="2")
+    assert state["imported"]["batch"] == "2"
+    found = open_checkpoint(tmp_path / "out").model_tensors()
+    torch.testing.assert_close(found["pert_encoder.9.bias"], read.tensors["pert_encoder.9.bias"] + vectors[2])
+    monkeypatch.setattr(import_upstream, "load_transition", lambda source: read)
+    with pytest.raises(InputError, match=r"has no batch encoder\. Leave --batch out"):
+        import_checkpoint(source, tmp_path / "other", batch="2")

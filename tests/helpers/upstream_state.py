@@ -3,7 +3,8 @@
     python upstream_state.py predict FOLDER INPUTS.npz OUT.npy   forward of FOLDER/checkpoints/final.ckpt, read as
                                                                  plain values
     python upstream_state.py predict_own (the same)              of one that upstream wrote, which is unpickled
-    python upstream_state.py make FOLDER                         a run folder of a model with random weights
+    python upstream_state.py make FOLDER [BATCH...]              a run folder of a model with random weights, with an
+                                                                 encoder of these batches
 
 Only a part of the package's own training is repeated: the files that it writes beside a checkpoint.
 """
@@ -61,11 +62,13 @@ def predict(folder: Path, inputs: Path, out: Path, **how: Any) -> None:
     model = _quiet(_class().load_from_checkpoint, file, map_location="cpu", **how).eval()
     given = np.load(inputs)
     batch = {"pert_emb": torch.from_numpy(given["pert"]), "ctrl_cell_emb": torch.from_numpy(given["basal"])}
+    if "batch" in given:
+        batch["batch"] = torch.from_numpy(given["batch"])
     with torch.inference_mode():
         np.save(out, model(batch, padded=False).numpy())
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, *batches: Path) -> None:
     """Write what `state tx train` leaves of a head on highly variable genes."""
     lightning = importlib.import_module("lightning.pytorch")
     torch.manual_seed(0)
@@ -83,6 +86,8 @@ def make(folder: Path) -> None:
         control_pert="ctrl",
         gene_names=genes,
         gene_decoder_bool=False,
+        batch_dim=len(batches) or None,
+        batch_encoder=bool(batches),
         **KWARGS,
     )
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -91,6 +96,9 @@ def make(folder: Path) -> None:
     trainer.save_checkpoint(folder / "checkpoints/final.ckpt")
     names = ["ctrl", "P", "Q", "R", "S"]
     torch.save({n: torch.eye(N_PERTURBATIONS)[i] for i, n in enumerate(names)}, folder / "pert_onehot_map.pt")
+    if batches:
+        named = {str(name): torch.eye(len(batches))[i] for i, name in enumerate(batches)}
+        torch.save(named, folder / "batch_onehot_map.torch")
     dims = {"input_dim": N_GENES, "output_dim": N_GENES, "pert_dim": N_PERTURBATIONS, "gene_names": genes}
     (folder / "var_dims.pkl").write_bytes(pickle.dumps(dims))
     (folder / "config.yaml").write_text("data:\n  kwargs: {pert_col: gene, cell_type_key: kind, control_pert: ctrl}\n")
