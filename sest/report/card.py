@@ -45,6 +45,7 @@ def card_of(checkpoint: Checkpoint, repository: str) -> str:
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
         f"# {repository.rpartition('/')[2]}\n",
         _what(checkpoint),
+        _weights(checkpoint),
         _use(checkpoint, repository),
         _data(checkpoint, facts),
         _scores(facts),
@@ -64,6 +65,19 @@ def _what(checkpoint: Checkpoint) -> str:
         f"control cells ({made['name']}, {sizes.dim} wide) and the features of a perturbation "
         f"({state['features']['source']}, {sizes.n_features} wide) it predicts log1p expression of {sizes.n_genes:,} "
         f"genes{_scale(state)}.\n"
+    )
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    """What the parts count in a prediction."""
+    if not checkpoint.has_blend:
+        return ""
+    weights = checkpoint.blend().weights
+    means = [f"{name} {mean:.2f}" for name, mean in weights.means.items()]
+    return (
+        f"A prediction is {', '.join(means)} and controls {weights.of_controls:.2f} (weights fitted on "
+        f"{weights.n_pairs:,} validation pairs; `stack` are the baselines together, `anchored` is the head held "
+        "against itself); `--blend head` is the head alone.\n"
     )
 
 
@@ -87,7 +101,7 @@ def _use(checkpoint: Checkpoint, repository: str) -> str:
 def _data(checkpoint: Checkpoint, facts: RunFacts | None) -> str:
     known = checkpoint.state.get(CELLS, {})
     trained = known.get("trained", [])
-    lines = ["## Data\n"]
+    lines = ["## Data"]
     if trained:
         listed = ", ".join(trained[:FEW]) + (f" and {len(trained) - FEW} more" if len(trained) > FEW else "")
         lines.append(f"Trained on {len(trained):,} perturbations: {listed}.")

@@ -33,6 +33,8 @@ def test_scores_stand_beside_the_baselines(demo: Demo, best: Checkpoint) -> None
         for name, value in score.baselines.items():
             shown = rows[score.metric][name.replace("_", " ")]
             assert shown == "-" or float(shown) == pytest.approx(value, rel=1e-3)
+    weights = best.blend().weights
+    assert f"and controls {weights.of_controls:.2f} (weights fitted on {weights.n_pairs} validation" in text
     assert f"step {best.state['step']:,}" in text and "of the val split, beside baselines" in text
 
 
