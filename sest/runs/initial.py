@@ -160,7 +160,11 @@ def take_over(source: Checkpoint, model: StateTransition, data: Dataset, config:
         "known to it, the others begin as in a fresh head."
     )
     if new["feature column"] == len(columns):
-        logger.warning(f"{source.folder} has other features: what it knows of perturbations is not used.")
+        theirs, ours = source.state["features"]["source"], data.features.source
+        logger.warning(
+            f"{source.folder} was trained with other features ({theirs}, these are {ours}): what it knows of "
+            "perturbations is not used."
+        )
     return {"name": source.folder.name, "step": source.state["step"], "model_sha256": source.state["files"][MODEL]}
 
 

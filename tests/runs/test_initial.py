@@ -128,7 +128,8 @@ def test_features_of_files_must_be_the_same_vectors(folder: Path, tmp_path: Path
     one_hot, notes = read_dataset(folder / "b.zarr", small_config()), Notes()
     with reporting(notes):
         take_over(source, fresh(one_hot, config), one_hot, config)
-    assert any("has other features: what it knows of perturbations is not used" in note for note in notes.notes)
+    said = "was trained with other features (f.npz, these are onehot): what it knows of perturbations is not used"
+    assert any(said in note for note in notes.notes)
 
 
 def test_what_cannot_go_on_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
