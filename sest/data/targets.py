@@ -304,11 +304,17 @@ def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def remove_scratch(scratch: Path) -> None:
-    """Delete the files that read_targets made in `scratch`, and the folder if nothing else is in it."""
-    for name in (SCRATCH_MARK, INDICES, DATA, LENGTHS, TOTALS):
-        (scratch / name).unlink(missing_ok=True)
-    if scratch.is_dir() and not any(scratch.iterdir()):
-        scratch.rmdir()
+    """Delete the files that read_targets made in `scratch`, and the folder if nothing else is in it.
+
+    Where that fails it is said: what they served is done.
+    """
+    try:
+        for name in (SCRATCH_MARK, INDICES, DATA, LENGTHS, TOTALS):
+            (scratch / name).unlink(missing_ok=True)
+        if scratch.is_dir() and not any(scratch.iterdir()):
+            scratch.rmdir()
+    except OSError as error:
+        logger.warning(f"{scratch} could not be deleted ({error.strerror}); nothing needs it any more.")
 
 
 def _target_sum(asked: float | str, totals: np.ndarray) -> float:

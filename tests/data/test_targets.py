@@ -231,3 +231,14 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 300_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(tmp_path) > 10**6
+
+
+def test_scratch_files_that_cannot_be_deleted_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "unlink", full)
+    notes = Notes()
+    with reporting(notes):
+        remove_scratch(tmp_path)
+    assert notes.notes == [f"{tmp_path} could not be deleted (No space left on device); nothing needs it any more."]
