@@ -48,6 +48,7 @@ OVERALL = "avg_score"
 COLUMNS = "metric prediction controls baseline replicate score score_of_controls".split()
 PERTURBATION, CONTROL, CONTEXTS = "target_gene", "non-targeting", ("context", "cell_type")
 OWN, CONTROLS = "prediction", "controls"  # whose scores
+N_COMMANDS = 6  # of a package, for one context; of both suites
 
 
 class SuiteFailed(Exception):
@@ -140,7 +141,7 @@ def _scored(
     name: str, package: _Package, pair: Mapping[str, Path], suite: str, threads: int, own: Evaluation
 ) -> ContextScores:
     """One context by the package, or why it has no scores."""
-    progress.begin(f"Running {Path(package.program).name}, context {name}", 7 if suite == VCC2026 else 6, "steps")
+    progress.begin(f"Running {Path(package.program).name}, context {name}", N_COMMANDS, "steps")
     try:
         table = {VCC2025: _vcc2025, VCC2026: _vcc2026}[suite](package, pair, threads)
     except SuiteFailed as error:
@@ -217,13 +218,7 @@ def _contexts(ours: pd.DataFrame, theirs: pd.DataFrame, column: str | None) -> d
 
 
 def _write_pair(
-    folder: Path,
-    predicted: Any,
-    real: Any,
-    pert: str,
-    control: str,
-    suite: str,
-    seed: int,
+    folder: Path, predicted: Any, real: Any, pert: str, control: str, suite: str, seed: int
 ) -> dict[str, Path]:
     """Write what the packages take of one context: the prediction, the real cells, and cells of no effect (AnnData).
 
@@ -274,7 +269,6 @@ def _vcc2026(package: _Package, pair: Mapping[str, Path], threads: int) -> pd.Da
     package("prep-real-bundle", "--real", pair["real"], "--baseline", scratch, "-o", "bundle", *preset)
     for name in (OWN, CONTROLS):
         package("score", "--user-agg", f"{name}/agg_results.csv", "--real-bundle", "bundle", "-o", f"{name}/score.csv")
-    progress.advance()
     replicate = _replicate(package.folder / "bundle" / "anchor_agg.parquet")
     return _table(package.folder, VCC2026, "baseline/baseline_agg.csv", "from_replicate", replicate)
 

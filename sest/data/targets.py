@@ -106,7 +106,7 @@ def read_targets(
         )
     groups = list(cache.groups.values())
     genes = _union_of_genes(groups) if axis == "union" else _common_genes(groups)
-    measured = np.array([np.isin(genes, group.genes) for group in groups])
+    measured = _measured(groups, genes) if axis == "union" else None
     n_values = sum(int(group.indptr[-1]) for group in groups)  # at most: some genes may be left out
     index_type = np.dtype(np.uint16 if len(genes) <= 2**16 else np.int32)
     data_type = np.result_type(*(group.target_dtype for group in groups))
@@ -133,7 +133,7 @@ def read_targets(
         factor=factor,
         target_sum=wanted,
         scale=scales.pop() if len(scales) == 1 else "mixed",
-        measured=None if measured.all() else measured,
+        measured=measured,
         first=np.cumsum([0, *(group.n_cells for group in groups)]),
     )
 
@@ -149,11 +149,6 @@ def normalisations(cache: Cache) -> dict[str, Normalisation]:
         rows = [group.targets(at, min(at + n, group.n_cells)) for at in starts]
         found[group.path] = normalisation_of(np.concatenate([cell_sums(part) for part in rows]))
     return found
-
-
-def compare_scales(cache: Cache, target_sum: float) -> str | None:
-    """Say how the groups of a cache differ, counts being normalised to `target_sum`; None where they do not."""
-    return differing_scales(normalisations(cache), target_sum, _counted(cache))
 
 
 def _counted(cache: Cache) -> list[str]:
@@ -212,8 +207,9 @@ def _choose(where: str, needed: int, scratch: Path | None) -> str:
 def _blocks(groups: list[Group], genes: list[str]) -> Iterator[tuple[scipy.sparse.csr_matrix, np.ndarray]]:
     """Rows of all groups over `genes`, and their totals over all genes of their file (n,) float64."""
     for group in groups:
-        columns, place = None, {name: i for i, name in enumerate(group.genes)}
+        columns = None
         if group.genes != genes:
+            place = {name: i for i, name in enumerate(group.genes)}
             columns = np.array([place.get(name, -1) for name in genes])
         values_a_cell = max(int(group.indptr[-1]) // max(group.n_cells, 1), 1)
         step = max(VALUES_PER_READ // values_a_cell, 1)
@@ -335,6 +331,14 @@ def _union_of_genes(groups: list[Group]) -> list[str]:
     else:
         raise InputError(f"The groups have no gene in common ({shown(g.path for g in groups)}).")
     return genes
+
+
+def _measured(groups: list[Group], genes: list[str]) -> np.ndarray | None:
+    """(groups, G) bool: which of `genes` each group has; None: all have all."""
+    every = set(genes)
+    if all(every.issubset(group.genes) for group in groups):
+        return None
+    return np.array([np.isin(genes, group.genes) for group in groups])
 
 
 def _common_genes(groups: list[Group]) -> list[str]:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sest.cells.scale import Normalisation, normalised_to
+from sest.cells.scale import Normalisation, differing_scales, normalised_to
 from sest.cells.split_file import TRAIN
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import Features, make_features
-from sest.data.targets import compare_scales, normalisations
+from sest.data.targets import normalisations
 from sest.data.vectors import DRUGS, GENES, ONE_HOT, WORDS, Source, Vectors, drugs_of, one_hot, read_sources, sources_of
 from sest.errors import InputError
 from sest.runs.checkpoint import Checkpoint
@@ -110,15 +110,15 @@ def known_without_cells(checkpoint: Checkpoint, perturbations: str | None) -> Kn
 def cells_to_keep(data: Dataset) -> dict[str, Any]:
     """Plain values for state.json, without which predictions would need the cache."""
     logged = normalisations(data.cache)
-    only_logged = len(logged) == len(data.cache.groups)
+    counted = [path for path in data.cache.groups if path not in logged]
     return {
         "perturbations": list(data.labels.perturbations),
         "trained": data.perturbations_in(TRAIN),
         "missing": list(data.features.missing),
         "sources": [source.name for source in data.features.vectors.sources],
         "dtype": str(data.embeddings.dtype),
-        "is_one_scale": compare_scales(data.cache, data.targets.target_sum) is None,
-        "normalisation": _plain(next(iter(logged.values()))) if only_logged else None,
+        "is_one_scale": differing_scales(logged, data.targets.target_sum, counted) is None,
+        "normalisation": None if counted else _plain(next(iter(logged.values()))),
     }
 
 

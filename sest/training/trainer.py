@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,6 @@ class Trainer:
         self._features = torch.from_numpy(self.data.features.matrix).to(self.device)  # (perturbations, P)
         self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
-        self._cells = cells_to_keep(self.data)
         self._kept_at = -1  # step of the newest checkpoint-step-N
         self._average = WeightAverage(self.model, self.optimizer, self.config.ema) if self.config.ema else None
 
@@ -103,6 +103,11 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.state.step >= self.config.max_steps
+
+    @cached_property
+    def _kept_cells(self) -> dict[str, Any]:
+        """What checkpoints say of the cells; reads some of them."""
+        return cells_to_keep(self.data)
 
     # --- step
 
@@ -291,7 +296,7 @@ class Trainer:
                 "sizes": self.model.sizes.to_values(),
                 "trainable_parameters": n_parameters(self.model),
                 "genes": list(self.data.targets.genes),
-                CELLS: self._cells,
+                CELLS: self._kept_cells,
                 **self.origin,
                 **self.identity,
             },

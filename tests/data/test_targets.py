@@ -16,9 +16,9 @@ from helpers.caches import GENES, small_screen
 from helpers.datasets import Opened, open_three_files, opened
 from helpers.notes import Notes
 from sest.cache import Cache
+from sest.cells.scale import differing_scales
 from sest.data.targets import (
     SCRATCH_MARK,
-    compare_scales,
     normalisations,
     read_targets,
     refuse_mixed_scales,
@@ -103,7 +103,8 @@ def test_groups_that_were_normalised_differently_are_refused_unless_that_is_aske
     with reporting(notes):
         refuse_mixed_scales(cache, 1e4, "refuse")
     assert notes.notes == ["b: log1p of counts normalised to 10,000; its values are targets as they are."]
-    assert compare_scales(cache, 1e4) is None and compare_scales(cache, 1e6) is not None
+    found = normalisations(cache)
+    assert differing_scales(found, 1e4, ["a"]) is None and differing_scales(found, 1e6, ["a"]) is not None
     words = (
         r"a is counts, normalised to 1,000,000; b is .* to 10,000\. Pass --target-sum 10000, or normalise them alike"
     )
