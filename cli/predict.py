@@ -14,7 +14,7 @@ from sest.config import VCC2026, PredictConfig
 
 GROUPS = {
     "What to predict": "template list only all_perturbations n_cells cell_type perturbations genes",
-    "What is written": "format target_sum effects with_controls",
+    "What is written": "format target_sum effects with_controls vcc",
     "From which control cells": (
         "cache controls all_controls encoder layer modality mixed_scales gene_col missing_genes"
     ),
@@ -55,5 +55,7 @@ def predict(
         f"from {result.checkpoint} (step {result.step:,})"
         + (f" and {result.n_runs - 1} more." if result.n_runs > 1 else ".")
     )
+    if config.vcc is not None:
+        console.say(f"{config.vcc}: the same cells, for `vcc submit`.")
     for copy in result.copies:
         console.say(f"{copy}: the cells of this context and its real controls, for cell-eval2.")

@@ -265,6 +265,9 @@ class PredictConfig(Config):
     with_controls: str | None = option(
         None, f"folder for a copy of each context with its control cells, as cell-eval2 takes it; of {VCC2026}"
     )
+    vcc: str | None = option(
+        None, f"package that `vcc submit` takes, written too, without the memory that `vcc prep` needs; of {VCC2026}"
+    )
     cell_type: str | tuple[str, ...] | None = option(
         None,
         "cell type to predict; may be given several times; default: all; with --list, --only or --all-perturbations "

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,8 +113,9 @@ def predict(
     inputs = [*given, config.perturbations, *(file for one in runs for file in files_of(one))]
     check_output(out, inputs=inputs, force=force)
     refuse_options(config)
-    if config.effects is not None:
-        check_output(config.effects, inputs=[*inputs, out], force=force)
+    for beside in (config.effects, config.vcc):
+        if beside is not None:
+            check_output(beside, inputs=[*inputs, out], force=force)
     listed = read_wanted(wanted, config)
     checkpoints = [sound_checkpoint(find_checkpoint(one, config.checkpoint)) for one in runs]
     checkpoint = _first_of_alike(checkpoints)
@@ -138,17 +139,7 @@ def predict(
         logger.info(sentence)
     if config.format == VCC2026:
         what = dataclasses.replace(what, requests=requests if copies else asked_of(requests))
-        write_submission(
-            out,
-            copies,
-            what.requests,
-            what.effects(all_controls),
-            genes,
-            places,
-            what.record(),
-            known.target_sum,
-            config.seed,
-        )
+        _submit(out, copies, what)
     else:
         _write(out, what)
     if config.effects is not None:
@@ -284,6 +275,22 @@ def _write(out: Path, what: _What) -> None:
             chosen[-1][1].append(rows)
         tables = [obs_of(request, np.concatenate(rows), what.columns) for request, rows in chosen]
         writer.finish(join_tables(tables), pd.DataFrame(index=pd.Index(what.genes, dtype=str)), uns)
+
+
+def _submit(out: Path, copies: Mapping[str, Path], what: _What) -> None:
+    """Write a submission, and what is asked for beside it."""
+    write_submission(
+        out,
+        copies,
+        Path(what.config.vcc) if what.config.vcc is not None else None,
+        what.requests,
+        what.effects(all_controls),
+        what.genes,
+        what.places,
+        what.record(),
+        what.known.target_sum,
+        what.config.seed,
+    )
 
 
 def runs_of(run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -6,6 +6,7 @@ import csv
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import zstandard
 from conftest import Demo
 
 import sest
@@ -149,6 +151,58 @@ def test_vcc_prep_takes_it_unchanged(submitted: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, "-o", tmp_path / "F.vcc"], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "F.vcc").stat().st_size > 0, done.stdout + done.stderr
     assert "counts-preserved" in done.stdout + done.stderr
+
+
+def test_a_package_is_the_one_that_vcc_prep_makes(demo: Demo, submitted: Path, tmp_path: Path) -> None:
+    """The client's own reader of packages, and the cells inside of both."""
+    from vcc.vccfile import contexts_from_vcc, nnz_from_vcc, read_vcc_meta, validate_vcc
+
+    ours, theirs, n_genes = tmp_path / "ours.vcc", tmp_path / "theirs.vcc", ad.read_h5ad(submitted / "F.h5ad").n_vars
+    predict(demo.run, tmp_path / "F.h5ad", options(submitted, vcc=str(ours)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["F.h5ad", "ours.vcc"]
+    prep: list[str | Path] = [client("vcc"), "prep", tmp_path / "F.h5ad", "-o", theirs, "--contexts", "A,B"]
+    prep += ["--perts", submitted / "pert_counts.csv", "--genes", submitted / "gene_names.csv"]
+    subprocess.run([*prep, "--expected-gene-dim", str(n_genes)], capture_output=True, check=True)
+    validate_vcc(ours)
+    mine, other = (read_vcc_meta(path) or {} for path in (ours, theirs))
+    assert mine.pop("made_by").startswith("sest ") and other.pop("cli_version") and mine == other
+    assert (contexts_from_vcc(ours), nnz_from_vcc(ours)) == (("A", "B"), nnz_from_vcc(theirs))
+    cells = []
+    for path in (ours, theirs):
+        with tarfile.open(path) as tar:
+            assert tar.getnames() == ["meta.json", "pred.h5ad.zst"]
+            assert {(member.uid, member.gid, member.uname, member.mtime) for member in tar} == {(0, 0, "", 0)}
+            member = tar.extractfile("pred.h5ad.zst")
+            assert member is not None
+            with open(tmp_path / "cells.h5ad", "wb") as file:
+                zstandard.ZstdDecompressor().copy_stream(member, file)
+        cells.append(ad.read_h5ad(tmp_path / "cells.h5ad"))
+    assert (cells[0].X != cells[1].X).nnz == 0 and cells[0].X.dtype == cells[1].X.dtype and not cells[0].uns
+    assert cells[0].obs.astype(str).to_numpy().tolist() == cells[1].obs.astype(str).to_numpy().tolist()
+    assert list(cells[0].obs) == list(cells[1].obs) and cells[0].var_names.equals(cells[1].var_names)
+
+
+def test_a_package_says_when_its_cells_are_not_as_many_as_the_challenge_asks_for(
+    demo: Demo, submitted: Path, tmp_path: Path
+) -> None:
+    with reporting(notes := Notes()):
+        predict(demo.run, tmp_path / "F.h5ad", options(submitted, n_cells=3, vcc=str(tmp_path / "F.vcc")))
+    assert any("takes 400 cells of each" in note and "some have 3" in note for note in notes.notes)
+
+
+def test_what_makes_no_package_is_refused(
+    refusal: Callable[..., str], submitted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = options(submitted).to_values()
+    given = {name: value for name, value in given.items() if value is not None}
+    assert "does not end in .vcc" in refusal(**given, vcc="package.tar")
+    bare = {name: value for name, value in given.items() if name not in ("genes", "list")}
+    for fewer in (bare | {"list": given["list"]}, bare | {"genes": given["genes"], "all_perturbations": True}):
+        assert "pass --format vcc2026, --genes gene_names.csv and --list" in refusal(**fewer, vcc="F.vcc")
+    (tmp_path / "there.vcc").write_text("mine")
+    assert "--force" in refusal(**given, vcc=str(tmp_path / "there.vcc"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'sest[challenge]'" in refusal(**given, vcc=str(tmp_path / "new.vcc"))
 
 
 def test_cell_eval2_scores_a_copy(submitted: Path, tmp_path: Path) -> None:
