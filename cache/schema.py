@@ -30,7 +30,8 @@ FINISHING = ".finishing"  # locked by the one of several processes that complete
 SPOOL = ".spool"
 PROJECTION = "projection"
 RESERVED = (JOURNAL, COMPLETE, LOCK, FINISHING, SPOOL, PROJECTION, ROOT)
-MEASURED = ("fidelity",)  # root attributes that were measured, which another machine may measure otherwise
+ENCODER_FOLDER = "encoder_folder"  # root attribute: where the files of an SE encoder were
+MEASURED = ("fidelity", ENCODER_FOLDER)  # root attributes which may be others on another machine
 
 LICENCE_NOTE = (
     "Embeddings made with State Embedding (SE) weights are outputs of a model whose licence is non-commercial; "

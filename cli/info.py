@@ -83,9 +83,14 @@ def _show_labels(decisions: list[dict[str, Any]]) -> None:
         console.say(f"{len(decisions) - len(rows):,} more labels; --json has all.")
 
 
+def _dose(treatment: dict[str, Any]) -> str:
+    time = "" if treatment["hours"] is None else f" for {treatment['hours']:g} h"
+    return f"{treatment['drug']} at {treatment['dose']:g} {treatment['unit']}{time}"
+
+
 def _taken_for(row: dict[str, Any]) -> str:
     if row["kind"] == PERTURBATION:
-        drugs = " and ".join(f"{each['drug']} at {each['dose']:g} {each['unit']}" for each in row["treatments"])
+        drugs = " and ".join(map(_dose, row["treatments"]))
         return drugs or ("itself" if row["name"] == row["label"] else row["name"])
     return "nothing: left out" if row["name"] is None else "the control"
 

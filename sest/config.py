@@ -45,12 +45,11 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """A training's values as an earlier sest wrote them, with today's names, and numbers that it kept as text.
 
     Before `val_contexts` perturbations were held out in all contexts; all runs had a head, its val_loss monitored, no
-    average of its weights, and the genes that all files have.
+    average of its weights, the genes that all files have, and one-hot features.
     """
     kinds, renamed = TrainConfig.kinds(), RENAMED["TrainConfig"]
-    now = {"val_contexts": "all", "head": "st", "monitor": "val_loss", "ema": 0.0, "gene_axis": "common"} | {
-        renamed.get(key, key): value for key, value in values.items()
-    }
+    before = {"val_contexts": "all", "head": "st", "monitor": "val_loss", "ema": 0.0, "gene_axis": "common"}
+    now = {**before, "perturbations": "onehot"} | {renamed.get(key, key): value for key, value in values.items()}
     return {key: plain(value, kinds[key]) if key in kinds else value for key, value in now.items()}
 
 
@@ -107,9 +106,10 @@ class TrainConfig(Config):
     """`sest train`."""
 
     perturbations: str = option(
-        "onehot",
-        f"{FEATURES}: 'onehot', 'genes' (from the control cells), 'drugs' (drug and dose of labels), a file (name -> "
-        "vector: .pt, .npz, .safetensors, .pickle, .csv, .tsv), an SE folder (its proteins), or several joined by +",
+        "auto",
+        f"{FEATURES}: 'onehot', 'genes' (from the control cells), 'drugs' (drug, dose and time of labels), a file "
+        "(name -> vector: .pt, .npz, .safetensors, .pickle, .csv, .tsv), an SE folder or 'encoder' (the proteins of "
+        "the cache's), or several joined by +; auto: genes where all targets are measured genes, else onehot",
     )
     splits: str | None = option(
         None, f"{SPLITS}: has [datasets], [training], [zeroshot], [fewshot]; default: all cells train"

@@ -38,7 +38,12 @@ _GUIDE = re.compile(
     r"(?:sg|grna)?[\s_.#-]*([a-z][a-z\s_.-]*?)[\s_.#-]*(?:sg|s?grna|guide)?[\s_.#-]*\d+(?:[\s_.-]\d+)*", re.I
 )
 _PART = re.compile(r"[\w.:/ -]*\w[\w.:/ -]*")  # what stands for one target: no brackets, as in (+)-JQ1
-_DOSE = re.compile(r"(.+?)[\s_@-]+(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([pnuµm]?M|[nuµm]?g/ml)", re.I)
+_DOSE = re.compile(
+    r"(.+?)[\s_@-]+(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([pnuµm]?M|[nuµm]?g/ml)"
+    r"(?:[\s_@-]+(\d+(?:\.\d+)?)\s*(min|h|hr|hrs|hours?|d|days?))?",
+    re.I,
+)
+_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}  # of a unit of time, by its first letter
 
 
 class NoControlError(InputError):
@@ -47,11 +52,12 @@ class NoControlError(InputError):
 
 @dataclass(frozen=True)
 class Treatment:
-    """A drug and its dose, apart."""
+    """A drug, its dose and how long it was there, apart."""
 
     drug: str
     dose: float
     unit: str
+    hours: float | None = None  # None: the label does not say
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def same_targets(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def treatments_of(label: str) -> tuple[Treatment, ...]:
-    """Drugs and doses in a label such as [('DMSO_TF', 0.0, 'uM')] or Nutlin-3a_0.5uM; () in any other."""
+    """Drugs, doses and times in a label: [('DMSO_TF', 0.0, 'uM')], Nutlin-3a_0.5uM, Nutlin-3a_0.5uM_48h; else ()."""
     if len(label) < 1000 and label.startswith("[("):
         try:
             rows = ast.literal_eval(label)
@@ -141,7 +147,10 @@ def treatments_of(label: str) -> tuple[Treatment, ...]:
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return ()
     found = _DOSE.fullmatch(label.strip())
-    return (Treatment(found[1], float(found[2]), found[3]),) if found else ()
+    if found is None:
+        return ()
+    hours = float(found[4]) * _HOURS[found[5][0].lower()] if found[4] else None
+    return (Treatment(found[1], float(found[2]), found[3], hours),)
 
 
 def is_usual_control(label: str) -> bool:

@@ -247,7 +247,7 @@ def _request(places: dict[str, str], sizes: dict[str, int], options: dict[str, d
         data_roots=(Path(places[DATA_ROOT]),) if DATA_ROOT in places else (),
         sizes=sizes,
         embed={**({"weights": weights} if weights else {}), **width, **options[EMBED]},
-        train={"splits": places[TOML], **options[TRAIN]},
+        train={"splits": places[TOML], "perturbations": ONE_HOT, **options[TRAIN]},
     )
 
 

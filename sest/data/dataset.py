@@ -14,7 +14,7 @@ from sest.cache import Cache, open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, read_splits
 from sest.cells.splits import SplitRow, assign_splits, split_table
 from sest.config import TrainConfig
-from sest.data.features import Features, StoredFeatures, make_features
+from sest.data.features import Features, StoredFeatures, make_features, with_sources
 from sest.data.gene_loadings import gene_loadings
 from sest.data.labels import Labels, read_embeddings, read_labels
 from sest.data.targets import Targets, read_targets
@@ -94,6 +94,7 @@ def read_dataset(
     """
     if not isinstance(cache, Cache):
         cache = open_cache(os.fspath(cache))
+    config = with_sources(config, cache)
     labels, groups = read_labels(cache)
     split_file = read_splits(Path(config.splits), resolve_files=False) if config.splits else None
     splits = assign_splits(

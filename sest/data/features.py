@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import logging
+import os
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from sest.data.vectors import Source, Vectors, absent_hint
+from sest.cache import Cache, open_cache
+from sest.cache.schema import ENCODER_FOLDER
+from sest.cells.labels import targets_of
+from sest.config import TrainConfig
+from sest.data.labels import read_labels
+from sest.data.vectors import AUTO, ENCODER, GENES, ONE_HOT, WORDS, Source, Vectors, absent_hint, sources_of
 from sest.errors import InputError, shown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +68,56 @@ class StoredFeatures:
     names: tuple[str, ...] | None  # of a run with one-hot columns: its perturbations, the control first
     columns: tuple[str, ...] | None  # what these columns stand for, where that is not one perturbation each
     loadings: Source | None  # vectors of the genes
+
+
+def with_sources(config: TrainConfig, cache: Cache | str | os.PathLike[str], like: str = "") -> TrainConfig:
+    """The configuration with sources that can be read, where it has words that depend on the cache; says which.
+
+    Args:
+        like: the sources of the head that a run starts from.
+
+    Raises:
+        InputError: unusable labels, or no folder of the encoder.
+    """
+    parts = sources_of(config.perturbations)
+    if AUTO in parts and len(parts) > 1:
+        raise InputError(f"--perturbations {AUTO} chooses the sources. Name others without it.")
+    if ENCODER in parts:
+        parts = [_encoder_of(_opened(cache)) if part == ENCODER else part for part in parts]
+    elif AUTO in parts and like and set(sources_of(like)) <= set(WORDS):
+        logger.info(f"Perturbation features: {like}, as of the head it starts from.")
+        parts = [like]
+    elif AUTO in parts:
+        parts = [_automatic(_opened(cache), config.gene_axis)]
+    return dataclasses.replace(config, perturbations="+".join(parts))
+
+
+def _opened(cache: Cache | str | os.PathLike[str]) -> Cache:
+    return cache if isinstance(cache, Cache) else open_cache(os.fspath(cache))
+
+
+def _automatic(cache: Cache, gene_axis: str) -> str:
+    """Vectors of genes, which say something of new perturbations too, where all targets have one; else columns."""
+    labels, groups = read_labels(cache)[0], list(cache.groups.values())
+    genes = set(groups[0].genes).intersection(*(group.genes for group in groups[1:]))
+    targets = {target for name in labels.perturbations[1:] for target in targets_of(name)}
+    if labels.as_is or gene_axis != "common" or not targets <= genes:
+        return ONE_HOT
+    logger.info(
+        f"Perturbation features: {GENES}, their loadings in the control cells, as all {len(targets):,} targets are "
+        f"measured genes. --perturbations {ONE_HOT} has a column of each instead."
+    )
+    return GENES
+
+
+def _encoder_of(cache: Cache) -> str:
+    """The folder of the SE encoder that made a cache."""
+    folder = cache.attributes.get(ENCODER_FOLDER)
+    if folder is None:
+        raise InputError(f"{cache.path} does not say where an SE encoder is. Pass its folder as --perturbations.")
+    if not Path(folder).is_dir():
+        raise InputError(f"The encoder of {cache.path} was in {folder}, which is not there. Pass --perturbations.")
+    return str(folder)
 
 
 def equal_vectors(names: Iterable[str], vectors: Iterable[np.ndarray]) -> list[list[str]]:

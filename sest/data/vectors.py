@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 
 ONE_HOT, GENES, DRUGS = "onehot", "genes", "drugs"
 WORDS = (ONE_HOT, GENES, DRUGS)  # sources that are no files
+AUTO, ENCODER = "auto", "encoder"  # words for sources that depend on the cache: see `sest.data.features.with_sources`
 COLUMNS = (ONE_HOT, DRUGS)  # those that know a name by its column alone, of which only training says anything
-DECADE = 0.25  # what ten times the dose adds, so that doses of one drug stay alike (cosine)
+DECADE = 0.25  # what ten times the dose, or the time, adds, so that doses of one drug stay alike (cosine)
+DAY = 24.0  # hours, where a label says none
 UNITS = {"pM": 1e-6, "nM": 1e-3, "uM": 1.0, "mM": 1e3, "M": 1e6, "ng/ml": 1e-3, "ug/ml": 1.0, "mg/ml": 1e3, "g/ml": 1e6}
 PROTEINS = "protein_embeddings.pt"  # in the folder of an SE encoder
 
@@ -41,7 +43,7 @@ def sources_of(text: str) -> list[str]:
 
 def source_files(text: str) -> list[Path]:
     """The files that `--perturbations` names; of an SE folder its protein embeddings."""
-    paths = [Path(part) for part in sources_of(text) if part not in WORDS]
+    paths = [Path(part) for part in sources_of(text) if part not in (*WORDS, AUTO, ENCODER)]
     return [path / PROTEINS if path.is_dir() else path for path in paths]
 
 
@@ -102,12 +104,22 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Drugs(Source):
-    """Two columns a drug: that it is there, and the logarithm of its dose. See `drugs_of`."""
+    """Columns a drug: that it is there, the logarithm of its dose, and perhaps that of its time. See `drugs_of`."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the columns say, one block of all drugs after another."""
+        return ("given", "dose", "time")[: self.width // max(len(self.rows), 1)]
 
     def find(self, name: str) -> np.ndarray | None:
-        """(W,): the sum over the drugs of a label; without a dose as at 1 uM. None where one is another drug."""
+        """(W,): the sum over the drugs of a label; without a dose as at 1 uM, without a time as after a day.
+
+        None where one is another drug, or the label says a time and those that made the columns did not.
+        """
         found = treatments_in(name) or tuple(Treatment(part, 1.0, "uM") for part in targets_of(name))
         if not found or any(treatment.drug not in self.rows for treatment in found):
+            return None
+        if "time" not in self.parts and any(treatment.hours is not None for treatment in found):
             return None
         vector = np.zeros(self.width, np.float32)
         for treatment in found:
@@ -115,6 +127,8 @@ class Drugs(Source):
             vector[place] += 1.0
             if treatment.dose > 0:
                 vector[len(self.rows) + place] += DECADE * np.log10(treatment.dose * UNITS[_unit(treatment)])
+            if treatment.hours:
+                vector[2 * len(self.rows) + place] += DECADE * np.log10(treatment.hours / DAY)
         return vector
 
     def is_sum(self, name: str) -> bool:
@@ -204,7 +218,9 @@ def treatments_in(name: str) -> tuple[Treatment, ...]:
 
 
 def drugs_of(names: Sequence[str]) -> Drugs:
-    """Columns for the drugs of labels such as [('Trametinib', 0.05, 'uM')] or Nutlin-3a_0.5uM.
+    """Columns for the drugs of labels such as [('Trametinib', 0.05, 'uM')], Nutlin-3a_0.5uM or Nutlin-3a_0.5uM_48h.
+
+    Columns of times are there where a label says one.
 
     Raises:
         InputError: no label names a dose, or one has a unit that is not known.
@@ -221,7 +237,8 @@ def drugs_of(names: Sequence[str]) -> Drugs:
                 f"{treatment.drug}: {treatment.unit!r} is no unit of a dose. Known: {', '.join(UNITS)}. Rename labels."
             )
     drugs = list(dict.fromkeys(treatment.drug for treatment in found))
-    return Drugs(DRUGS, {drug: i for i, drug in enumerate(drugs)}, np.zeros((len(drugs), 2 * len(drugs)), np.float32))
+    n_columns = (3 if any(treatment.hours is not None for treatment in found) else 2) * len(drugs)
+    return Drugs(DRUGS, {drug: i for i, drug in enumerate(drugs)}, np.zeros((len(drugs), n_columns), np.float32))
 
 
 def _unit(treatment: Treatment) -> str:

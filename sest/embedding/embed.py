@@ -39,7 +39,7 @@ from sest.embedding.plan import (
     stored_projection,
 )
 from sest.embedding.rows import Piece, RowEncoder
-from sest.encoder.choose import check_encoder
+from sest.encoder.choose import check_encoder, needs_weights
 from sest.encoder.made import Made, alike
 from sest.encoder.projection import Projection, fit_pca
 from sest.errors import InputError
@@ -111,6 +111,8 @@ def embed(
             plan = plan_cache(cells, splits, config)
         plan.attributes["targets"] = targets
         plan.attributes["fidelity"] = existing.get("fidelity") if existing else measure_fidelity(plan)
+        if existing is None and needs_weights(config.encoder):
+            plan.attributes[schema.ENCODER_FOLDER] = _folder_of(Path(config.encoder))
         if dry_run:
             return plan
         # from here on there is something to save
@@ -126,6 +128,11 @@ def embed(
         work.copy_targets()
         work.write_embeddings(work.projection())
         return dataclasses.replace(plan, complete=work.finish())
+
+
+def _folder_of(encoder: Path) -> str:
+    """Where the files of an SE encoder are, for `--perturbations encoder`."""
+    return str((encoder if encoder.is_dir() else encoder.parent).resolve())
 
 
 @dataclass(frozen=True)

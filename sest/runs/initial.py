@@ -17,7 +17,7 @@ import torch
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
-from sest.data.vectors import DRUGS, ONE_HOT, WORDS, Source, one_hot
+from sest.data.vectors import DRUGS, ONE_HOT, WORDS, Drugs, Source, one_hot
 from sest.errors import InputError, nearest, shown
 from sest.head.model import HeadSizes, StateTransition
 from sest.runs.checkpoint import MODEL, Checkpoint
@@ -183,8 +183,8 @@ def _columns(sources: Sequence[Source]) -> list[Hashable]:
     """What each feature column stands for."""
     columns: list[Hashable] = []
     for source in sources:
-        if source.name == DRUGS:
-            columns += [(DRUGS, name, what) for what in ("given", "dose") for name in source.rows]
+        if isinstance(source, Drugs):
+            columns += [(DRUGS, name, what) for what in source.parts for name in source.rows]
         elif source.name == ONE_HOT:
             columns += [(ONE_HOT, name) for name in source.rows]
         else:

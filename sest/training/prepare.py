@@ -21,7 +21,7 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import equal_vectors
+from sest.data.features import equal_vectors, with_sources
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetSampler
 from sest.data.targets import refuse_mixed_scales
@@ -78,6 +78,8 @@ def prepare(
     _check(config, device, precision)
     source = _source(config, start)
     config = sized_like(config, source or start) if config.init_from is not None else config
+    like = source.state["features"]["source"] if source is not None else ""
+    config = with_sources(config, cache, like)
     data = read_in_turn(cache, config, start, scratch, team, source)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)

@@ -47,7 +47,7 @@ def test_every_key_stands_for_an_option_that_exists() -> None:
 def test_the_least_that_must_be_given_comes_to_two_commands() -> None:
     request = read_request(LEAST)
     assert request.embed_command() == "sest embed data/starter.toml --encoder SE-600M --cache outputs/cache".split()
-    expected = "sest train outputs/cache --run outputs/se_st_training --splits data/starter.toml"
+    expected = "sest train outputs/cache --run outputs/se_st_training --splits data/starter.toml --perturbations onehot"
     assert request.train_command(None) == expected.split()
     assert request.train_command("auto")[5:7] == ["--resume", "auto"]
 
@@ -64,6 +64,7 @@ def test_keys_come_to_the_options_they_stand_for() -> None:
     assert request.embed == {"dim": 512, "pert_col": "target_gene", "control": "007", "device": "cuda"}
     assert request.train == {
         "splits": "data/starter.toml",
+        "perturbations": "onehot",
         "val_every": 250,
         "early_stopping": False,
         "clip": 10,

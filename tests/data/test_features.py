@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from helpers.caches import small_screen
+from helpers.datasets import opened
 from helpers.notes import Notes
-from sest.data.features import Features, equal_vectors
+from sest.config import TrainConfig
+from sest.data.features import Features, equal_vectors, with_sources
 from sest.data.features import make_features as features_of
 from sest.data.vectors import ONE_HOT, read_sources
 from sest.errors import InputError
@@ -137,3 +140,39 @@ def test_what_one_source_lacks_is_zero_there_and_missing_only_where_no_other_has
     assert not features.matrix[3, 3:].any()
     assert notes.notes == ["features.npz has no vector for 1 perturbations, zeros there: MYC."]
     assert features.never_learned(["JAK2"]) == ["MYC"]  # STAT1 has a vector, MYC only a column
+
+
+def test_what_nobody_named_is_the_genes_vectors_where_all_targets_are_measured_and_columns_elsewhere(
+    tmp_path: Path,
+) -> None:
+    sizes = {"g1": 4, "g2": 4, "g1+g3": 4}
+    measured = opened(tmp_path / "a", small_screen("a", sizes=sizes), small_screen("b", sizes={"g4": 5}))
+    with reporting(notes := Notes()):
+        assert with_sources(TrainConfig(), measured).perturbations == "genes"
+    assert notes.notes == [
+        "Perturbation features: genes, their loadings in the control cells, as all 4 targets are measured genes. "
+        "--perturbations onehot has a column of each instead."
+    ]
+    assert with_sources(TrainConfig(gene_axis="union"), measured).perturbations == ONE_HOT
+    assert with_sources(TrainConfig(perturbations="onehot"), measured).perturbations == ONE_HOT
+    assert with_sources(TrainConfig(), measured, like="drugs+onehot").perturbations == "drugs+onehot"
+    assert with_sources(TrainConfig(), measured, like="ESM2.pt").perturbations == "genes"
+    one_is_not = opened(tmp_path / "b", small_screen("a", sizes=sizes | {"P": 4}))
+    assert with_sources(TrainConfig(), one_is_not).perturbations == ONE_HOT
+    in_one_file = opened(
+        tmp_path / "c", small_screen("a", sizes={"g1": 9}), small_screen("b", genes=[f"g{i}" for i in range(2, 22)])
+    )
+    assert with_sources(TrainConfig(), in_one_file).perturbations == ONE_HOT
+    with pytest.raises(InputError, match=r"auto chooses the sources"):
+        with_sources(TrainConfig(perturbations="auto+genes"), measured)
+
+
+def test_the_encoder_is_where_the_cache_says(tmp_path: Path) -> None:
+    cache, config = opened(tmp_path, small_screen("a")), TrainConfig(perturbations="encoder+onehot")
+    with pytest.raises(InputError, match=r"does not say where an SE encoder is"):
+        with_sources(config, cache)
+    cache.attributes["encoder_folder"] = str(tmp_path)
+    assert with_sources(config, cache).perturbations == f"{tmp_path}+onehot"
+    cache.attributes["encoder_folder"] = str(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"was in .*gone, which is not there"):
+        with_sources(config, cache)

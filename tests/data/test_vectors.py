@@ -18,6 +18,7 @@ from sest.cells.labels import targets_of
 from sest.data.vectors import (
     DECADE,
     PROTEINS,
+    Drugs,
     Source,
     absent_hint,
     drugs_of,
@@ -130,6 +131,17 @@ def test_a_dose_that_did_not_train_is_known_and_combinations_are_sums() -> None:
     np.testing.assert_allclose(both, [1, 1, 0, DECADE], rtol=1e-6)
     np.testing.assert_allclose(vector(source, "Trametinib_1uM+Nutlin-3a_10uM"), both)
     assert source.columns_of("Nutlin-3a_50uM") == ["Nutlin-3a"]
+
+
+def test_times_have_columns_where_a_label_says_one() -> None:
+    source = drugs_of(["A_1uM_6h", "B_10uM"])
+    day, six = 0.0, DECADE * np.log10(6 / 24)
+    np.testing.assert_allclose(vector(source, "A_1uM_6h"), [1, 0, 0, 0, six, day], rtol=1e-6)
+    np.testing.assert_allclose(vector(source, "A_1uM_360min"), vector(source, "A_1uM_6h"))
+    np.testing.assert_allclose(vector(source, "B_10uM"), [0, 1, 0, DECADE, day, day], rtol=1e-6)
+    np.testing.assert_allclose(vector(source, "B_10uM@2days"), [0, 1, 0, DECADE, day, DECADE * np.log10(2)], rtol=1e-6)
+    assert isinstance(source, Drugs) and source.parts == ("given", "dose", "time")
+    assert drugs_of(["A_1uM", "B_10uM"]).find("A_1uM_6h") is None  # nothing says what time does
 
 
 def test_labels_without_doses_and_units_that_are_not_known_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tracemalloc
 from collections.abc import Callable
@@ -562,3 +563,15 @@ def test_memory_does_not_grow_with_the_expression_of_more_cells(
         peaks[name] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert (peaks["many"] - peaks["few"]) / 1800 < 160, peaks  # bytes a cell; its 200 values take 1,600
+
+
+def test_a_cache_says_where_its_encoder_was_which_may_be_elsewhere_when_it_is_continued(
+    cells: Path, se: Path, made: Path, tmp_path: Path
+) -> None:
+    assert open_cache(made).attributes["encoder_folder"] == str(se.resolve())
+    run(cells, tmp_path / "s.zarr", se)
+    shutil.copytree(se, tmp_path / "moved")
+    run(cells, tmp_path / "s.zarr", tmp_path / "moved")  # complete already
+    assert open_cache(tmp_path / "s.zarr").attributes["encoder_folder"] == str(se.resolve())
+    run(cells, tmp_path / "p.zarr", "pca", dim=4)
+    assert "encoder_folder" not in open_cache(tmp_path / "p.zarr").attributes
