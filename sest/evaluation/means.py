@@ -100,6 +100,7 @@ class SplitCeiling:
     verdict: str  # "", or why no score in this context means anything: over other perturbations than the test's too
     n_pairs: int  # of the split in this context
     context: int  # code of Labels.contexts
+    controls: Folds  # one group, of the genes that were measured
 
 
 def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
@@ -132,7 +133,8 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         name, names = " / ".join(labels.contexts[context]), [labels.perturbations[p] for p in pairs]
         of_split = ceiling(found, 0, 1 + np.arange(len(mine)), name, names[: len(mine)], genes)
         whole = ceiling(found, 0, 1 + np.arange(len(pairs)), name, names, genes) if len(others) else of_split
-        result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine), int(context)))
+        controls = Folds(found.sums[:1].copy(), found.n_cells[:1], seed)
+        result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine), int(context), controls))
     return result
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 FLAT = 1e-6
 """Effects whose standard deviation over genes is below this (log1p units) are float32 rounding, not effects."""
+SOME_HAVE = ("pds", "energy_distance", "pearson_delta_independent")
+"""Metrics that not every pair has: of one perturbation, not drawn, or with few controls."""
 
 
 def pearson_delta(
@@ -104,8 +106,8 @@ def _distances(
 
 
 def mean_score(metric: str, scores: np.ndarray) -> float:
-    """Mean of the scores (N,) of a metric; of pds and energy_distance over those that are one, NaN where none is."""
-    known = scores[~np.isnan(scores)] if metric in ("pds", "energy_distance") else scores
+    """Mean of the scores (N,) of a metric; of `SOME_HAVE` over the pairs that have one, NaN where none has."""
+    known = scores[~np.isnan(scores)] if metric in SOME_HAVE else scores
     return float(known.mean()) if len(known) else float("nan")
 
 

@@ -28,6 +28,8 @@ from sest.runs.diagnose import Finding, diagnose
 from sest.runs.run_folder import METRICS as METRICS_FILE
 from sest.runs.run_folder import read_run_config
 
+NOT_OF_ALL = ("energy_distance", "pearson_delta_independent")  # metrics that older runs lack, or those of few controls
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -89,7 +91,7 @@ class RunFacts:
 
         columns = self.curves.validation
         baselines = [b for b in BASELINES if any(f"{m}_{b}" in columns for m in METRICS)]
-        known = [m for m in METRICS if m != "energy_distance" or m in columns]  # older runs have none
+        known = [m for m in METRICS if m not in NOT_OF_ALL or m in columns]
         return [Score(m, at(m), {b: at(f"{m}_{b}") for b in baselines}) for m in known]
 
     def judged(self) -> Score | None:

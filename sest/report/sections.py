@@ -33,6 +33,7 @@ MEANINGS = {
     "val_loss": "the training loss, of held-out cells; lower is better",
     "energy_distance": "between predicted and real held-out cells, none compared with itself; lower is better",
     "pearson_delta": "correlation over genes of predicted and observed change; higher is better",
+    "pearson_delta_independent": "the same where both changes are from different halves of the controls",
     "mae": "mean absolute error of the mean log1p expression; lower is better",
     "pds": "how well perturbations are told apart by the predictions, 0.5 is chance; higher is better",
 }

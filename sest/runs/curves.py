@@ -16,10 +16,10 @@ import numpy as np
 
 from sest.errors import InputError
 
-METRICS = ("val_loss", "energy_distance", "pearson_delta", "mae", "pds")
+METRICS = ("val_loss", "energy_distance", "pearson_delta", "pearson_delta_independent", "mae", "pds")
 # baselines with an energy distance and a val_loss, for which they are made into cells
 WITH_CELLS = ("controls", "perturbation_mean", "stack")
-HIGHER_IS_BETTER = ("pearson_delta", "pds")
+HIGHER_IS_BETTER = ("pearson_delta", "pearson_delta_independent", "pds")
 SMOOTHED = 3  # validations over which a metric of few pairs is averaged, to say which is the best
 VAL_PAIRS = "val_pairs"  # in a validation: its (cell type, perturbation) pairs
 NOT_MEASURABLE = "val_pairs_not_measurable"  # in a validation: pairs of cell types whose real cells show no effect

@@ -20,7 +20,7 @@ from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows
-from sest.evaluation.ceiling import means_of_halves
+from sest.evaluation.ceiling import independent_pearson_delta, means_of_halves
 from sest.evaluation.means import split_ceilings
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
 from sest.head.loss import unbiased_energy_distance
@@ -48,14 +48,16 @@ class Validator:
         self.held = held_out(data, config, VAL, config.val_sets)
         self.sets = self.held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
-        self.baselines = self._baselines()
         ceilings = split_ceilings(data, VAL, config.seed)
+        self._controls = {c.context: c.controls for c in ceilings}
+        self.baselines = self._baselines()
         for verdict in filter(None, (c.verdict for c in ceilings)):
             logger.warning(f"Validation: {verdict}")
         self.baselines[VAL_PAIRS] = sum(c.n_pairs for c in ceilings)
         self.baselines[NOT_MEASURABLE] = sum(c.n_pairs for c in ceilings if c.verdict)
         self.not_measurable = np.array([c.context for c in ceilings if c.verdict], int)  # codes of contexts
         halves = means_of_halves([c.of_split for c in ceilings if c.of_split is not None])
+        halves["pearson_delta_independent"] = halves.pop("pearson_delta", np.nan)  # each half has its own controls
         self.baselines |= {f"{metric}_real_half": score for metric, score in halves.items() if np.isfinite(score)}
         names = data.perturbations_in(VAL)
         if set(names) <= set(data.never_learned()):  # kept beside the scores, for whoever reads them
@@ -84,15 +86,32 @@ class Validator:
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
         result |= {f"energy_distance_{name}": total / n_sets for name, total in distances.items()}
         for name, means in held.baselines.items():
-            result |= {f"{metric}_{name}": value for metric, value in self._metrics(means).items()}
+            result |= {f"{metric}_{name}": value for metric, value in self._metrics(means, is_added=True).items()}
         return result
 
-    def _metrics(self, predicted: np.ndarray) -> dict[str, float]:
-        """Means over the pairs of pearson_delta, mae and pds. predicted: (K, G)."""
-        return mean_scores(pair_metrics(self.data, self.held.pairs, predicted))
+    def _metrics(self, predicted: np.ndarray, *, is_added: bool = False) -> dict[str, float]:
+        """Means over the pairs of pearson_delta, also with independent controls, mae and pds.
+
+        Args:
+            predicted: (K, G).
+            is_added: whether that is an effect added to the pairs' controls, as baselines are.
+        """
+        scores, pairs = pair_metrics(self.data, self.held.pairs, predicted), self.held.pairs
+        independent = np.full(len(predicted), np.nan)
+        for context, controls in self._controls.items():
+            mine, genes = pairs.context == context, self.data.measured_in(context)
+            ours, observed, control = (
+                side[mine] if genes is None else side[mine][:, genes]
+                for side in (predicted, pairs.observed, pairs.control)
+            )
+            own = control[0] if is_added else None
+            independent[mine] = independent_pearson_delta(controls, 0, ours, observed, own)
+        if np.isfinite(independent).any():  # else no context has enough controls
+            scores["pearson_delta_independent"] = independent
+        return mean_scores(scores)
 
     def run(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
-        """Validate: val_loss and energy_distance (means over sets), pearson_delta, mae and pds (means over pairs).
+        """Validate: val_loss and energy_distance (means over sets), and the metrics of `_metrics` (means over pairs).
 
         Those of the baselines stand beside them.
         """

@@ -17,7 +17,7 @@ from sest.training.train import train
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("report")
-    group = small_screen(sizes=SIZES, cell_types=("x", CELL_TYPE))
+    group = small_screen(sizes=SIZES, cell_types=("x", CELL_TYPE), n_controls=12)
     cache = write_cache(folder / "s.zarr", [group])
     (folder / "splits.toml").write_text(SPLITS)
     train(cache, folder / "run", small_config(splits=str(folder / "splits.toml")))

@@ -53,7 +53,7 @@ def test_names_from_the_data_are_never_markup(page: Opened) -> None:
 
 def test_every_plot_has_a_name_and_a_table(page: Opened) -> None:
     plots = [attributes for tag, attributes in page.elements if tag == "div" and "data-figure" in attributes]
-    assert len(plots) == 8 + 1 + 2 + 1  # curves, overview, two of genes, map
+    assert len(plots) == 9 + 1 + 2 + 1  # curves, overview, two of genes, map
     assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
     assert all(plot["data-figure"] in page.figures for plot in plots)
     figures = re.findall(r"<figure>.*?</figure>", page.source, re.DOTALL)

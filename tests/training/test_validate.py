@@ -150,8 +150,9 @@ def test_baselines_are_scored_as_pseudobulks_and_some_as_cells_moved_by_their_ef
 
 def test_every_metric_stands_beside_the_baselines(data: Dataset, resident: ResidentCells) -> None:
     got = validator(data, resident).run(head(data), nullcontext)
-    scores = {f"{m}_{b}" for m in METRICS for b in (WITH_CELLS if m in METRICS[:2] else BASELINES)} | set(METRICS)
-    assert set(got) == scores | {VAL_PAIRS, NOT_MEASURABLE}  # too few cells here for halves
+    known = [m for m in METRICS if m != "pearson_delta_independent"]  # too few controls here for halves
+    scores = {f"{m}_{b}" for m in known for b in (WITH_CELLS if m in METRICS[:2] else BASELINES)} | set(known)
+    assert set(got) == scores | {VAL_PAIRS, NOT_MEASURABLE}
     assert all(isinstance(got[name], float) and np.isfinite(got[name]) for name in scores)
 
 
@@ -215,6 +216,17 @@ def test_predictions_that_are_not_finite_give_a_val_loss_that_is_not_finite(
     assert np.isnan(validator(data, resident).run(Perfect(bad), nullcontext)["val_loss"])
 
 
+def test_with_independent_controls_even_the_real_pseudobulks_do_not_score_one(tmp_path: Path) -> None:
+    """The noise of a control mean is in both effects otherwise."""
+    splits = SPLITS.replace('[fewshot."screen.y"]\nval = ["R"]\n', "")
+    data = dataset_of(tmp_path, [small_screen(sizes=dict.fromkeys(SIZES, 30), n_controls=60)], splits)
+    pairs = split_pairs(data, VAL)
+    model = Perfect(dict(zip(pairs.perturbation.tolist(), pairs.observed, strict=True)))
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+    got = validator(data, cells).run(model, nullcontext)
+    assert got["pearson_delta"] == pytest.approx(1) and 0.9 < got["pearson_delta_independent"] < 0.999
+
+
 def test_real_halves_stand_beside_the_scores_and_noise_is_called_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,5 +247,7 @@ def test_real_halves_stand_beside_the_scores_and_noise_is_called_so(
         assert found[VAL_PAIRS] == 3
         assert found[NOT_MEASURABLE] == (3 if shuffled else 0)
         assert ("x: no measurable effect here" in caplog.text) == shuffled
-        assert (found["pearson_delta_real_half"] > 0.5) != shuffled
+        assert (found["pearson_delta_independent_real_half"] > 0.5) != shuffled
+        assert found["pearson_delta_independent_controls"] == 0.0  # their effect is none, whatever the controls
+        assert found["pearson_delta_independent_stack"] != found["pearson_delta_stack"]
         assert is_no_measure(found) == shuffled
