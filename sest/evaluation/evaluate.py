@@ -38,7 +38,7 @@ from sest.evaluation.cell_eval_scores import (
     overall_scores,
     stack,
 )
-from sest.evaluation.energy import PAIRS, energy_distances, sampled
+from sest.evaluation.distances import PAIRS, energy_distances, sampled
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs

@@ -8,18 +8,23 @@ from typing import Any
 import numba
 
 
-def compiled(nogil: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(nogil: bool = False, reordered: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit`, cached where a folder for it can be written; without one, each process compiles for itself.
 
     The folder is `__pycache__` beside the source, else the user's cache folder, or NUMBA_CACHE_DIR.
+
+    Args:
+        nogil: other threads run meanwhile.
+        reordered: sums may be taken in another order, and so by several lanes of the processor at once.
     """
+    options: dict[str, Any] = {"nogil": nogil, "fastmath": {"reassoc", "nsz"} if reordered else False}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return numba.njit(function, cache=True, nogil=nogil)
+            return numba.njit(function, cache=True, **options)
         except RuntimeError as error:
             if "no locator available" not in str(error):
                 raise
-            return numba.njit(function, nogil=nogil)
+            return numba.njit(function, **options)
 
     return decorate

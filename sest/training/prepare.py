@@ -77,9 +77,7 @@ def prepare(
     precision = choose_precision(config.precision, device, training=True)
     _check(config, device, precision)
     source = _source(config, start)
-    config = sized_like(config, source or start) if config.init_from is not None else config
-    like = source.state["features"]["source"] if source is not None else ""
-    config = with_sources(config, cache, like)
+    config = _settled(config, cache, source, start)
     data = read_in_turn(cache, config, start, scratch, team, source)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
@@ -145,6 +143,13 @@ def _source(config: TrainConfig, start: Checkpoint | None) -> Checkpoint | None:
     if config.init_from is None or start is not None:
         return None
     return sound_checkpoint(find_checkpoint(Path(config.init_from)))
+
+
+def _settled(config: TrainConfig, cache: Path, source: Checkpoint | None, start: Checkpoint | None) -> TrainConfig:
+    """The configuration with what its cache and the head it starts from decide: sizes, and sources of features."""
+    if config.init_from is not None:
+        config = sized_like(config, source or start)
+    return with_sources(config, cache, source.state["features"]["source"] if source is not None else "")
 
 
 def _state_of(start: Checkpoint) -> RunState:

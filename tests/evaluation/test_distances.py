@@ -9,7 +9,7 @@ import scipy.spatial.distance
 import torch
 
 from sest.blend.transport import move_to_mean
-from sest.evaluation.energy import CELLS, energy_distances, sampled, unbiased_energy_distance
+from sest.evaluation.distances import CELLS, energy_distances, l1_distances, sampled, unbiased_energy_distance
 from sest.head.loss import energy_distance
 from sest.head.loss import unbiased_energy_distance as of_tensors
 
@@ -74,3 +74,16 @@ def test_baselines_are_controls_moved_to_their_mean() -> None:
     moved = move_to_mean(own, means["stack"], own, np.random.default_rng(5), present=own.mean(0), beside=30)
     expected = {"model": by_hand(model, real), "controls": by_hand(controls, real), "stack": by_hand(moved, real)}
     assert got == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m", "n_genes"), [(1, 1, 1), (3, 5, 1023), (4, 2, 1024), (37, 41, 2500), (64, 7, 3)])
+def test_l1_distances_are_scipy_s(n: int, m: int, n_genes: int) -> None:
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=(n, n_genes)), rng.normal(size=(m, n_genes))
+    b[-1] = b[0]  # ties stay ties
+    found = l1_distances(a, b)
+    np.testing.assert_allclose(found, scipy.spatial.distance.cdist(a, b, "cityblock"), rtol=1e-12)
+    np.testing.assert_array_equal(found[:, -1], found[:, 0])
+    np.testing.assert_array_equal(l1_distances(a[:, ::-1], b[:, ::-1]).shape, found.shape)  # not contiguous
+    a[0, 0] = np.nan
+    assert np.isnan(l1_distances(a, b)[0]).all() and np.isfinite(l1_distances(a, b)[1:]).all()
