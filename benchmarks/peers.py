@@ -1,11 +1,13 @@
-"""Upstream's models on the folds of real_cells.py, scored by the same metrics.
+"""Models of others on the folds of real_cells.py, scored by the same metrics.
 
 arc-state's `state` and `pseudobulk` (0.11.1), trained by its own command, `state tx train`, on log1p values of all
 genes (embed_key X_hvg), with the splits, the feature vectors, the width, the set size, the batch size, the learning
-rate, the dropout and the number of steps of sest's heads; the rest is its default. Test pairs are predicted from sets
-of the test context's control cells, as many cells as there are real ones. Its interpreter need not be sest's:
+rate, the dropout and the number of steps of sest's heads; the rest is its default. cell-gears (0.1.2; combinations
+alone) and cellflow-tools (0.0.6) as peer_gears.py and peer_cellflow.py say. Test pairs are predicted from sets of the
+test context's control cells, as many cells as there are real ones. Each interpreter runs the models whose package it
+has; none need be sest's:
 
-    python benchmarks/peers.py --peers-python .venv-peers/bin/python [--fold replicate] [--small]
+    python benchmarks/peers.py --peers-python .venv-peers/bin/python [--peers-python ...] [--fold replicate] [--small]
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from real_cells import METRICS, SCREENS, TRAINING, Fold, data_folder, folds_of, 
 
 import sest
 from sest.cells.scale import factors_to, log1p_rows, total_counts
-from sest.cells.split_file import TEST
+from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.data.dataset import Dataset, read_dataset
 
-MODELS = ("state", "pseudobulk")
+PACKAGES = {"state": "arc-state", "pseudobulk": "arc-state", "gears": "cell-gears", "cellflow": "cellflow-tools"}
+OF_KIND = {"gears": "combination"}  # models for folds of one kind alone
+HERE = Path(__file__).resolve().parent
 SHOWN = ("controls", "context_mean", "perturbation_mean", "kernel", "stack")
 STEPS = int(TRAINING.max_steps * 1.4)  # as many as sest's heads take in real_cells.py
 CONTROL = {"papalexi": "non-targeting", "perturbench": "control"}
@@ -62,18 +66,22 @@ np.save(out, np.stack(found))
 
 
 def write_inputs(fold: Fold, cells: Path, folder: Path, data: Dataset) -> None:
-    """cells.h5ad, fold.toml and features.pt as `state tx train` reads them."""
+    """data/, fold.toml and features.pt as `state tx train` reads them; vectors.npz with those of single targets."""
     folder.mkdir(parents=True)
     whole = ad.read_h5ad(cells)
     column = SCREENS[fold.screen][1]
     values = sp.csr_matrix(whole.X, dtype=np.float32)
     if np.equal(np.mod(values.data, 1), 0).all():
         values = log1p_rows(values, factors_to(data.targets.target_sum, total_counts(values)).astype(np.float32))
+    split = np.full(len(whole), "none", object)
+    for bit in (TEST, VAL, TRAIN):  # controls are of several
+        split[data.in_split(bit)] = SPLIT_NAMES[bit]
     obs = pd.DataFrame(
         {
             "gene": pd.Categorical(whole.obs["target_gene"].astype(str)),
             "cell_type": pd.Categorical(whole.obs[column].astype(str)),
             "gem_group": pd.Categorical(["one"] * len(whole)),
+            "split": pd.Categorical(split),
         },
         index=whole.obs_names,
     )
@@ -86,6 +94,10 @@ def write_inputs(fold: Fold, cells: Path, folder: Path, data: Dataset) -> None:
     named = zip(data.features.names, data.features.matrix, strict=True)
     features = {name: torch.from_numpy(row.copy()) for name, row in named}
     torch.save(features, folder / "features.pt")
+    targets = sorted({target for name in data.features.names[1:] for target in name.split("+")})
+    found = [data.features.vectors.find(target) for target in targets]
+    vectors = np.stack([np.zeros(data.features.width, np.float32) if v is None else v for v in found])
+    np.savez(folder / "vectors.npz", allow_pickle=False, names=np.array(targets), vectors=vectors)
 
 
 def overrides(fold: Fold, model: str, folder: Path, steps: int, dropout: float | None) -> list[str]:
@@ -161,28 +173,46 @@ def run_one(
 ) -> dict[str, Any]:
     """Train, predict and score one model on one fold."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1", "WANDB_MODE": "disabled"}
-    log, began = folder / f"{model}.log", time.perf_counter()
-    command = [python, "-m", "state", "tx", "train", *overrides(fold, model, folder, steps, dropout)]
-    with open(log, "w") as file:
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        return {"error": log.read_text().strip().splitlines()[-1], "model": model}
-    seconds = time.perf_counter() - began
+    environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     table, basal, pert = sets_of_test(data, TRAINING.set_size, seed=0)
-    np.savez(folder / "inputs.npz", allow_pickle=False, basal=basal, pert=pert)
-    asked = [folder / model, model, folder / "inputs.npz", folder / f"{model}.npy"]
-    words = [python, "-c", PREDICT, *map(str, asked)]
-    told = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if told.returncode:
-        return {"error": told.stderr.strip().splitlines()[-1], "model": model}
+    names = {key: table[column].to_numpy(str) for key, column in (("name", "target_gene"), ("cell_type", "cell_type"))}
+    np.savez(folder / "inputs.npz", allow_pickle=False, basal=basal, pert=pert, **names)
+    asked: list[str | Path] = [folder / model, model, folder / "inputs.npz", folder / f"{model}.npy"]
+    commands: list[list[str | Path]] = [[HERE / f"peer_{model}.py", folder, folder / f"{model}.npy"]]
+    if PACKAGES[model] == "arc-state":
+        train: list[str | Path] = ["-m", "state", "tx", "train", *overrides(fold, model, folder, steps, dropout)]
+        commands = [train, ["-c", PREDICT, *asked]]
+    seconds: list[float] = []
+    for command in commands:
+        log, began = folder / f"{model}-{len(seconds)}.log", time.perf_counter()
+        with open(log, "w") as file:
+            words = [python, *map(str, command)]
+            done = subprocess.run(
+                words, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        if done.returncode:
+            return {"error": log.read_text().strip().splitlines()[-1], "model": model}
+        seconds.append(time.perf_counter() - began)
     out = folder / f"{model}.h5ad"
     write_prediction(out, table, np.load(folder / f"{model}.npy"), data, CONTROL[fold.screen])
     summary = sest.evaluate(out, cells, cell_type_col=SCREENS[fold.screen][1], cell_eval=False).summary
-    return {"model": model, "seconds": seconds, "scores": {m: summary[m]["model"] for m in METRICS}, "n": len(table)}
+    return {"model": model, "seconds": seconds[0], "scores": {m: summary[m]["model"] for m in METRICS}, "n": len(table)}
+
+
+def models_of(pythons: list[str]) -> dict[str, str]:
+    """The interpreter of every model whose package one has."""
+    found: dict[str, str] = {}
+    for python in pythons:
+        code = "import importlib.metadata as m; print(*(d.metadata['Name'].lower() for d in m.distributions()))"
+        there = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        found |= {model: python for model, package in PACKAGES.items() if package in there}
+    if not found:
+        sys.exit(f"No interpreter of --peers-python has one of: {', '.join(sorted(set(PACKAGES.values())))}.")
+    return found
 
 
 def of_fold(
-    python: str, fold: Fold, cells: Path, cache: Path, folder: Path, steps: int, dropout: float | None
+    pythons: dict[str, str], fold: Fold, cells: Path, cache: Path, folder: Path, steps: int, dropout: float | None
 ) -> dict[str, Any]:
     """All models on one fold, and sest's baselines beside them."""
     torch.set_num_threads(1)
@@ -197,13 +227,17 @@ def of_fold(
     summary = sest.evaluate(
         folder / "stack.h5ad", cells, cell_type_col=SCREENS[fold.screen][1], cell_eval=False
     ).summary
-    found = [run_one(python, fold, model, cells, folder, data, steps, dropout) for model in MODELS]
+    found = [
+        run_one(python, fold, model, cells, folder, data, steps, dropout)
+        for model, python in pythons.items()
+        if OF_KIND.get(model, fold.kind) == fold.kind
+    ]
     baselines = {name: {m: summary[m][name] for m in METRICS} for name in SHOWN}
     return {"kind": fold.kind, "fold": fold.name, "models": found, "baselines": baselines}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row a predictor, and the seconds that upstream's training took."""
+    """Markdown: a row a predictor, and the seconds that a training took (gears, cellflow: with predicting)."""
     lines = [f"| fold | predictor | {' | '.join(METRICS)} | s |", "|---" * (3 + len(METRICS)) + "|"]
     for result in results:
         name = f"{result['kind']}, {result['fold']}"
@@ -212,7 +246,8 @@ def table(results: list[dict[str, Any]]) -> str:
             if "error" in found:
                 lines.append(f"| {name} | {found['model']} | {found['error']} |{' |' * len(METRICS)}")
             else:
-                rows.append((f"arc-state {found['model']}", found["scores"], f"{found['seconds']:.0f}"))
+                name_of_model = f"{PACKAGES[found['model']]} {found['model']}"
+                rows.append((name_of_model, found["scores"], f"{found['seconds']:.0f}"))
         for predictor, scores, seconds in rows:
             values = " | ".join(f"{scores[m]:.4f}" for m in METRICS)
             lines.append(f"| {name} | {predictor.replace('_', ' ')} | {values} | {seconds} |")
@@ -220,19 +255,19 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run upstream on the folds; print the table."""
+    """Run the models on the folds; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers-python", required=True, help="an interpreter with arc-state 0.11.1")
+    parser.add_argument("--peers-python", required=True, action="append", help="an interpreter with a package")
     parser.add_argument("--fold", action="append", help="only folds of these kinds; may be given several times")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--dropout", type=float, help=f"default: that of sest's heads, {TRAINING.dropout}; its own: 0.1"
     )
-    parser.add_argument("--small", action="store_true", help="20 steps")
+    parser.add_argument("--small", action="store_true", help="20 steps of arc-state's models")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--work", type=Path, help="folder for all that is made; default: a temporary one")
     asked = parser.parse_args()
-    data = data_folder()
+    data, pythons = data_folder(), models_of(asked.peers_python)
     folds = [fold for fold in folds_of(data) if not asked.fold or fold.kind in asked.fold]
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(asked.workers, get_context("spawn")) as pool:
         work = (asked.work or Path(temporary)).resolve()
@@ -246,7 +281,7 @@ def main() -> None:
             cells = data / f"{SCREENS[fold.screen][0]}.h5ad"
             folder = work / f"{fold.kind}-{fold.name}".replace(" ", "-")
             given = (fold, cells, work / f"{fold.screen}.zarr", folder, 20 if asked.small else STEPS, asked.dropout)
-            waiting.append(pool.submit(of_fold, asked.peers_python, *given))
+            waiting.append(pool.submit(of_fold, pythons, *given))
         results = [one.result() for one in waiting]
     print(table(results))
     print("\n" + json.dumps(hardware()))

@@ -173,7 +173,8 @@ def show_validation(title: str, metrics: dict[str, float]) -> None:
     rows = []
     for name in METRICS:
         values = (console.figure(metrics.get(f"{name}{of}", math.nan)) for of in beside)
-        rows.append([name if name == "val_loss" else name.replace("_", " "), *values])
+        said = name.replace("_independent", " indep.").replace("_", " ")
+        rows.append([name if name == "val_loss" else said, *values])
     console.table(title, columns, rows)
 
 
