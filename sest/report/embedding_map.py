@@ -21,6 +21,8 @@ MOST_CELLS = 4_000
 CONTROL = "control"  # what control cells are called here, whatever each file calls them
 LABELS = ("cell type", "perturbation", "batch")
 
+NEIGHBOURS = 15  # of a cell, UMAP's default; fewer cells have no such map
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingMap:
@@ -58,7 +60,7 @@ def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
     mine = obs.iloc[rows]
     pca, explained = principal_components(found)
     places = {"PCA": pca}
-    if importlib.util.find_spec("umap") is not None:
+    if importlib.util.find_spec("umap") is not None and len(found) > NEIGHBOURS:
         logger.info("UMAP of the embeddings: half a minute.")
         places["UMAP"] = _umap(found, seed)
     labels = {name: mine[name].tolist() for name in LABELS}
@@ -116,5 +118,5 @@ def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     """UMAP with its defaults and the cosine metric, the same for the same seed."""
     umap = importlib.import_module("umap")  # the extra "umap"; half of its import is compiling
-    places: np.ndarray = umap.UMAP(metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors)
+    places: np.ndarray = umap.UMAP(NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors)
     return places
