@@ -125,6 +125,7 @@ def test_what_an_earlier_version_wrote_is_read_as_the_same_configuration() -> No
         "val_contexts": "all",
         "ema": 0.0,
         "gene_axis": "common",
+        "perturbations": "onehot",
     }
     now = TrainConfig(match_controls="batch", target_sum="median", early_stopping=True, splits="s.toml").to_values()
     assert upgraded(now) == now and type(upgraded(earlier)["target_sum"]) is float

@@ -92,7 +92,7 @@ def test_a_one_hot_run_predicts_what_it_saw_and_refuses_the_rest(
     demo: Demo, refusal: Callable[..., str], predicted: Predict, names: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(demo.cache, run, TrainConfig(**SMALL, splits=str(demo.folder / "starter.toml")))
+    train(demo.cache, run, TrainConfig(**SMALL, splits=str(demo.folder / "starter.toml"), perturbations="onehot"))
     line = refusal(run, only=names[0][:-1] + "X", cell_type="beta")
     assert "one-hot features and never saw" in line and "--perturbations FILE" in line
     assert sorted(predicted(run).uns["sest"]["baselines"]) == sorted(BASELINES[1:])

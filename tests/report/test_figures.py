@@ -31,7 +31,7 @@ def test_only_the_most_frequent_labels_have_a_colour(monkeypatch: pytest.MonkeyP
     cells = map_cells(open_cache(trained.cache))
     figure = report_figures.embedding_map(cells, "PCA", "perturbation")
     assert [row[0] for row in figure.rows] == ["3 others", "control", "T", "P"]
-    assert [row[1] for row in figure.rows] == [2 * (5 + 6 + 7), 14, 18, 16]
+    assert [row[1] for row in figure.rows] == [2 * (5 + 6 + 7), 24, 18, 16]
 
 
 def results(
