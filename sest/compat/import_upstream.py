@@ -25,7 +25,7 @@ from sest.runs.checkpoint import FILES, save_checkpoint
 from sest.runs.known import CELLS
 from sest.untrusted.plain_yaml import read_yaml
 from sest.untrusted.tensors import check_finite, read_vectors, refuse_impostor
-from sest.untrusted.unpickle import read_checkpoint
+from sest.untrusted.unpickle import read_checkpoint, read_plain_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def import_checkpoint(
         model = StateTransition(sizes)
     _check_tensors(source, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     parameters = checkpoint.hyper_parameters
-    genes, set_size = parameters.get("gene_names"), parameters.get("cell_set_len")
+    genes, set_size = _gene_names(parameters, beside, sizes.n_genes), parameters.get("cell_set_len")
     features = _features(source, run, sizes, str(parameters.get("control_pert"))) if run is not None else None
     columns = dict.fromkeys(("perturbation", "cell_type", "batch", "control")) if run is None else run.columns
     state = {
@@ -145,7 +145,7 @@ def import_checkpoint(
         "run": {"step": checkpoint.step, "best_step": None, "best_val_loss": None, "val_loss": None},
         "sizes": sizes.to_values(),
         "trainable_parameters": n_parameters(model),
-        "genes": list(map(str, genes)) if isinstance(genes, list) and len(genes) == sizes.n_genes else [],
+        "genes": genes,
         "config": {"set_size": set_size if isinstance(set_size, int) else 128, "dropout": sizes.dropout},
         "precision": "fp32",
         "cache_sha256": None,
@@ -176,6 +176,17 @@ def import_checkpoint(
     kept = None if features is None else {"source-0": torch.from_numpy(features.matrix)}
     save_checkpoint(out.resolve(), state, tensors, features=kept)
     return state
+
+
+def _gene_names(parameters: dict[str, Any], folder: Path | None, n_genes: int) -> list[str]:
+    """The genes of the head, in its order: of its checkpoint, else of var_dims.pkl; empty where neither names them."""
+    names = parameters.get("gene_names")
+    if not isinstance(names, list) and folder is not None and (folder / VAR_DIMS).is_file():
+        try:
+            names = read_plain_pickle(folder / VAR_DIMS).get("gene_names")
+        except InputError as error:
+            logger.warning(f"The head's genes stay without names: {error}")
+    return list(map(str, names)) if isinstance(names, list) and len(names) == n_genes else []
 
 
 def _of_one_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -283,6 +284,29 @@ def test_a_run_folder_brings_its_perturbations_and_columns(
     with pytest.raises(InputError, match=r"Name the one to import"):
         import_checkpoint(folder, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_genes_that_the_checkpoint_does_not_name_are_those_of_var_dims(
+    read: TransitionCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unnamed = {key: value for key, value in read.hyper_parameters.items() if key != "gene_names"}
+    monkeypatch.setattr(
+        import_upstream, "load_transition", lambda source: TransitionCheckpoint(read.tensors, unnamed, read.step)
+    )
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "final.ckpt").write_bytes(b"read by the fixture")
+    state, dims = import_checkpoint(tmp_path / "run", tmp_path / "none"), tmp_path / "run" / "var_dims.pkl"
+    n_genes = state["sizes"]["n_genes"]
+    names = [f"G{i}" for i in range(n_genes)]
+    assert state["genes"] == [] and n_genes > 1
+    dims.write_bytes(pickle.dumps({"output_dim": n_genes, "gene_names": names}))
+    assert import_checkpoint(tmp_path / "run", tmp_path / "named")["genes"] == names
+    dims.write_bytes(pickle.dumps({"gene_names": names[1:]}))  # of something else
+    assert import_checkpoint(tmp_path / "run", tmp_path / "others")["genes"] == []
+    dims.write_bytes(pickle.dumps({"gene_names": print}))
+    with reporting(notes := Notes()):
+        assert import_checkpoint(tmp_path / "run", tmp_path / "hostile")["genes"] == []
+    assert any("stay without names: var_dims.pkl" in note for note in notes.notes)
 
 
 def test_a_batch_encoder_becomes_the_bias_of_one_batch(
