@@ -136,6 +136,22 @@ def test_controls_predict_no_effect_and_too_few_cells_say_nothing() -> None:
     assert ceiling(found, 0, np.arange(1, 13), "t", [f"p{i}" for i in range(12)], []) is None
 
 
+@pytest.mark.parametrize("is_added", [False, True])
+def test_all_splits_at_once_are_the_mean_over_the_splits(is_added: bool) -> None:
+    rng = np.random.default_rng(0)
+    found = Folds(rng.gamma(1.0, 20.0, (1, 8, 60)), rng.integers(10, 20, (1, 8)))
+    predicted, observed = rng.gamma(1.0, 1.5, (2, 5, 60))
+    own = found.means[0] if is_added else None
+    predicted[0] = found.means[0]  # no effect
+    one_by_one = [
+        pearson_delta(predicted, observed, other[0], one[0] if own is None else own)
+        for one, other in found.halves(np.array([0]))
+    ]
+    scores = independent_pearson_delta(found, 0, predicted, observed, own)
+    np.testing.assert_allclose(scores, np.mean(one_by_one, axis=0), rtol=1e-9, atol=1e-12)
+    assert (scores[0] == 0.0) == is_added
+
+
 def test_pds_of_many_perturbations_is_that_of_the_first_split_and_of_more_none(monkeypatch: pytest.MonkeyPatch) -> None:
     values, group = screen(0.5)
     whole = of(values, group)
