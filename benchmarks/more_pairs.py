@@ -21,10 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from real_cells import DIM, SCREENS, TRAINING, Fold, data_folder, folds_of, hardware
+from real_cells import TRAINING, Fold, data_folder, embedded, folds_of, hardware
 from recipe import FOLDS, METRICS, run
-
-import sest
 
 
 def halves(fold: Fold, half: int) -> tuple[Fold, Fold]:
@@ -53,12 +51,8 @@ def main() -> None:
     data = data_folder()
     folds = [fold for fold in folds_of(data) if (fold.kind, fold.name) in FOLDS]
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(asked.workers, get_context("spawn")) as pool:
-        work, caches = Path(temporary), {}
-        for screen in dict.fromkeys(fold.screen for fold in folds):
-            file, column = SCREENS[screen]
-            caches[screen] = work / f"{screen}.zarr"
-            options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": DIM}
-            sest.embed(data / f"{file}.h5ad", caches[screen], **options)
+        work = Path(temporary)
+        caches = embedded(folds, data, work)
         waiting: dict[str, list[tuple[Future[Any], Future[Any]]]] = {}
         for fold in folds:
             for number in range(2 * asked.seeds):

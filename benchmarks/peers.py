@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from real_cells import METRICS, SCREENS, TRAINING, Fold, data_folder, folds_of, hardware
+from real_cells import METRICS, SCREENS, TRAINING, Fold, data_folder, embedded, folds_of, hardware
 
 import sest
 from sest.cells.scale import factors_to, log1p_rows, total_counts
@@ -273,14 +273,11 @@ def main() -> None:
         work = (asked.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         waiting = []
-        for screen in dict.fromkeys(fold.screen for fold in folds):
-            file, column = SCREENS[screen]
-            options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": 8}
-            sest.embed(data / f"{file}.h5ad", work / f"{screen}.zarr", **options)
+        caches = embedded(folds, data, work, dim=8)
         for fold in folds:
             cells = data / f"{SCREENS[fold.screen][0]}.h5ad"
             folder = work / f"{fold.kind}-{fold.name}".replace(" ", "-")
-            given = (fold, cells, work / f"{fold.screen}.zarr", folder, 20 if asked.small else STEPS, asked.dropout)
+            given = (fold, cells, caches[fold.screen], folder, 20 if asked.small else STEPS, asked.dropout)
             waiting.append(pool.submit(of_fold, pythons, *given))
         results = [one.result() for one in waiting]
     print(table(results))

@@ -137,6 +137,17 @@ def folds_of(data: Path) -> list[Fold]:
     return [*found, Fold("no effect", "A172", "perturbench", "A172", tuple(few))]
 
 
+def embedded(folds: Sequence[Fold], data: Path, work: Path, dim: int = DIM) -> dict[str, Path]:
+    """The caches of the folds' screens, made in `work`, by screen."""
+    caches = {}
+    for screen in dict.fromkeys(fold.screen for fold in folds):
+        file, column = SCREENS[screen]
+        caches[screen] = work / f"{screen}.zarr"
+        options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": dim}
+        sest.embed(data / f"{file}.h5ad", caches[screen], **options)
+    return caches
+
+
 def covered(names: Sequence[str], n_folds: int, n_val: int = 3, n_test: int = 4) -> list[tuple[tuple[str, ...], ...]]:
     """Folds of (validation, test) perturbations whose every target is left in a training one; each is tested once."""
     rng, tested = np.random.default_rng(0), set[str]()
@@ -357,14 +368,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        caches = {}
-        for screen in dict.fromkeys(fold.screen for fold in folds):
-            file, column = SCREENS[screen]
-            caches[screen] = work / f"{screen}.zarr"
-            if asked.again:
-                continue
-            options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": DIM}
-            sest.embed(data / f"{file}.h5ad", caches[screen], **options)
+        made = {fold.screen: work / f"{fold.screen}.zarr" for fold in folds}
+        caches = made if asked.again else embedded(folds, data, work)
         with ProcessPoolExecutor(asked.workers, get_context("spawn")) as pool:
             waiting: list[tuple[Fold, Path, list[Future[float]]]] = []
             for fold in folds:

@@ -21,10 +21,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from real_cells import DIM, SCREENS, TRAINING, Fold, data_folder, folds_of, hardware
+from real_cells import TRAINING, Fold, data_folder, embedded, folds_of, hardware
 from torch import Tensor
 
-import sest
 from sest.config import TrainConfig
 from sest.data.dataset import read_dataset
 from sest.evaluation.means import training_effects
@@ -150,12 +149,8 @@ def main() -> None:
     first = next(iter(VARIANTS))
     variants = {name: changes for name, changes in VARIANTS.items() if name in (first, *(asked.variant or VARIANTS))}
     with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(asked.workers, get_context("spawn")) as pool:
-        work, caches = Path(temporary), {}
-        for screen in dict.fromkeys(fold.screen for fold in folds):
-            file, column = SCREENS[screen]
-            caches[screen] = work / f"{screen}.zarr"
-            options: dict[str, Any] = {"pert_col": "target_gene", "cell_type_col": column, "encoder": "pca", "dim": DIM}
-            sest.embed(data / f"{file}.h5ad", caches[screen], **options)
+        work = Path(temporary)
+        caches = embedded(folds, data, work)
         waiting: dict[str, dict[str, list[Any]]] = {}
         for name, changes in variants.items():
             for fold in folds:
