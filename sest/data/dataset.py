@@ -37,6 +37,7 @@ class Dataset:
     embedding_row: np.ndarray  # (N,) int64: a cell's row in `embeddings`, -1 for cells that are no controls
     split_file: SplitFile | None
     table: list[SplitRow]  # what each split holds, for people
+    sources: str  # of the features, with nothing left to choose: see `with_sources`
 
     def measured_in(self, context: int) -> np.ndarray | None:
         """(G,) bool: the genes that the file of a context has, by the context's code; None: all of them."""
@@ -121,7 +122,9 @@ def read_dataset(
         embeddings, embedding_row = like.embeddings, like.embedding_row
     else:
         embeddings, embedding_row = read_embeddings(cache, labels)
-    return Dataset(cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table)
+    return Dataset(
+        cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table, config.perturbations
+    )
 
 
 def holds_out_in_one_context(val_contexts: str, source: str) -> bool:

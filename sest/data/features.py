@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sest.cache import Cache, open_cache
+from sest.cache import Cache
 from sest.cache.schema import ENCODER_FOLDER
 from sest.cells.labels import targets_of
 from sest.config import TrainConfig
 from sest.data.labels import read_labels
-from sest.data.vectors import AUTO, ENCODER, GENES, ONE_HOT, WORDS, Source, Vectors, absent_hint, sources_of
+from sest.data.vectors import AUTO, ENCODER, GENES, ONE_HOT, Source, Vectors, absent_hint, sources_of
 from sest.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -70,11 +69,8 @@ class StoredFeatures:
     loadings: Source | None  # vectors of the genes
 
 
-def with_sources(config: TrainConfig, cache: Cache | str | os.PathLike[str], like: str = "") -> TrainConfig:
+def with_sources(config: TrainConfig, cache: Cache) -> TrainConfig:
     """The configuration with sources that can be read, where it has words that depend on the cache; says which.
-
-    Args:
-        like: the sources of the head that a run starts from.
 
     Raises:
         InputError: unusable labels, or no folder of the encoder.
@@ -83,17 +79,10 @@ def with_sources(config: TrainConfig, cache: Cache | str | os.PathLike[str], lik
     if AUTO in parts and len(parts) > 1:
         raise InputError(f"--perturbations {AUTO} chooses the sources. Name others without it.")
     if ENCODER in parts:
-        parts = [_encoder_of(_opened(cache)) if part == ENCODER else part for part in parts]
-    elif AUTO in parts and like and set(sources_of(like)) <= set(WORDS):
-        logger.info(f"Perturbation features: {like}, as of the head it starts from.")
-        parts = [like]
+        parts = [_encoder_of(cache) if part == ENCODER else part for part in parts]
     elif AUTO in parts:
-        parts = [_automatic(_opened(cache), config.gene_axis)]
+        parts = [_automatic(cache, config.gene_axis)]
     return dataclasses.replace(config, perturbations="+".join(parts))
-
-
-def _opened(cache: Cache | str | os.PathLike[str]) -> Cache:
-    return cache if isinstance(cache, Cache) else open_cache(os.fspath(cache))
 
 
 def _automatic(cache: Cache, gene_axis: str) -> str:

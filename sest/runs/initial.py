@@ -17,7 +17,7 @@ import torch
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
-from sest.data.vectors import DRUGS, ONE_HOT, WORDS, Drugs, Source, one_hot
+from sest.data.vectors import AUTO, DRUGS, ONE_HOT, WORDS, Drugs, Source, one_hot, sources_of
 from sest.errors import InputError, nearest, shown
 from sest.head.model import HeadSizes, StateTransition
 from sest.runs.checkpoint import MODEL, Checkpoint
@@ -29,6 +29,23 @@ logger = logging.getLogger(__name__)
 INIT_FROM = "init_from"  # in state.json: what a run started from
 PARTS = ("pert_encoder", "basal_encoder", "transformer_backbone", "project_out")
 SHAPE = ("hidden", "n_layers", "n_heads", "ffn", "n_encoder_layers", "n_decoder_layers")
+
+
+def like_head(config: TrainConfig, source: Checkpoint | None, start: Checkpoint | None) -> TrainConfig:
+    """The configuration with what the head that a run starts from decides: its sizes, and where none are named the
+    sources of features, if these are words.
+
+    Args:
+        source: that head; None: a fresh one, or one that a resumed run took over already.
+        start: the checkpoint to go on from.
+    """
+    if config.init_from is None:
+        return config
+    theirs = source.state["features"]["source"] if source is not None else ""
+    if config.perturbations == AUTO and theirs and set(sources_of(theirs)) <= set(WORDS):
+        logger.info(f"Perturbation features: {theirs}, as of the head it starts from.")
+        config = dataclasses.replace(config, perturbations=theirs)
+    return sized_like(config, source or start)
 
 
 def sized_like(config: TrainConfig, source: Checkpoint | None) -> TrainConfig:

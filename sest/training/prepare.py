@@ -21,7 +21,7 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.features import equal_vectors, with_sources
+from sest.data.features import equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetSampler
 from sest.data.targets import refuse_mixed_scales
@@ -38,8 +38,8 @@ from sest.runs.initial import (
     features_to_start_with,
     freeze,
     frozen_parts,
+    like_head,
     refuse_other_cells,
-    sized_like,
     started_from,
     take_over,
 )
@@ -74,11 +74,11 @@ def prepare(
     Raises:
         InputError, CacheError: bad input, or a checkpoint of another run.
     """
-    precision = choose_precision(config.precision, device, training=True)
-    _check(config, device, precision)
+    precision = _precision(config, device)
     source = _source(config, start)
-    config = _settled(config, cache, source, start)
+    config = like_head(config, source, start)
     data = read_in_turn(cache, config, start, scratch, team, source)
+    config = dataclasses.replace(config, perturbations=data.sources)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
     model = _new_model(sizes, config.seed, data) if start is None else start.model()
@@ -145,13 +145,6 @@ def _source(config: TrainConfig, start: Checkpoint | None) -> Checkpoint | None:
     return sound_checkpoint(find_checkpoint(Path(config.init_from)))
 
 
-def _settled(config: TrainConfig, cache: Path, source: Checkpoint | None, start: Checkpoint | None) -> TrainConfig:
-    """The configuration with what its cache and the head it starts from decide: sizes, and sources of features."""
-    if config.init_from is not None:
-        config = sized_like(config, source or start)
-    return with_sources(config, cache, source.state["features"]["source"] if source is not None else "")
-
-
 def _state_of(start: Checkpoint) -> RunState:
     """Where a checkpoint's run was; one of an earlier sest kept its best val_loss alone."""
     state = RunState(**start.state["run"])
@@ -160,8 +153,9 @@ def _state_of(start: Checkpoint) -> RunState:
     return state
 
 
-def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
-    """Refuse what this machine cannot do; say what it could do better."""
+def _precision(config: TrainConfig, device: torch.device) -> str:
+    """What is computed in; refuse what this machine cannot do, and say what it could do better."""
+    precision = choose_precision(config.precision, device, training=True)
     if config.gradients == "bf16" and device.type == "cpu":
         raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
     frozen_parts(config)
@@ -169,6 +163,7 @@ def _check(config: TrainConfig, device: torch.device, precision: str) -> None:
     for hint in (faster_precision(precision, device), slow_pages(device)):
         if hint:
             logger.info(hint)
+    return precision
 
 
 def read_in_turn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,6 @@ from sest import __version__
 from sest.blend.blend import Blend
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
-from sest.data.features import with_sources
 from sest.data.resident import resident_cells
 from sest.errors import InputError
 from sest.head.loss import make_loss
@@ -55,8 +55,8 @@ def fit_without_head(
         )
     find_start(run, None, config)
     device = choose_device(config.device)
-    config = with_sources(config, cache)
     data = read_in_turn(cache, config, None, scratch, ALONE)
+    config = dataclasses.replace(config, perturbations=data.sources)
     say_what_is_not_learned(data)
     if on_start is not None:
         on_start(data)

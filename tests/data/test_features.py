@@ -155,8 +155,6 @@ def test_what_nobody_named_is_the_genes_vectors_where_all_targets_are_measured_a
     ]
     assert with_sources(TrainConfig(gene_axis="union"), measured).perturbations == ONE_HOT
     assert with_sources(TrainConfig(perturbations="onehot"), measured).perturbations == ONE_HOT
-    assert with_sources(TrainConfig(), measured, like="drugs+onehot").perturbations == "drugs+onehot"
-    assert with_sources(TrainConfig(), measured, like="ESM2.pt").perturbations == "genes"
     one_is_not = opened(tmp_path / "b", small_screen("a", sizes=sizes | {"P": 4}))
     assert with_sources(TrainConfig(), one_is_not).perturbations == ONE_HOT
     in_one_file = opened(

@@ -21,7 +21,15 @@ from sest.errors import InputError
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.progress import reporting
 from sest.runs.checkpoint import BEST, LAST, MODEL, open_checkpoint
-from sest.runs.initial import PARTS, features_to_start_with, freeze, refuse_other_cells, sized_like, take_over
+from sest.runs.initial import (
+    PARTS,
+    features_to_start_with,
+    freeze,
+    like_head,
+    refuse_other_cells,
+    sized_like,
+    take_over,
+)
 from sest.runs.run_folder import read_run_config
 from sest.training.prepare import head_sizes
 from sest.training.train import train
@@ -64,6 +72,19 @@ def test_a_head_on_the_same_cells_is_taken_over_whole(folder: Path) -> None:
     for name, tensor in source.model_tensors().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert said == {"name": BEST, "step": source.state["step"], "model_sha256": source.state["files"][MODEL]}
+
+
+def test_sources_that_nobody_named_are_the_head_s_where_they_are_words(folder: Path) -> None:
+    source = open_checkpoint(folder / "run" / BEST)
+
+    def sources(theirs: str, **options: Any) -> str:
+        features = {**source.state["features"], "source": theirs}
+        head = dataclasses.replace(source, state={**source.state, "features": features})
+        return like_head(small_config(init_from="run", **options), head, None).perturbations
+
+    assert sources("drugs+onehot") == "drugs+onehot" and sources("drugs", perturbations="genes") == "genes"
+    assert sources("ESM2.pt") == sources("ESM2.pt+onehot") == "auto"  # where that file is now is not known
+    assert like_head(small_config(), None, None) == small_config()
 
 
 def test_genes_and_perturbations_are_found_by_name_and_new_ones_are_as_in_a_fresh_head(folder: Path) -> None:
