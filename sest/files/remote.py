@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 from pathlib import Path
@@ -91,10 +92,17 @@ class RemoteFile(io.RawIOBase):
         return int(self._file.tell())
 
     def readinto(self, buffer: Any) -> int:
+        # h5py holds its lock while it waits here for fsspec's thread. A garbage collection in that thread may come upon
+        # objects of h5py, which take the lock to go: both would wait for ever.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # see above
             raise InputError(f"{self.url} cannot be read: {reason(error)}.") from error
+        finally:
+            if collects:
+                gc.enable()
         buffer[: len(data)] = data
         return len(data)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import fsspec
+import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -37,6 +41,44 @@ def test_h5ad_of_a_web_server_is_read_in_parts(web: str, name: str, monkeypatch:
         assert file.path.name == "a.h5ad"
         np.testing.assert_array_equal(file.rows(10, 40).toarray(), counts()[10:40])
         assert file.obs["target_gene"].tolist()[:2] == ["control", "STAT1"]
+
+
+class Fetching:
+    """A file whose blocks another thread fetches, as fsspec's does, which makes enough objects to be collected."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at, self.stuck = data, 0, False
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, len(self.data))[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, n: int) -> bytes:
+        thread = threading.Thread(target=lambda: [[i] for i in range(100_000)], daemon=True)
+        thread.start()
+        thread.join(5)
+        self.stuck = self.stuck or thread.is_alive()
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+
+def test_garbage_of_h5py_that_is_found_while_a_block_is_fetched_waits_for_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "a.h5ad", counts()).read_bytes()
+    fetching = Fetching(data)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.open", lambda *a, **k: fetching)
+    with h5py.File(tmp_path / "a.h5ad") as other:
+        cycle: dict[str, Any] = {"group": other["obs"]}
+        cycle["itself"] = cycle
+        del cycle  # nothing but a collection finds it now
+        remote = sest.files.remote.RemoteFile("memory://a.h5ad")
+        with h5py.File(remote, "r") as file:
+            assert "X" in file
+    assert not fetching.stuck and gc.isenabled()
 
 
 def test_what_a_web_server_does_not_have_or_sends_wrongly_is_one_line(web: str, tmp_path: Path) -> None:
