@@ -18,6 +18,7 @@ from sest.cache import journal, schema
 from sest.cache.disk import sha256
 from sest.cache.journal import Entries
 from sest.cache.schema import CacheError
+from sest.cache.shards import Shards, shards_of
 from sest.cache.storage import LocalStorage, Storage, open_group, storage_at
 
 
@@ -28,6 +29,7 @@ class Group:
     storage: Storage
     path: str  # group path, such as "replogle/rpe1"
     attributes: dict[str, Any]  # dataset, columns, control, scale, fingerprint, n_cells, n_genes, dim ...
+    _opened: dict[str, Shards | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_cells(self) -> int:
@@ -74,10 +76,16 @@ class Group:
     def targets(self, start: int = 0, stop: int | None = None) -> scipy.sparse.csr_matrix:
         """Rows [start, stop) of X: (rows, n_genes) CSR of counts (integers) or log1p values (float32)."""
         indptr = self.indptr[start : (self.n_cells if stop is None else stop) + 1]
-        low, high = int(indptr[0]), int(indptr[-1])
-        data, indices = (self._read(f"X/{name}", low, high) for name in ("data", "indices"))
-        shape = (len(indptr) - 1, self.n_genes)
-        return scipy.sparse.csr_matrix((data, indices, indptr - low), shape=shape)
+        data, indices = (self._read(f"X/{name}", int(indptr[0]), int(indptr[-1])) for name in ("data", "indices"))
+        ends = indptr - indptr[0]
+        ends = ends.astype(np.int32) if ends[-1] < 2**31 else ends  # of the indices' type: SciPy copies both else
+        return scipy.sparse.csr_matrix((data, indices, ends), shape=(len(ends) - 1, self.n_genes))
+
+    def _shards(self, name: str) -> Shards | None:
+        """An array of the targets, if it is stored as sest does."""
+        if name not in self._opened:
+            self._opened[name] = shards_of(self.storage, f"{self.path}/{name}")
+        return self._opened[name]
 
     def to_anndata(self) -> anndata.AnnData:
         """All of it in memory: X the targets, obs, var and obsm["X_sest"] the embeddings."""
@@ -91,6 +99,8 @@ class Group:
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries of one array. Raises CacheError where a chunk is not what its checksum says."""
         try:
+            if (shards := self._shards(name)) is not None:
+                return shards.read(start, stop)
             array = self._zarr[name]
             assert isinstance(array, zarr.Array)
             with self.storage.reached():

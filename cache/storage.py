@@ -34,8 +34,8 @@ class Storage(Protocol):
 
     url: str  # as the user may give it again: an absolute path, or a URL
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a file. Raises FileNotFoundError."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of a file; a start below 0 counts from its end. Raises FileNotFoundError."""
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """Bytes of every file below a folder by name, without what unfinished writes left."""
@@ -121,8 +121,10 @@ class LocalStorage:
     def __str__(self) -> str:
         return str(self.root)
 
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        with open(self.root / name, "rb", buffering=0) as file:
+            file.seek(start, os.SEEK_SET if start >= 0 else os.SEEK_END)
+            return file.readall() if stop is None else file.read(stop - start)
 
     def sizes(self, below: str = "") -> dict[str, int]:
         found = {}
@@ -230,8 +232,8 @@ class RemoteStorage:
         return f"{self._root.rstrip('/')}/{name}"
 
     @_reaching
-    def read(self, name: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._path(name))
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        data: bytes = self._fs.cat_file(self._path(name), start=start or None, end=stop)
         return data
 
     @_reaching

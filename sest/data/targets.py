@@ -39,7 +39,9 @@ from sest.machine.memory import SHARE, available_bytes
 
 logger = logging.getLogger(__name__)
 
-VALUES_PER_READ = 2**24  # about: 64 chunks of the cache
+VALUES_PER_READ = (
+    2**22
+)  # about: 16 chunks of the cache; of larger blocks each would be new memory for the system to clear
 PLACES = 4  # of a group, from which its sampled cells are read
 # files of values on disk; the mark says of which cache they are, and is written last
 SCRATCH_MARK, INDICES, DATA, LENGTHS, TOTALS = "targets.json", "indices.bin", "data.bin", "lengths.npy", "totals.npy"

@@ -1,0 +1,81 @@
+"""sest.cache.shards against zarr's own reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from sest.cache.shards import shards_of
+from sest.cache.storage import storage_at
+
+
+def stored(folder: Path, values: np.ndarray, codecs: list[BytesBytesCodec] | None = None, shards: int = 40) -> None:
+    """An array as the cache stores its targets, in chunks of 10 and shards of 40 entries."""
+    array = zarr.create_array(
+        folder / "a",
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(10,),
+        shards=(shards,),
+        compressors=codecs or [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
+        fill_value=0,
+        config={"write_empty_chunks": True},
+    )
+    array[:] = values
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "float32"])
+@pytest.mark.parametrize("n", [1, 10, 39, 40, 41, 97])
+def test_any_entries_are_those_that_zarr_reads(tmp_path: Path, dtype: str, n: int) -> None:
+    values = np.random.default_rng(n).integers(0, 300, n).astype(dtype)
+    stored(tmp_path, values)
+    shards = shards_of(storage_at(tmp_path), "a")
+    assert shards is not None
+    theirs = zarr.open_array(tmp_path / "a", mode="r")
+    for start in range(0, n + 1, 7):
+        for stop in (start, min(start + 1, n), min(start + 33, n), n):
+            found = shards.read(start, stop)
+            assert found.dtype == np.dtype(dtype)
+            np.testing.assert_array_equal(found, np.asarray(theirs[start:stop]))
+
+
+@pytest.mark.parametrize("place", ["chunk", "index", "end"])
+def test_a_changed_or_missing_byte_is_an_error(tmp_path: Path, place: str) -> None:
+    stored(tmp_path, np.arange(97, dtype=np.int32))
+    file = tmp_path / "a" / "c" / "1"
+    data = bytearray(file.read_bytes())
+    if place == "end":
+        del data[-1]
+    else:
+        data[40 if place == "chunk" else -30] ^= 1
+    file.write_bytes(data)
+    shards = shards_of(storage_at(tmp_path), "a")
+    assert shards is not None
+    with pytest.raises(ValueError, match="a/c/1: a checksum does not match"):
+        shards.read(0, 97)
+    np.testing.assert_array_equal(shards.read(0, 40), np.arange(40))
+
+
+def test_a_chunk_that_was_never_written_is_an_error_and_no_zeros(tmp_path: Path) -> None:
+    stored(tmp_path, np.arange(97, dtype=np.int32))
+    about = json.loads((tmp_path / "a" / "zarr.json").read_text())
+    about["shape"] = [110]
+    (tmp_path / "a" / "zarr.json").write_text(json.dumps(about))
+    shards = shards_of(storage_at(tmp_path), "a")
+    assert shards is not None
+    with pytest.raises(ValueError, match="a chunk of a/c/2 was never written"):
+        shards.read(90, 110)
+
+
+def test_arrays_of_other_codecs_are_left_to_zarr(tmp_path: Path) -> None:
+    stored(tmp_path / "one", np.arange(97), [ZstdCodec(level=1), Crc32cCodec()])
+    zarr.create_array(tmp_path / "two" / "a", shape=(97,), dtype="int32", chunks=(10,))
+    zarr.create_array(tmp_path / "three" / "a", shape=(9, 9), dtype="int32", chunks=(3, 3), shards=(9, 9))
+    for name in ("one", "two", "three"):
+        assert shards_of(storage_at(tmp_path / name), "a") is None
