@@ -1,4 +1,4 @@
-"""Rows of a CSR as dense log1p expression on a CPU: one pass over the values, straight into a buffer that is reused.
+"""Rows of a CSR as dense log1p expression on a CPU, or summed by group: one pass over the values.
 
 The arrays may lie in memory or be mapped from a file. Shapes: n rows, N cells, G genes. The twin for GPUs is
 `sest.data.resident.ResidentCells.expression`; both are the formula of `sest.cells.scale.log1p_rows`, against which
@@ -84,6 +84,81 @@ def take_rows(
     to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
     _copy(rows, indptr, indices, data, to_indices, to_data)
     return of_rows, to_indices, to_data
+
+
+@compiled(nogil=True)
+def _sums(
+    order: Any,
+    ends: Any,
+    indptr: Any,
+    indices: Any,
+    data: Any,
+    factor: Any,
+    weight: Any,
+    whole: bool,
+    sums: Any,
+    squares: Any,
+) -> None:
+    n_genes, first_squared = sums.shape[1], len(sums) - len(squares)
+    total, square, table = np.empty(n_genes), np.empty(n_genes), np.empty(SMALL_COUNTS)
+    for group in range(len(sums)):
+        total[:], square[:] = 0.0, 0.0
+        squared = group >= first_squared
+        for i in range(ends[group], ends[group + 1]):
+            cell = order[i]
+            scale = factor[cell]
+            if whole:
+                for count in range(SMALL_COUNTS):
+                    table[count] = math.log1p(np.float32(count) * scale) if scale > 0 else np.float32(count)
+            for k in range(indptr[cell], indptr[cell + 1]):
+                value = np.float32(data[k])
+                if whole and 0 <= value < SMALL_COUNTS:
+                    logged = table[int(value)]
+                else:
+                    logged = np.float64(math.log1p(value * scale) if scale > 0 else value)
+                total[indices[k]] += logged
+                if squared:
+                    square[indices[k]] += logged * logged
+        for gene in range(n_genes):
+            sums[group, gene] = total[gene] * weight[group]
+        if squared:
+            squares[group - first_squared] = square
+
+
+def group_sums(
+    code: np.ndarray,
+    n_groups: int,
+    n_genes: int,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    factor: np.ndarray,
+    *,
+    squared: int = 0,
+    mean: bool = False,
+    dtype: type = np.float64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums of log1p cells by group; each is added up in float64, in the cells' order.
+
+    Args:
+        code: (N,) int group of every cell, below n_groups; -1 for cells in none, which are not read.
+        indptr, indices, data, factor: as `dense_log1p` takes them.
+        squared: how many of the last groups also get sums of squares.
+        mean: means instead of sums.
+        dtype: of the result.
+
+    Returns:
+        (n_groups, G) sums or means, 0 of a group without cells; (n_groups,) cells; (squared, G) float64 sums of squares.
+    """
+    assert code.max(initial=-1) < n_groups and len(code) == len(indptr) - 1
+    order = np.argsort(code, kind="stable")[np.count_nonzero(code < 0) :]
+    n_cells = np.bincount(code[order], minlength=n_groups)
+    weight = 1.0 / np.maximum(n_cells, 1) if mean else np.ones(n_groups)
+    sums, squares = np.empty((n_groups, n_genes), dtype), np.empty((squared, n_genes))
+    whole = bool(np.issubdtype(data.dtype, np.integer))
+    ends = np.concatenate([[0], np.cumsum(n_cells)])
+    _sums(order, ends, indptr, indices, data, factor, weight, whole, sums, squares)
+    return sums, n_cells, squares
 
 
 def _check_rows(rows: np.ndarray, n_cells: int) -> None:
