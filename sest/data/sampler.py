@@ -6,6 +6,8 @@ perturbation; beside it stand S control cells of the same context.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 from typing import TypedDict
@@ -14,6 +16,7 @@ import numpy as np
 
 from sest.data.labels import Labels
 from sest.errors import InputError, shown
+from sest.machine.seeds import streams
 
 _EPOCH_CELLS, _EPOCH_ORDER, _SET_CONTROLS, _FIXED_FILL = 1, 2, 3, 4  # what a random stream is for
 
@@ -25,6 +28,15 @@ class SetRows(TypedDict):
     controls: np.ndarray  # (B, S) int64
     perturbation: np.ndarray  # (B,) int64 codes
     number: np.ndarray  # (B,) int64 place in the sequence they were drawn from
+
+
+@dataclass(frozen=True, eq=False)
+class _Epoch:
+    """The sets of an epoch, of each (context, perturbation) from when the first of them is asked for."""
+
+    order: np.ndarray  # (sets,): which set stands at each place
+    rows: np.ndarray  # (sets, S): target rows, the sets of a key beside each other
+    known: np.ndarray  # (keys,) bool: drawn
 
 
 class SetSampler:
@@ -62,67 +74,74 @@ class SetSampler:
         if not len(rows):
             raise InputError("No perturbed cells in this split.")
         key = labels.context[rows].astype(np.int64) * len(labels.perturbations) + labels.perturbation[rows]
-        keys, which = np.unique(key, return_inverse=True)
-        order = np.argsort(which, kind="stable")
-        self.cells = np.split(rows[order], np.cumsum(np.bincount(which))[:-1])  # per key: sorted rows
+        keys, self.cells = _by_key(rows, key)  # per key: sorted rows
         self.context = keys // len(labels.perturbations)  # (keys,)
         self.perturbation = keys % len(labels.perturbations)  # (keys,)
-        self.pools = self._control_pools(mask & labels.is_control)
-        self._batch_pools = self._same_batch_pools(mask & labels.is_control) if same_batch else {}
+        controls = np.flatnonzero(mask & labels.is_control)
+        self.pools = self._control_pools(controls)  # context -> sorted rows
+        self._batch_pools = _as_dict(*_by_key(controls, self._batch_of(controls))) if same_batch else {}
         self.sets_per_key = np.array([-(-len(cells) // set_size) for cells in self.cells])
         self.sets_per_epoch = int(self.sets_per_key.sum())
+        self._first_set = np.cumsum(self.sets_per_key) - self.sets_per_key  # (keys,), in the order of keys
+        self._key_of_set = np.repeat(np.arange(len(self.cells)), self.sets_per_key)  # (sets,)
         self._lock = Lock()  # threads ask for the same epoch: it is drawn once
-        self._drawn = lru_cache(maxsize=2)(self._draw_epoch)
+        self._epoch = lru_cache(maxsize=2)(self._begin_epoch)
 
     def _control_pools(self, controls: np.ndarray) -> dict[int, np.ndarray]:
-        pools = {int(c): np.flatnonzero(controls & (self.labels.context == c)) for c in np.unique(self.context)}
-        empty = [self.labels.contexts[c] for c, pool in pools.items() if not len(pool)]
+        there = _as_dict(*_by_key(controls, self.labels.context[controls]))
+        wanted = np.unique(self.context).tolist()
+        empty = [self.labels.contexts[c] for c in wanted if c not in there]
         if empty:
             raise InputError(f"No control cells in {shown(f'{group} / {name}' for group, name in empty)}.")
-        return pools
+        return {c: there[c] for c in wanted}
 
-    def _same_batch_pools(self, controls: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
-        rows = np.flatnonzero(controls)
-        pairs = np.stack([self.labels.context[rows], self.labels.batch[rows]], axis=1)
-        return {(int(c), int(b)): rows[(pairs == (c, b)).all(1)] for c, b in np.unique(pairs, axis=0)}
+    def _batch_of(self, rows: np.ndarray) -> np.ndarray:
+        """One number for each context and batch of cells (n,): (n,) int64, in the order of batches in a context."""
+        return self.labels.context[rows].astype(np.int64) * 2**32 + self.labels.batch[rows]
 
     def without_same_batch(self) -> int:
         """How many cells have no control in their own batch and take one of their cell type instead."""
         if not self.same_batch:
             return 0
-        rows = np.concatenate(self.cells)
-        pairs = zip(self.labels.context[rows].tolist(), self.labels.batch[rows].tolist(), strict=True)
-        return sum(pair not in self._batch_pools for pair in pairs)
+        batches = self._batch_of(np.concatenate(self.cells))
+        return int(np.isin(batches, np.array(list(self._batch_pools), np.int64), invert=True).sum())
 
     def _filled(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Cells (n,) plus resampled ones up to whole sets: (sets * S,)."""
         short = -len(cells) % self.set_size
+        if not short:
+            return cells
         extra = rng.choice(cells, short, replace=short > len(cells))
         return np.concatenate([cells, extra])
 
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """All sets of an epoch in order: target rows (sets, S) and the key of each set (sets,)."""
-        rows = []
-        for k, cells in enumerate(self.cells):
-            rng = np.random.default_rng([self.seed, _EPOCH_CELLS, epoch, k])
-            rows.append(self._filled(rng.permutation(cells), rng).reshape(-1, self.set_size))
-        order = np.random.default_rng([self.seed, _EPOCH_ORDER, epoch]).permutation(self.sets_per_epoch)
-        keys = np.repeat(np.arange(len(self.cells)), self.sets_per_key)
-        return np.concatenate(rows)[order], keys[order]
+    def _begin_epoch(self, epoch: int) -> _Epoch:
+        return _Epoch(
+            order=np.random.default_rng([self.seed, _EPOCH_ORDER, epoch]).permutation(self.sets_per_epoch),
+            rows=np.empty((self.sets_per_epoch, self.set_size), np.int64),
+            known=np.zeros(len(self.cells), bool),
+        )
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _targets(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sets of an epoch by place (n,): target rows (n, S) and the key of each set (n,)."""
         with self._lock:
-            return self._drawn(epoch)
+            drawn = self._epoch(epoch)
+            which = drawn.order[places]
+            keys = self._key_of_set[which]
+            new = np.unique(keys[~drawn.known[keys]])
+            for k, rng in zip(new.tolist(), streams(self.seed, _EPOCH_CELLS, epoch, new), strict=True):
+                rows = self._filled(rng.permutation(self.cells[k]), rng).reshape(-1, self.set_size)
+                drawn.rows[self._first_set[k] : self._first_set[k] + len(rows)] = rows
+            drawn.known[new] = True
+            return drawn.rows[which], keys
 
     def _controls(self, key: int, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """S control rows for a set, without repeats where there are enough."""
-        context = int(self.context[key])
-        pool = self.pools[context]
+        pool = self.pools[int(self.context[key])]
         chosen = rng.choice(pool, self.set_size, replace=len(pool) < self.set_size)
         if self.same_batch:
-            batches = self.labels.batch[targets]
+            batches = self._batch_of(targets)
             for batch in np.unique(batches):
-                mine = self._batch_pools.get((context, int(batch)))
+                mine = self._batch_pools.get(int(batch))
                 if mine is not None:
                     where = np.flatnonzero(batches == batch)
                     chosen[where] = rng.choice(mine, len(where), replace=len(mine) < len(where))
@@ -130,20 +149,13 @@ class SetSampler:
 
     def sets(self, numbers: np.ndarray) -> SetRows:
         """Sets of the endless sequence by number: (B,) int64."""
-        targets, controls, keys = [], [], []
-        for number in numbers.tolist():
-            epoch, place = divmod(number, self.sets_per_epoch)
-            rows, key = self._epoch(epoch)
-            rng = np.random.default_rng([self.seed, _SET_CONTROLS, epoch, place])
-            targets.append(rows[place])
-            controls.append(self._controls(int(key[place]), rows[place], rng))
-            keys.append(key[place])
-        return SetRows(
-            targets=np.stack(targets),
-            controls=np.stack(controls),
-            perturbation=self.perturbation[np.array(keys)],
-            number=np.asarray(numbers, np.int64),
-        )
+        epochs, places = np.divmod(np.asarray(numbers, np.int64), self.sets_per_epoch)
+        targets = np.empty((len(places), self.set_size), np.int64)
+        keys = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            targets[here], keys[here] = self._targets(epoch, places[here])
+        return self._beside(targets, keys, streams(self.seed, _SET_CONTROLS, epochs, places), numbers)
 
     def fixed_sets(self, at_most: int = 0) -> SetRows:
         """Every cell once, in order: the sets of a validation; the first `at_most` where it is not 0.
@@ -151,24 +163,37 @@ class SetSampler:
         The first set of every (context, perturbation) comes before the second of any and is never left out, so a
         limit keeps all of them.
         """
-        targets: list[np.ndarray] = []
-        keys: list[int] = []
-        turns: list[int] = []  # which set of its key
-        for k, cells in enumerate(self.cells):
-            rng = np.random.default_rng([self.seed, _FIXED_FILL, k])
-            rows = self._filled(cells, rng).reshape(-1, self.set_size)
-            targets.append(rows)
-            keys += [k] * len(rows)
-            turns += range(len(rows))
-        order = np.argsort(turns, kind="stable")[: max(at_most, len(self.cells)) if at_most else None]
-        rows, key = np.concatenate(targets)[order], np.array(keys)[order]
-        controls = [
-            self._controls(int(k), row, np.random.default_rng([self.seed, _FIXED_FILL, int(k), i]))
-            for i, (k, row) in enumerate(zip(key, rows, strict=True))
+        every = np.arange(len(self.cells))
+        targets = [
+            self._filled(cells, rng).reshape(-1, self.set_size)
+            for cells, rng in zip(self.cells, streams(self.seed, _FIXED_FILL, every), strict=True)
         ]
-        return SetRows(
-            targets=rows,
-            controls=np.stack(controls),
-            perturbation=self.perturbation[key],
-            number=np.arange(len(rows)),
+        turns = np.arange(self.sets_per_epoch) - self._first_set[self._key_of_set]  # which set of its key
+        order = np.argsort(turns, kind="stable")[: max(at_most, len(self.cells)) if at_most else None]
+        keys, numbers = self._key_of_set[order], np.arange(len(order))
+        return self._beside(
+            np.concatenate(targets)[order], keys, streams(self.seed, _FIXED_FILL, keys, numbers), numbers
         )
+
+    def _beside(
+        self, targets: np.ndarray, keys: np.ndarray, rngs: Iterator[np.random.Generator], numbers: np.ndarray
+    ) -> SetRows:
+        """Sets of these keys, with control cells beside the targets (B, S)."""
+        each = zip(keys.tolist(), targets, rngs, strict=True)
+        return SetRows(
+            targets=targets,
+            controls=np.stack([self._controls(k, rows, rng) for k, rows, rng in each]),
+            perturbation=self.perturbation[keys],
+            number=np.asarray(numbers, np.int64),
+        )
+
+
+def _by_key(rows: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The different keys (n,) of cells, sorted, and the rows of each in the order they come in."""
+    order = np.argsort(key, kind="stable")
+    keys, first = np.unique(key[order], return_index=True)
+    return keys, np.split(rows[order], first)[1:]  # what is before the first is empty
+
+
+def _as_dict(keys: np.ndarray, rows: list[np.ndarray]) -> dict[int, np.ndarray]:
+    return dict(zip(keys.tolist(), rows, strict=True))

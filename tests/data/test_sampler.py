@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sest.data import sampler as sampler_module
 from sest.data.labels import CONTROL, Labels
 from sest.data.sampler import SetRows, SetSampler
 from sest.errors import InputError
+from sest.machine.seeds import streams
 
 patient = settings(deadline=None)  # a loaded machine is slow now and then
 
@@ -75,13 +78,17 @@ def joined(*parts: SetRows) -> SetRows:
     )
 
 
-def first_of(sets: SetRows, n: int) -> SetRows:
+def at(sets: SetRows, places: np.ndarray) -> SetRows:
     return SetRows(
-        targets=sets["targets"][:n],
-        controls=sets["controls"][:n],
-        perturbation=sets["perturbation"][:n],
-        number=sets["number"][:n],
+        targets=sets["targets"][places],
+        controls=sets["controls"][places],
+        perturbation=sets["perturbation"][places],
+        number=sets["number"][places],
     )
+
+
+def first_of(sets: SetRows, n: int) -> SetRows:
+    return at(sets, np.arange(n))
 
 
 @patient
@@ -277,3 +284,118 @@ def test_fixed_sets_hold_every_cell_and_a_limit_keeps_every_pair(labels: Labels,
     assert whole["number"].tolist() == list(range(len(whole["targets"])))
     assert n == (min(max(limit, len(pairs(whole))), len(whole["targets"])) if limit else len(whole["targets"]))
     assert sets_equal(some, first_of(whole, n))
+
+
+class OneByOne:
+    """The sets as they have been since the first run: a stream of its own for each pair and set, and no sorting.
+
+    A checkpoint keeps no version of this: a run that is resumed must get the sets it was begun with, bit for bit.
+    """
+
+    def __init__(self, labels: Labels, mask: np.ndarray, set_size: int, seed: int, same_batch: bool) -> None:
+        self.labels, self.mask, self.set_size, self.seed, self.same_batch = labels, mask, set_size, seed, same_batch
+        there = mask & ~labels.is_control
+        self.pairs = sorted(set(zip(labels.context[there].tolist(), labels.perturbation[there].tolist(), strict=True)))
+        self.cells = [
+            np.array([i for i in np.flatnonzero(there) if (labels.context[i], labels.perturbation[i]) == pair])
+            for pair in self.pairs
+        ]
+
+    def filled(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        short = -len(cells) % self.set_size
+        extra = rng.choice(cells, short, replace=short > len(cells))
+        return np.concatenate([cells, extra]).reshape(-1, self.set_size)
+
+    def pool(self, context: int, batch: int | None = None) -> np.ndarray:
+        mine = self.mask & self.labels.is_control & (self.labels.context == context)
+        return np.flatnonzero(mine if batch is None else mine & (self.labels.batch == batch))
+
+    def controls(self, key: int, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        context = self.pairs[key][0]
+        pool = self.pool(context)
+        chosen = rng.choice(pool, self.set_size, replace=len(pool) < self.set_size)
+        for batch in sorted(set(self.labels.batch[targets].tolist())) if self.same_batch else []:
+            where = np.flatnonzero(self.labels.batch[targets] == batch)
+            if len(mine := self.pool(context, batch)):
+                chosen[where] = rng.choice(mine, len(where), replace=len(mine) < len(where))
+        return chosen
+
+    def of(self, targets: list[np.ndarray], keys: list[int], streams: list[list[int]], first: int = 0) -> SetRows:
+        rngs = [np.random.default_rng(stream) for stream in streams]
+        return SetRows(
+            targets=np.stack(targets),
+            controls=np.stack([self.controls(*each) for each in zip(keys, targets, rngs, strict=True)]),
+            perturbation=np.array([self.pairs[k][1] for k in keys]),
+            number=np.arange(first, first + len(keys)),
+        )
+
+    def epoch(self, epoch: int) -> SetRows:
+        targets, keys = [], []
+        for k, cells in enumerate(self.cells):
+            rng = np.random.default_rng([self.seed, 1, epoch, k])
+            rows = self.filled(rng.permutation(cells), rng)
+            targets += list(rows)
+            keys += [k] * len(rows)
+        n = len(keys)
+        order = np.random.default_rng([self.seed, 2, epoch]).permutation(n)
+        streams = [[self.seed, 3, epoch, place] for place in range(n)]
+        return self.of([targets[i] for i in order], [keys[i] for i in order], streams, epoch * n)
+
+    def fixed(self) -> SetRows:
+        sets = [
+            (turn, k, rows)
+            for k, cells in enumerate(self.cells)
+            for turn, rows in enumerate(self.filled(cells, np.random.default_rng([self.seed, 4, k])))
+        ]
+        sets.sort(key=lambda each: each[0])  # stable
+        keys = [k for _, k, _ in sets]
+        return self.of([rows for *_, rows in sets], keys, [[self.seed, 4, k, i] for i, k in enumerate(keys)])
+
+
+@patient
+@given(screens(), st.integers(2, 6), st.sampled_from([0, 1, 42, 2**32, 2**63 - 1]), st.booleans(), st.data())
+def test_every_set_is_the_one_of_streams_that_are_seeded_one_by_one(
+    labels: Labels, set_size: int, seed: int, same_batch: bool, data: st.DataObject
+) -> None:
+    mask = labels.is_control | (np.arange(len(labels)) % 5 != data.draw(st.integers(0, 4)))
+    if not (mask & ~labels.is_control).any():
+        return
+    expected = OneByOne(labels, mask, set_size, seed, same_batch)
+    sampler = SetSampler(labels, mask, set_size, seed, same_batch=same_batch)
+    assert sets_equal(sampler.fixed_sets(), expected.fixed())
+    n = sampler.sets_per_epoch
+    for epoch in data.draw(st.permutations([0, 1, 7])):
+        sets = expected.epoch(epoch)
+        numbers = np.array(data.draw(st.permutations(range(n)))) + epoch * n
+        for some in np.array_split(numbers, 3):
+            if len(some):
+                assert sets_equal(sampler.sets(some), at(sets, some - epoch * n))
+    over = sampler.sets(run_of(n - 1, 2))  # the last of an epoch and the first of the next
+    assert sets_equal(over, joined(at(expected.epoch(0), np.array([n - 1])), at(expected.epoch(1), np.array([0]))))
+
+
+def test_cells_without_a_batch_are_a_batch_of_their_own_in_each_context() -> None:
+    labels = make_labels(np.repeat([0, 1], 6), np.tile([0, 0, 0, 1, 1, 1], 2), np.array([-1, 0, 5] * 4))
+    sampler = SetSampler(labels, everything(labels), 3, 0, same_batch=True)
+    for sets in (sampler.sets(run_of(0, 8)), sampler.fixed_sets()):
+        assert (sets["controls"] == sets["targets"] - 3).all()  # one control of each context and batch
+    assert sampler.without_same_batch() == 0
+
+
+def test_of_an_epoch_only_the_pairs_are_drawn_whose_sets_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(*entropy: int | np.ndarray) -> Iterator[np.random.Generator]:
+        if entropy[1] == 1:  # the cells of an epoch: seed, 1, epoch, keys
+            drawn.extend(np.asarray(entropy[3]).tolist())
+        return streams(*entropy)
+
+    monkeypatch.setattr(sampler_module, "streams", counted)
+    labels = make_labels(np.zeros(110, int), np.repeat(np.arange(11), 10))  # ten perturbations of one set each
+    sampler = SetSampler(labels, everything(labels), 10, 0)
+    sampler.sets(run_of(0, 3))
+    assert len(drawn) == 3
+    sampler.sets(run_of(2, 3))
+    assert len(drawn) == 5
+    sampler.sets(run_of(0, 10))
+    assert sorted(drawn) == list(range(10))
