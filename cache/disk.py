@@ -14,6 +14,7 @@ from pathlib import Path
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 NEW, OLD = ".new", ".old"  # end the hidden names of folders that are being written, or being replaced
+GONE = ".gone"  # ends that of a folder that is being deleted
 
 
 def sha256(data: bytes) -> str:
@@ -95,6 +96,19 @@ def folder_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder that no other process writes. Its name goes first: a kill leaves it whole, or as `.<name>.gone`.
+
+    Raises:
+        OSError: it is still there, or what could not be deleted of it is as `.<name>.gone`.
+    """
+    gone = folder.with_name(f".{folder.name}{GONE}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    flush(folder.parent)
+    shutil.rmtree(gone)
 
 
 def _write(path: Path, data: bytes, mode: str) -> None:

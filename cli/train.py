@@ -33,7 +33,7 @@ GROUPS = {
     "loss",
     "The head": "head init_from freeze hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
     "Validation and stopping": "val_every val_sets monitor early_stopping patience max_bad_steps",
-    "What is kept and shown": "checkpoint_every log_every tensorboard wandb",
+    "What is kept and shown": "checkpoint_every keep_last log_every tensorboard wandb",
     "Speed and memory": "precision compile device gradients num_workers data_device scratch",
     "Repeating a run": "seed",
 }

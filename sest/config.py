@@ -188,6 +188,7 @@ class TrainConfig(Config):
         choices=("val_loss", "energy_distance", "mae", "pearson_delta", "pds"),
     )
     checkpoint_every: int = option(5_000, "steps between kept checkpoints", least=1)
+    keep_last: int = option(0, "how many of those stay, the newest; older ones are deleted; 0: all", least=0)
     log_every: int = option(50, "steps between lines of metrics.jsonl", least=1)
     early_stopping: bool = option(False, "stop when --monitor has not improved for --patience validations")
     patience: int = option(10, "validations without improvement before stopping early", least=1)
@@ -333,7 +334,7 @@ class ReportConfig(Config):
 
 
 RESUMABLE = (  # what a resumed run may change without becoming another run
-    "mixed_scales max_steps val_every checkpoint_every log_every early_stopping patience max_bad_steps "
+    "mixed_scales max_steps val_every checkpoint_every keep_last log_every early_stopping patience max_bad_steps "
     "num_workers data_device scratch compile gradients device precision lr schedule warmup weight_decay clip "
     "tensorboard wandb"
 ).split()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def optimizer_to_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -16,6 +16,16 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> 
         for name, parameter in zip(names, parameters, strict=True)
         for kind, value in optimizer.state[parameter].items()
     }
+
+
+def bytes_of_optimizer(parameters: Iterable[nn.Parameter], *, averaged: bool) -> int:
+    """Bytes of `optimizer_to_tensors` from the first step on: of what trains two moments and a float32 step.
+
+    Args:
+        averaged: whether it also has an average of every parameter (see `sest.head.average`).
+    """
+    trained = [(p.nbytes, p.requires_grad) for p in parameters]
+    return sum((2 * n + 4 if trains else 0) + (n if averaged else 0) for n, trains in trained)
 
 
 def tensors_to_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, names: list[str]) -> None:

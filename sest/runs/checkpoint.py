@@ -28,7 +28,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from sest.blend.blend import Blend, from_stored, to_stored
-from sest.cache.disk import NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
+from sest.cache.disk import GONE, NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
 from sest.config import upgraded
 from sest.errors import InputError, shown
 from sest.head.model import HeadSizes, StateTransition
@@ -227,10 +227,15 @@ def without_optimizer(source: Checkpoint, folder: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Delete what a kill left of checkpoints that were being written, or that had been replaced already."""
-    replaced = [folder for folder in run.glob(f".*{OLD}") if (run / _meant(folder.name) / STATE).exists()]
-    for folder in [*run.glob(f".*{NEW}"), *replaced]:
+    """Delete `unfinished`."""
+    for folder in unfinished(run):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished(run: Path) -> list[Path]:
+    """What a kill left of checkpoints that were being written or deleted, or that had been replaced already."""
+    replaced = [folder for folder in run.glob(f".*{OLD}") if (run / _meant(folder.name) / STATE).exists()]
+    return [*run.glob(f".*{NEW}"), *run.glob(f".*{GONE}"), *replaced]
 
 
 def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
@@ -274,6 +279,12 @@ def checkpoints(run: Path) -> list[Path]:
         if name in (LAST, BEST) or _STEP_FOLDER.fullmatch(name):
             found.append((-_step(folder), name == BEST, name != LAST, name != folder.name, folder))
     return [entry[-1] for entry in sorted(found)]
+
+
+def step_folders(run: Path) -> list[tuple[int, Path]]:
+    """The kept checkpoints of a run with the step that their names say, the earliest first."""
+    named = [(_STEP_FOLDER.fullmatch(_meant(path.name)), path) for path in (run.iterdir() if run.is_dir() else ())]
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def resumable(run: Path) -> list[Path]:

@@ -85,6 +85,7 @@ def train(
         team = stack.enter_context(join_team(ranks, device))
         start = find_start(run, resume, config)
         trainer = prepare(cache, run, config, device, team, start, scratch)
+        trainer.check_disk()
         if team.leads:
             stack.enter_context(opened_run(run, trainer.config, trainer.data, start, trainer.state.step))
         stop = stack.enter_context(stop_requests())

@@ -27,7 +27,7 @@ from sest.errors import InputError, TrainingFailed, one_line
 from sest.head.average import WeightAverage
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
-from sest.head.moments import optimizer_to_tensors
+from sest.head.moments import bytes_of_optimizer, optimizer_to_tensors
 from sest.machine.team import Team
 from sest.runs.checkpoint import (
     BEST,
@@ -41,6 +41,7 @@ from sest.runs.checkpoint import (
     step_folder,
 )
 from sest.runs.curves import best_of
+from sest.runs.kept import check_disk, delete_older
 from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS
 from sest.training.blend import blend_of
@@ -253,15 +254,35 @@ class Trainer:
 
     # --- save
 
+    def check_disk(self) -> None:
+        """Say what the checkpoints of the steps ahead will take; where there are none ahead, nothing.
+
+        Raises:
+            InputError: the disk cannot hold them.
+        """
+        if not self.team.leads or self.finished:
+            return
+        kept = (self.model.state_dict(), projection_to_keep(self.data), features_to_keep(self.data))
+        best = sum(tensor.nbytes for tensors in kept for tensor in (tensors or {}).values())
+        moments = bytes_of_optimizer(self.model.parameters(), averaged=self._average is not None)
+        check_disk(
+            self.run,
+            self.config,
+            self.state.step,
+            n_bytes=best + moments,
+            best_bytes=best if self.state.best_step is None else 0,
+        )
+
     def save_best(self) -> None:
         """best/: the head alone, for predictions."""
         with self._averaged():
             self._save(BEST, with_optimizer=False)
 
     def save_step(self) -> None:
-        """checkpoint-step-N/, which stays."""
+        """checkpoint-step-N/, which stays, or with --keep-last until enough newer ones are there."""
         self._save(step_folder(self.state.step))
         self._kept_at = self.state.step
+        self._delete_older()
 
     def save_last(self) -> None:
         """last/: the present step; it shares the files of the checkpoint kept at this step, where there is one."""
@@ -269,6 +290,11 @@ class Trainer:
             self._save(LAST)
         elif self.team.leads:
             copy_checkpoint(self.run / step_folder(self._kept_at), self.run / LAST)
+        self._delete_older()  # what a kill after the newest one left
+
+    def _delete_older(self) -> None:
+        if self.team.leads and self.config.keep_last:
+            delete_older(self.run, self.state.step, self.config.keep_last)
 
     def save_blend(self) -> None:
         """Fit what head and baselines are to count in predictions, and put it into best/."""

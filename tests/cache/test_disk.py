@@ -11,6 +11,7 @@ import pytest
 
 from sest.cache.disk import (
     append_durably,
+    delete_folder,
     file_aside,
     flush,
     folder_aside,
@@ -180,3 +181,25 @@ def test_what_a_kill_left_of_a_folder_is_no_part_of_the_next_one(tmp_path: Path)
     write_folder(tmp_path / "d", b"newer")
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["a"] and os.listdir(tmp_path) == ["d"]
     shutil.rmtree(tmp_path / "d")
+
+
+def test_a_deleted_folder_loses_its_name_durably_and_then_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("d", ".d.gone"):  # the other one is what a kill left of an earlier one
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").touch()
+    disk = Recorded(monkeypatch, tmp_path)
+    delete_folder(tmp_path / "d")
+    assert disk.done == [("rename", "d", ".d.gone"), ("fsync", ".")] and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("failing", "left"), [(0, "d"), (1, ".d.gone")])
+def test_a_folder_that_could_not_be_deleted_is_whole_under_its_name_or_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, left: str
+) -> None:
+    write_folder(tmp_path / "d", b"old")
+    Recorded(monkeypatch, tmp_path, failing)
+    with pytest.raises(OSError, match="No space left"):
+        delete_folder(tmp_path / "d")
+    assert os.listdir(tmp_path) == [left] and (tmp_path / left / "a").read_bytes() == b"old"
