@@ -37,7 +37,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_flushed(path: Path, data: bytes) -> None:
+def write_flushed(path: Path, data: bytes | memoryview) -> None:
     """Write a file and flush its bytes; its name is the caller's to make durable (see `folder_aside`)."""
     _write(path, data, "wb")
 
@@ -111,7 +111,7 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _write(path: Path, data: bytes, mode: str) -> None:
+def _write(path: Path, data: bytes | memoryview, mode: str) -> None:
     with open(path, mode) as file:
         file.write(data)
         file.flush()

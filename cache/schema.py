@@ -9,6 +9,7 @@ A cache is a folder, one Zarr v3 hierarchy in which every input file's group is 
     OUT.zarr/journal-<rank>.jsonl the same of further processes, while they write; merged into journal.jsonl at the end
     OUT.zarr/COMPLETE             written last; holds the sha256 of the journal
     OUT.zarr/.spool/              finished row blocks of unfinished shards; gone when the cache is complete
+    OUT.zarr/.derived/            what was computed from all cells; no part of the cache, see sest.cache.derived
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ COMPLETE = "COMPLETE"
 LOCK = ".lock"
 FINISHING = ".finishing"  # locked by the one of several processes that completes the cache
 SPOOL = ".spool"
+DERIVED = ".derived"
 PROJECTION = "projection"
-RESERVED = (JOURNAL, COMPLETE, LOCK, FINISHING, SPOOL, PROJECTION, ROOT)
+RESERVED = (JOURNAL, COMPLETE, LOCK, FINISHING, SPOOL, DERIVED, PROJECTION, ROOT)
 ENCODER_FOLDER = "encoder_folder"  # root attribute: where the files of an SE encoder were
 MEASURED = ("fidelity", ENCODER_FOLDER)  # root attributes which may be others on another machine
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sest.cache import journal, open_cache
+from sest.cache.derived import derived_bytes
 from sest.cache.schema import COMPLETE, ROOT
 from sest.cache.storage import Storage, is_url, storage_at
 from sest.cells.split_file import read_splits
@@ -108,6 +109,7 @@ def _cache(storage: Storage, verify: bool) -> tuple[Facts, list[str]]:
         "dim": cache.dim,
         **{key: cache.attributes[key] for key in CACHE_FACTS},
         "bytes": cache.size,
+        "bytes_derived": derived_bytes(cache.storage),
         "groups": {name: {key: g.attributes[key] for key in GROUP_FACTS} for name, g in cache.groups.items()},
     }
     damaged = cache.verify() if verify else []

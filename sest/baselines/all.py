@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,10 @@ class Baselines:
 
     effects: Effects  # what they learn from
 
+    def __init__(self, learned: Mapping[str, Any] | None = None) -> None:
+        """`learned`: of a stack that was fitted on the same effects, see `Stack`."""
+        self._learned = learned
+
     def fit(self, effects: Effects) -> Baselines:
         self.effects = effects
         self.__dict__.pop("stack", None)
@@ -27,12 +33,13 @@ class Baselines:
     @cached_property
     def stack(self) -> Stack:
         """The stack, which holds the others."""
-        return (Stack() if self.effects.measured is None else BlockStack()).fit(self.effects)
+        return (Stack if self.effects.measured is None else BlockStack)(self._learned).fit(self.effects)
 
     def predict(self, query: Query) -> dict[str, np.ndarray]:
         """Name -> (N, G) effects, in the order of `BASELINES`."""
-        found = {"controls": Controls().fit(self.effects).predict(query), **self.stack.members(query)}
-        found["stack"] = self.stack.predict(query)
+        members = self.stack.members(query)
+        found = {"controls": Controls().fit(self.effects).predict(query), **members}
+        found["stack"] = self.stack.predict(query, members)
         return {name: found[name] for name in BASELINES}
 
 

@@ -6,6 +6,9 @@ Shapes as in sest.baselines.effects.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from sest.baselines.effects import Effects, Query
@@ -15,17 +18,29 @@ from sest.baselines.stack import Stack
 class BlockStack(Stack):
     """Has its weights block by block; those that are told are of the largest one."""
 
+    def __init__(self, learned: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self._learned = None if learned is None else list(learned["blocks"])
+
     def fit(self, effects: Effects) -> BlockStack:
         self._effects = effects
-        self._blocks = [(genes, None if part is None else Stack().fit(part)) for genes, part in effects.blocks()]
+        self._blocks = [
+            (genes, None if part is None else Stack(self._learned[i] if self._learned else None).fit(part))
+            for i, (genes, part) in enumerate(effects.blocks())
+        ]
         return self
 
-    def predict(self, query: Query) -> np.ndarray:
+    def learned(self) -> dict[str, Any]:
+        """Plain values: what was chosen for each block so far."""
+        return {"blocks": [None if stack is None else stack.learned() for _, stack in self._blocks]}
+
+    def predict(self, query: Query, members: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """(N, G) effects; 0 on genes that no context with training pairs measured."""
         result = np.zeros((len(query), self._effects.delta.shape[1]))
         for genes, stack in self._blocks:
             if stack is not None:
-                result[:, genes] = stack.predict(query.of_genes(genes))
+                known = None if members is None else {name: part[:, genes] for name, part in members.items()}
+                result[:, genes] = stack.predict(query.of_genes(genes), known)
         return result
 
     def members(self, query: Query) -> dict[str, np.ndarray]:

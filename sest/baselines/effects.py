@@ -73,7 +73,7 @@ class Effects:
     controls: Contexts
     perturbations: tuple[str, ...]  # (P,)
     features: np.ndarray  # (P, F)
-    delta: np.ndarray  # (n, G)
+    delta: np.ndarray  # (n, G), float32 where there are many; what is computed from it is float64 all the same
     context: np.ndarray  # (n,) index into `controls`
     perturbation: np.ndarray  # (n,) index into `perturbations`
     n_cells: np.ndarray  # (n,) perturbed cells behind each effect
@@ -98,6 +98,15 @@ class Effects:
             perturbation=self.perturbation[pairs],
             n_cells=self.n_cells[pairs],
         )
+
+    def most_cells(self, most: int) -> Effects:
+        """The same of at most so many pairs, those of most cells, and of their perturbations alone."""
+        if len(self) <= most:
+            return self
+        found = self.some(np.sort(np.argsort(-self.n_cells, kind="stable")[:most]))
+        used, perturbation = np.unique(found.perturbation, return_inverse=True)
+        names = tuple(self.perturbations[i] for i in used)
+        return replace(found, perturbations=names, features=self.features[used], perturbation=perturbation)
 
     def of_genes(self, genes: np.ndarray) -> Effects:
         """The same of some genes."""
@@ -161,3 +170,17 @@ def some_genes(n_genes: int, most: int = 2000) -> np.ndarray:
     if n_genes <= most:
         return np.arange(n_genes)
     return np.sort(np.random.default_rng(n_genes).choice(n_genes, most, replace=False))
+
+
+def gene_blocks(n_genes: int, size: int = 1024) -> Iterator[slice]:
+    """All genes, so many at a time: of (n, G) float32 no float64 copy is made."""
+    for start in range(0, n_genes, size):
+        yield slice(start, start + size)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(m, G) a @ b in float64, of (m, n) and (n, G)."""
+    result = np.empty((len(a), b.shape[1]))
+    for genes in gene_blocks(b.shape[1]):
+        result[:, genes] = a @ b[:, genes].astype(np.float64)
+    return result

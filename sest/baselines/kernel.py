@@ -11,13 +11,13 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from sest.baselines.effects import Contexts, Effects, Query
+from sest.baselines.effects import Contexts, Effects, Query, gene_blocks, product
 from sest.baselines.means import cosines
 
 SIZES = 2.0 ** np.arange(-7, 7)  # (A,) of a gene's signal, beside that of the average gene
 SIZE_STEPS = 20  # of EM for how common each size is
 MOST_FITTED = 400  # pairs from which the parameters are fitted; the prediction is from MOST_PAIRS
-MOST_PAIRS = 3000  # pairs, those of most cells: the cost grows with their cube
+MOST_PAIRS = 1500  # pairs, those of most cells: the cost grows with their cube
 SHRINK, SMALLEST, LARGEST = 0.25, 0.2, 20.0  # of a perturbation's squared strength, beside the average one
 
 
@@ -50,27 +50,38 @@ class Kernel:
         self.parameters = parameters
 
     def fit(self, effects: Effects) -> Kernel:
-        if len(effects) > MOST_PAIRS:
-            effects = effects.some(np.sort(np.argsort(-effects.n_cells, kind="stable")[:MOST_PAIRS]))
+        effects = effects.most_cells(MOST_PAIRS)
         self._effects, self._sd = effects, effects.gene_sd()
-        z = effects.delta / (self._sd * self._noise_of(effects.controls)[effects.context][:, None])  # (n, G)
-        self._strength = self._strengths(z)
+        self._scale = self._noise_of(effects.controls)[effects.context][:, None]  # (n, 1)
+        self._strength = self._strengths()
         alike, distances, noise = self._parts()
         if self.parameters is None:
-            self.parameters = _fitted(z, alike, distances, noise)
+            self.parameters = _fitted(*self._some_rows(alike, distances, noise))
         kernel = _kernel(self.parameters, alike, np.exp(-distances / (2 * self.parameters.length)))
         noise *= self.parameters.noise
         lower = np.linalg.cholesky(noise)
         half = scipy.linalg.solve_triangular(lower, kernel, lower=True)
         d, u = np.linalg.eigh(scipy.linalg.solve_triangular(lower, half.T, lower=True))
         d = np.maximum(d, 0.0)
-        y = u.T @ scipy.linalg.solve_triangular(lower, z, lower=True)  # (n, G)
-        share = _shares_of_sizes(d, y)  # (G, A)
         self._to_y = scipy.linalg.solve_triangular(lower, u, lower=True, trans="T")  # (n, n): L^-T U
-        damped = 1.0 / (d[:, None] * SIZES + 1.0)  # (n, A)
-        self._of_signal = ((damped * SIZES) @ share.T) * y  # (n, G)
-        self._of_noise = (damped @ share.T) * y
+        variance = d[:, None] * SIZES + 1.0  # (n, A)
+        y, log_likelihood = np.empty_like(effects.delta), np.empty((effects.delta.shape[1], len(SIZES)))
+        for genes in gene_blocks(y.shape[1]):
+            block = self._to_y.T @ self._z(genes)
+            y[:, genes] = block
+            log_likelihood[genes] = -0.5 * ((block**2).T @ (1.0 / variance) + np.log(variance).sum(0))
+        share = _shares_of_sizes(log_likelihood)  # (G, A)
+        self._of_signal, self._of_noise = np.empty_like(y), y
+        for genes in gene_blocks(y.shape[1]):
+            block = y[:, genes].astype(np.float64)
+            self._of_signal[:, genes] = ((SIZES / variance) @ share[genes].T) * block
+            self._of_noise[:, genes] = ((1.0 / variance) @ share[genes].T) * block
         return self
+
+    def _z(self, genes: slice, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """Effects of some genes, and some pairs, in units of the noise of the controls."""
+        z: np.ndarray = self._effects.delta[rows, genes] / (self._sd[genes] * self._scale[rows])
+        return z
 
     def predict(self, query: Query) -> np.ndarray:
         """(N, G) effects."""
@@ -83,7 +94,7 @@ class Kernel:
         kernel = _kernel(a, alike * np.outer(strength, self._strength[effects.perturbation]), near)
         n_controls = effects.controls.n_cells[effects.context]
         noise = a.noise * (at_context[:, None] == effects.context) / n_controls
-        z = (kernel @ self._to_y) @ self._of_signal + (noise @ self._to_y) @ self._of_noise
+        z = product(kernel @ self._to_y, self._of_signal) + product(noise @ self._to_y, self._of_noise)
         predicted: np.ndarray = z * self._sd * self._noise_of(query.controls)[query.context][:, None]
         return predicted
 
@@ -92,10 +103,12 @@ class Kernel:
         size = np.sqrt((controls.variance / self._sd**2).mean(1))
         return np.where(size > 0, size, 1.0)
 
-    def _strengths(self, z: np.ndarray) -> np.ndarray:
+    def _strengths(self) -> np.ndarray:
         """(P,) how strong each perturbation is, 1 on average and where it did not train."""
         effects = self._effects
-        excess = (z**2).mean(1) - 1 / effects.n_cells - 1 / effects.controls.n_cells[effects.context]
+        n_genes = effects.delta.shape[1]
+        squares = sum((self._z(genes) ** 2).sum(1) for genes in gene_blocks(n_genes))
+        excess = squares / n_genes - 1 / effects.n_cells - 1 / effects.controls.n_cells[effects.context]
         average = float(excess.mean())
         squared = np.ones(len(effects.perturbations))
         if average > 0:
@@ -115,15 +128,24 @@ class Kernel:
         noise = np.diag(1 / effects.n_cells) + (c[:, None] == c) / n_controls[c]
         return alike, effects.distances(effects.controls)[np.ix_(c, c)], noise
 
+    def _some_rows(self, *parts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of at most MOST_FITTED pairs the second moments over genes, and the parts (n, n)."""
+        n, n_genes = self._effects.delta.shape
+        rows = np.arange(n)
+        if n > MOST_FITTED:
+            rows = np.sort(np.random.default_rng(n).choice(n, MOST_FITTED, replace=False))
+        moments = np.zeros((len(rows), len(rows)))
+        for genes in gene_blocks(n_genes):
+            z = self._z(genes, rows)
+            moments += z @ z.T
+        return moments / n_genes, *(part[np.ix_(rows, rows)] for part in parts)
 
-def _fitted(z: np.ndarray, alike: np.ndarray, distances: np.ndarray, noise: np.ndarray) -> Parameters:
-    """Parameters of the largest marginal likelihood, all genes having the same size. Parts: see `Kernel._parts`."""
-    n = len(z)
-    rows = np.arange(n)
-    if n > MOST_FITTED:
-        rows = np.sort(np.random.default_rng(n).choice(n, MOST_FITTED, replace=False))
-    moments = z[rows] @ z[rows].T / z.shape[1]
-    alike, distances, noise = (part[np.ix_(rows, rows)] for part in (alike, distances, noise))
+
+def _fitted(moments: np.ndarray, alike: np.ndarray, distances: np.ndarray, noise: np.ndarray) -> Parameters:
+    """Parameters of the largest marginal likelihood, all genes having the same size, from their second moments (n, n).
+
+    Parts: see `Kernel._parts`.
+    """
     far = float(distances.max()) or 1.0
     signal = max(float(np.mean(np.diag(moments) - np.diag(noise))), 1e-3 * float(np.diag(noise).mean()))
 
@@ -135,7 +157,7 @@ def _fitted(z: np.ndarray, alike: np.ndarray, distances: np.ndarray, noise: np.n
             factor = scipy.linalg.cho_factor(sum(parts))
         except np.linalg.LinAlgError:  # not positive definite to rounding
             return np.inf, np.zeros(6)
-        inverse = scipy.linalg.cho_solve(factor, np.eye(len(rows)))
+        inverse = scipy.linalg.cho_solve(factor, np.eye(len(moments)))
         value = np.log(np.diag(factor[0])).sum() + 0.5 * np.sum(inverse * moments)
         slope = 0.5 * (inverse - inverse @ moments @ inverse)
         d_length = (a2 + a3 * alike) * near * distances / (2 * length)
@@ -154,10 +176,8 @@ def _kernel(a: Parameters, alike: np.ndarray, near: np.ndarray) -> np.ndarray:
     return kernel
 
 
-def _shares_of_sizes(d: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(G, A) posterior of each gene's size, from y ~ N(0, size d + 1), (n, G); the prior is fitted by EM."""
-    variance = d[:, None] * SIZES + 1.0  # (n, A)
-    log_likelihood = -0.5 * ((y**2).T @ (1.0 / variance) + np.log(variance).sum(0))  # (G, A)
+def _shares_of_sizes(log_likelihood: np.ndarray) -> np.ndarray:
+    """(G, A) posterior of each gene's size, from the log likelihood of each size, (G, A); the prior is fitted by EM."""
     likelihood = np.exp(log_likelihood - log_likelihood.max(1, keepdims=True))
     prior = np.full(len(SIZES), 1 / len(SIZES))
     for _ in range(SIZE_STEPS):

@@ -27,8 +27,11 @@ class ContextMean:
 
     def fit(self, effects: Effects) -> ContextMean:
         self._effects = effects
-        self._means = _group_means(effects.delta, effects.context, len(effects.controls.names))
-        self._overall = self._means[np.unique(effects.context)].mean(0)
+        self._means = np.zeros((len(effects.controls.names), effects.delta.shape[1]))
+        trained = np.unique(effects.context)
+        for context in trained.tolist():
+            self._means[context] = effects.delta[effects.context == context].mean(0, dtype=np.float64)
+        self._overall = self._means[trained].mean(0)
         return self
 
     def predict(self, query: Query) -> np.ndarray:
@@ -46,15 +49,18 @@ class PerturbationMean:
 
     def fit(self, effects: Effects) -> PerturbationMean:
         self._effects = effects
-        self._means = _group_means(effects.delta, effects.perturbation, len(effects.perturbations), effects.n_cells)
         self._context_mean = ContextMean().fit(effects)
         return self
 
     def predict(self, query: Query) -> np.ndarray:
         """(N, G) effects."""
-        at = self._effects.perturbations_of(query)
-        effects: np.ndarray = np.where((at >= 0)[:, None], self._means[at], self._context_mean.predict(query))
-        return effects
+        at, effects = self._effects.perturbations_of(query), self._effects
+        result = self._context_mean.predict(query)
+        for wanted in np.unique(at[at >= 0]).tolist():
+            pairs = np.flatnonzero(effects.perturbation == wanted)
+            weight = effects.n_cells[pairs] / effects.n_cells[pairs].sum()
+            result[at == wanted] = weight @ effects.delta[pairs].astype(np.float64)
+        return result
 
 
 class Nearest:
@@ -76,11 +82,11 @@ class Nearest:
         distances = effects.distances(query.controls)
         at = effects.perturbations_of(query)
         trained = np.unique(effects.perturbation)
-        similar = cosines(query.features, effects.features[trained])
-        for row in range(len(query)):
-            wanted = at[row]
-            if wanted < 0 and similar[row].max() > 0:
-                wanted = trained[similar[row].argmax()]
+        unseen = np.flatnonzero(at < 0)
+        if len(unseen):
+            similar = cosines(query.features[unseen], effects.features[trained])
+            at[unseen] = np.where(similar.max(1) > 0, trained[similar.argmax(1)], -1)
+        for row, wanted in enumerate(at.tolist()):
             if wanted >= 0:
                 pairs = np.flatnonzero(effects.perturbation == wanted)
                 nearest = pairs[distances[query.context[row], effects.context[pairs]].argmin()]
@@ -98,11 +104,3 @@ def _unit(features: np.ndarray) -> np.ndarray:
     size = np.linalg.norm(features, axis=1, keepdims=True)
     unit: np.ndarray = features / np.where(size > 0, size, 1.0)
     return unit
-
-
-def _group_means(values: np.ndarray, group: np.ndarray, n: int, weight: np.ndarray | None = None) -> np.ndarray:
-    """(n, G) means of rows by group, zeros for one without rows."""
-    member = np.zeros((n, len(group)))
-    member[group, np.arange(len(group))] = 1.0 if weight is None else weight
-    total = member.sum(1, keepdims=True)
-    return (member / np.where(total > 0, total, 1.0)) @ values

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sest.baselines.effects import Effects, Query, some_genes
+from sest.baselines.effects import Effects, Query, product, some_genes
 
+MOST_PAIRS = 1500  # pairs, those of most cells: the cost grows with their cube
 ALPHAS = tuple(10.0**power for power in range(-4, 5))
 """Penalties tried, in units of the mean eigenvalue of the centred Gram matrix of the features."""
 
@@ -25,22 +26,34 @@ class Ridge:
     so F may be far above n.
     """
 
-    def __init__(self, alphas: Sequence[float] = ALPHAS) -> None:
-        self.alphas = tuple(alphas)
+    def __init__(self, alphas: Sequence[float] = ALPHAS, chosen: tuple[float, float] | None = None) -> None:
+        """`chosen`: the penalties for perturbations that trained and for unseen ones, instead of the best `alphas`."""
+        self.alphas, self._chosen = tuple(alphas), chosen
 
     def fit(self, effects: Effects) -> Ridge:
         self._effects = effects
-        x = np.asarray(effects.features[effects.perturbation], np.float64)  # (n, F)
-        self._feature_mean, self._intercept = x.mean(0), effects.delta.mean(0)
+        learned = effects.most_cells(MOST_PAIRS)
+        x = np.asarray(learned.features[learned.perturbation], np.float64)  # (n, F)
+        self._feature_mean, self._intercept = x.mean(0), learned.delta.mean(0, dtype=np.float64)
         self._x = x - self._feature_mean
-        values, vectors = np.linalg.eigh(self._x @ self._x.T)
+        few = x.shape[1] < len(x)
+        values, vectors = np.linalg.eigh(self._x.T @ self._x if few else self._x @ self._x.T)
         kept = values > max(float(values[-1]) * 1e-10, 0.0)
         values, vectors = values[kept], vectors[:, kept]  # (r,), (n, r)
+        if few:
+            vectors = self._x @ vectors / np.sqrt(values)
         self._unit = float(values.sum()) / len(x)
         self._values, self._vectors = values, vectors
-        self._projected = vectors.T @ (effects.delta - self._intercept)  # (r, G)
-        self.alpha_seen = self._best(np.arange(len(x)))
-        self.alpha_unseen = self._best(effects.perturbation)
+        # the vectors are orthogonal to 1, so that the intercept need not be taken off
+        self._projected = product(vectors.T, learned.delta).astype(learned.delta.dtype)  # (r, G)
+        if self._chosen is not None:
+            self.alpha_seen, self.alpha_unseen = self._chosen
+            return self
+        genes = some_genes(learned.delta.shape[1])
+        self._y = learned.delta[:, genes].astype(np.float64) - self._intercept[genes]
+        self.alpha_seen = self.alpha_unseen = self._best(np.arange(len(x)))
+        if len(np.unique(learned.perturbation)) < len(x):
+            self.alpha_unseen = self._best(learned.perturbation)
         return self
 
     def predict(self, query: Query) -> np.ndarray:
@@ -48,18 +61,28 @@ class Ridge:
         scores = (np.asarray(query.features, np.float64) - self._feature_mean) @ self._x.T @ self._vectors  # (N, r)
         seen = self._effects.perturbations_of(query) >= 0
         penalty = np.where(seen, self.alpha_seen, self.alpha_unseen)[:, None] * self._unit
-        effects: np.ndarray = self._intercept + (scores / (self._values + penalty)) @ self._projected
+        effects: np.ndarray = self._intercept + product(scores / (self._values + penalty), self._projected)
         return effects
 
     def errors(self, group: np.ndarray) -> np.ndarray:
-        """(alphas,) mean squared error where each group of pairs, (n,) codes, is left out; infinite of one group."""
+        """(alphas,) mean squared error where each group of pairs, (n,) codes, is left out; infinite of one group.
+
+        Only inner products over genes are needed: with H = U V' the residual is r = (I - H) y, and a block of r r' is
+        y y' - U P y' - (U P y')' + U P P' U', where P = V' y. The genes come in once, whatever the number of penalties.
+        """
         if len(np.unique(group)) == 1:
             return np.full(len(self.alphas), np.inf)
-        genes = some_genes(self._projected.shape[1])
-        y = (self._effects.delta[:, genes] - self._intercept[genes]).astype(np.float64)
-        return np.array(
-            [self._left_out(alpha * self._unit, group, y, self._projected[:, genes]) for alpha in self.alphas]
-        )
+        y, v = self._y, self._vectors
+        p = v.T @ y
+        of_y, of_p = y @ p.T, p @ p.T  # (n, r), (r, r)
+        order, blocks = np.argsort(group, kind="stable"), []
+        sizes = np.unique(group, return_counts=True)[1]
+        first = np.cumsum(sizes) - sizes
+        for size in np.unique(sizes).tolist():
+            rows = order[first[sizes == size][:, None] + np.arange(size)]  # (groups of this size, size)
+            blocks.append((rows, np.einsum("bsg,btg->bst", y[rows], y[rows])))
+        errors = [self._left_out(alpha * self._unit, blocks, of_y, of_p) for alpha in self.alphas]
+        return np.maximum(errors, 0.0) / y.size
 
     def _best(self, group: np.ndarray) -> float:
         errors = self.errors(group)
@@ -68,13 +91,17 @@ class Ridge:
         close = errors <= errors.min() * (1 + 1e-9)  # of equal ones the largest penalty
         return self.alphas[int(np.flatnonzero(close)[-1])]
 
-    def _left_out(self, penalty: float, group: np.ndarray, y: np.ndarray, projected: np.ndarray) -> float:
-        shrink = self._values / (self._values + penalty)  # (r,)
-        residual = y - self._vectors @ (shrink[:, None] * projected)
-        total = 0.0
-        for code in np.unique(group):
-            rows = np.flatnonzero(group == code)
-            v = self._vectors[rows]
-            hat = (v * shrink) @ v.T + 1.0 / len(y)
-            total += float((np.linalg.solve(np.eye(len(rows)) - hat, residual[rows]) ** 2).sum())
-        return total / y.size
+    def _left_out(
+        self, penalty: float, blocks: Sequence[tuple[np.ndarray, np.ndarray]], of_y: np.ndarray, of_p: np.ndarray
+    ) -> float:
+        """Sum of squared errors, over all blocks; each is the rows of its groups and their y y'."""
+        v = self._vectors
+        u = v * (self._values / (self._values + penalty))
+        u_of_p, total = u @ of_p, 0.0
+        for rows, of_block in blocks:
+            cross = u[rows] @ of_y[rows].transpose(0, 2, 1)
+            squares = of_block - cross - cross.transpose(0, 2, 1) + u_of_p[rows] @ u[rows].transpose(0, 2, 1)
+            rest = np.eye(rows.shape[1]) - u[rows] @ v[rows].transpose(0, 2, 1) - 1.0 / len(v)  # I - H, symmetric
+            once = np.linalg.solve(rest, squares).transpose(0, 2, 1)
+            total += float(np.trace(np.linalg.solve(rest, once), axis1=1, axis2=2).sum())
+        return total

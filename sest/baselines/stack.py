@@ -5,8 +5,9 @@ Shapes as in sest.baselines.effects; B baselines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.optimize
@@ -16,6 +17,7 @@ from sest.baselines.kernel import Kernel, Parameters
 from sest.baselines.means import ContextMean, Nearest, PerturbationMean
 from sest.baselines.ridge import Ridge
 
+MEMBERS = ("context_mean", "perturbation_mean", "nearest", "ridge", "kernel")  # of `BASELINES`, what is stacked
 FOLDS = 5
 MOST_PAIRS = 600  # that weights are fitted on
 NEW_CONTEXT, NEW_PERTURBATION = "new context", "new perturbation"
@@ -40,16 +42,42 @@ class Stack:
     says.
     """
 
-    def __init__(self) -> None:
-        self.weights: dict[str, dict[str, float]] = {}  # kind -> baseline -> weight, of the kinds asked for so far
+    def __init__(self, learned: Mapping[str, Any] | None = None) -> None:
+        """`learned`: what `learned` gave of another one that was fitted on the same effects, not to be chosen again."""
+        learned = learned or {}
+        self.weights: dict[str, dict[str, float]] = dict(learned.get("weights", {}))
+        """Kind -> baseline -> weight, of the kinds asked for so far."""
+        parameters, alphas = learned.get("kernel"), learned.get("ridge")
+        self._parameters = None if parameters is None else Parameters(*parameters)
+        self._alphas = None if alphas is None else (float(alphas[0]), float(alphas[1]))
 
     def fit(self, effects: Effects) -> Stack:
-        self._effects = effects
-        self._fitted = _members(effects, None)
+        """Members are fitted when they are first asked for anything: one without a weight never."""
+        self._effects, self._fitted = effects, dict[str, Baseline]()
         return self
 
-    def predict(self, query: Query) -> np.ndarray:
-        """(N, G) effects; fits the weights of the kinds of pairs that are asked for the first time."""
+    def _member(self, name: str) -> Baseline:
+        if name not in self._fitted:
+            self._fitted[name] = _made(name, self._parameters, self._alphas).fit(self._effects)
+        return self._fitted[name]
+
+    def learned(self) -> dict[str, Any]:
+        """Plain values: what was chosen for these effects so far, of members that count in some kind of pairs."""
+        kernel, ridge = self._fitted.get("kernel"), self._fitted.get("ridge")
+        parameters = kernel.parameters if isinstance(kernel, Kernel) else self._parameters
+        alphas = (ridge.alpha_seen, ridge.alpha_unseen) if isinstance(ridge, Ridge) else self._alphas
+        alphas = alphas if any(weights["ridge"] > 0 for weights in self.weights.values()) else None
+        return {
+            "weights": self.weights,
+            "kernel": None if parameters is None else list(astuple(parameters)),
+            "ridge": None if alphas is None else list(alphas),
+        }
+
+    def predict(self, query: Query, members: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """(N, G) effects; fits the weights of the kinds of pairs that are asked for the first time.
+
+        `members`: what `members` gives for the query, where that is known.
+        """
         kind = kinds_of(self._effects, query)
         result = np.zeros((len(query), self._effects.delta.shape[1]))
         for code in np.unique(kind).tolist():
@@ -58,12 +86,13 @@ class Stack:
             asked = query.some(rows)
             for name, weight in weights.items():
                 if weight > 0:
-                    result[rows] += weight * self._fitted[name].predict(asked)
+                    known = self._member(name).predict(asked) if members is None else members[name][rows]
+                    result[rows] += weight * known
         return result
 
     def members(self, query: Query) -> dict[str, np.ndarray]:
         """(N, G) effects of every baseline that is stacked."""
-        return {name: member.predict(query) for name, member in self._fitted.items()}
+        return {name: self._member(name).predict(query) for name in MEMBERS}
 
     def weights_of(self, kind: str) -> dict[str, float]:
         """The weight of every baseline for pairs of this kind (see `KINDS`)."""
@@ -72,32 +101,31 @@ class Stack:
         return self.weights[kind]
 
     def _weights(self, code: int) -> dict[str, float]:
-        names, kernel = list(self._fitted), self._fitted["kernel"]
+        names, kernel = MEMBERS, self._member("kernel")
         parameters = kernel.parameters if isinstance(kernel, Kernel) else None
         effects = _some_pairs(self._effects)
         effects = effects.of_genes(some_genes(effects.delta.shape[1]))
         gram, target = np.zeros((len(names), len(names))), np.zeros(len(names))
         weight = pair_weights(effects.delta, effects.context)
         for learned, asked in left_out(effects, code):
-            members = _members(effects.some(learned), parameters)
-            query = effects.query(asked)
-            f = np.stack([members[name].predict(query) for name in names])  # (B, n, genes)
+            query, some = effects.query(asked), effects.some(learned)
+            f = np.stack([_made(name, parameters).fit(some).predict(query) for name in names])  # (B, n, genes)
             scaled = f * weight[asked][:, None]
             gram += np.einsum("bng,cng->bc", scaled, f)
             target += np.einsum("bng,ng->b", scaled, effects.delta[asked])
         return dict(zip(names, nonnegative_weights(gram, target).tolist(), strict=True))
 
 
-def _members(effects: Effects, parameters: Parameters | None) -> dict[str, Baseline]:
-    """What is stacked, fitted; the kernel with these parameters, or with its own."""
-    made: dict[str, Baseline] = {
-        "context_mean": ContextMean(),
-        "perturbation_mean": PerturbationMean(),
-        "nearest": Nearest(),
-        "ridge": Ridge(),
-        "kernel": Kernel(parameters),
+def _made(name: str, parameters: Parameters | None, alphas: tuple[float, float] | None = None) -> Baseline:
+    """What is stacked; the kernel with these parameters and ridge with these penalties, or with their own."""
+    made: dict[str, Callable[[], Baseline]] = {
+        "context_mean": ContextMean,
+        "perturbation_mean": PerturbationMean,
+        "nearest": Nearest,
+        "ridge": lambda: Ridge(chosen=alphas),
+        "kernel": lambda: Kernel(parameters),
     }
-    return {name: baseline.fit(effects) for name, baseline in made.items()}
+    return made[name]()
 
 
 def pair_weights(delta: np.ndarray, context: np.ndarray) -> np.ndarray:

@@ -96,6 +96,7 @@ def to_stored(blend: Blend) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "n_pairs": weights.n_pairs,
         "contexts": list(effects.controls.names),
         "perturbations": list(effects.perturbations),
+        "stack": blend.stack.learned(),
     }
     arrays = {
         "control_mean": effects.controls.mean.astype(np.float32),
@@ -120,12 +121,13 @@ def from_stored(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ble
         controls=Contexts(tuple(values["contexts"]), mean, variance, a["n_controls"]),
         perturbations=tuple(values["perturbations"]),
         features=a["features"],
-        delta=a["delta"].astype(np.float64),
+        delta=a["delta"],
         context=a["context"],
         perturbation=a["perturbation"],
         n_cells=a["n_cells"],
         measured=a.get("measured"),
     )
     return Blend(
-        Baselines().fit(effects), Weights(dict(values["weights"]), dict(values["spread"]), int(values["n_pairs"]))
+        Baselines(values.get("stack")).fit(effects),
+        Weights(dict(values["weights"]), dict(values["spread"]), int(values["n_pairs"])),
     )

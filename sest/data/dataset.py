@@ -14,8 +14,7 @@ from sest.cache import Cache, open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, read_splits
 from sest.cells.splits import SplitRow, assign_splits, split_table
 from sest.config import TrainConfig
-from sest.data.features import Features, StoredFeatures, make_features, with_sources
-from sest.data.gene_loadings import gene_loadings
+from sest.data.features import Features, StoredFeatures, gene_loadings, make_features, with_sources
 from sest.data.labels import Labels, read_embeddings, read_labels
 from sest.data.targets import Targets, read_targets
 from sest.data.vectors import GENES, ONE_HOT, read_sources, sources_of
@@ -38,6 +37,7 @@ class Dataset:
     split_file: SplitFile | None
     table: list[SplitRow]  # what each split holds, for people
     sources: str  # of the features, with nothing left to choose: see `with_sources`
+    gene_axis: str = "common"  # that of the targets
 
     def measured_in(self, context: int) -> np.ndarray | None:
         """(G,) bool: the genes that the file of a context has, by the context's code; None: all of them."""
@@ -45,6 +45,16 @@ class Dataset:
             return None
         genes: np.ndarray = self.targets.measured[self.labels.groups.index(self.labels.contexts[context][0])]
         return genes
+
+    def all_targets(self) -> Targets:
+        """The targets of all cells, where `targets` are of the controls alone.
+
+        Raises:
+            InputError: no room for them.
+        """
+        if self.targets.held is None:
+            return self.targets
+        return read_targets(self.cache, self.targets.target_sum, axis=self.gene_axis, where="memory")
 
     def in_split(self, bit: int) -> np.ndarray:
         """(N,) bool: the cells of a split."""
@@ -81,6 +91,7 @@ def read_dataset(
     stored: StoredFeatures | None = None,
     scratch: Path | None = None,
     like: Dataset | None = None,
+    only_controls: bool = False,
 ) -> Dataset:
     """Read what training, prediction and validation need from a cache.
 
@@ -89,6 +100,7 @@ def read_dataset(
         cache: opened, or its path or URL.
         stored: what the checkpoint to go on from, or to predict with, keeps of its features.
         scratch: folder for the targets where memory does not hold them, or config.data_device is "disk".
+        only_controls: targets of the control cells alone, where these are kept beside the cache.
 
     Raises:
         InputError, CacheError: an unusable cache, splits that do not fit it, features that are missing.
@@ -108,22 +120,42 @@ def read_dataset(
     for note in splits.notes:
         logger.info(note)
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
-    where = {"disk": "disk", "auto": "auto"}.get(config.data_device, "memory")
     targets = like.targets if like is not None else None
-    if targets is None and GENES in sources_of(config.perturbations) and (stored is None or stored.loadings is None):
-        targets = read_targets(cache, config.target_sum, axis=config.gene_axis, where=where, scratch=scratch)
+
+    def read() -> Targets:
+        return targets or read_targets(
+            cache,
+            config.target_sum,
+            axis=config.gene_axis,
+            where={"disk": "disk", "auto": "auto"}.get(config.data_device, "memory"),
+            scratch=scratch,
+            controls=labels.is_control,
+            only_controls=only_controls,
+        )
+
+    if GENES in sources_of(config.perturbations) and (stored is None or stored.loadings is None):
+        targets = read()
     features = _features(labels, mask, config, targets, stored)
     if config.missing_perturbations == "drop":
         mask = _without(features.missing, labels, mask)
     of_group = {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
     table = split_table(groups, dataclasses.replace(splits, masks=of_group))
-    targets = targets or read_targets(cache, config.target_sum, axis=config.gene_axis, where=where, scratch=scratch)
     if like is not None:
         embeddings, embedding_row = like.embeddings, like.embedding_row
     else:
         embeddings, embedding_row = read_embeddings(cache, labels)
     return Dataset(
-        cache, labels, mask, features, targets, embeddings, embedding_row, split_file, table, config.perturbations
+        cache=cache,
+        labels=labels,
+        mask=mask,
+        features=features,
+        targets=read(),
+        embeddings=embeddings,
+        embedding_row=embedding_row,
+        split_file=split_file,
+        table=table,
+        sources=config.perturbations,
+        gene_axis=config.gene_axis,
     )
 
 

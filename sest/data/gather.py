@@ -136,7 +136,7 @@ def group_sums(
     *,
     squared: int = 0,
     mean: bool = False,
-    dtype: type = np.float64,
+    dtype: type[np.floating] = np.float64,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums of log1p cells by group; each is added up in float64, in the cells' order.
 
@@ -148,13 +148,14 @@ def group_sums(
         dtype: of the result.
 
     Returns:
-        (n_groups, G) sums or means, 0 of a group without cells; (n_groups,) cells; (squared, G) float64 sums of squares.
+        (n_groups, G) sums or means, 0 of a group without cells; (n_groups,) cells; (squared, G) sums of squares.
     """
     assert code.max(initial=-1) < n_groups and len(code) == len(indptr) - 1
     order = np.argsort(code, kind="stable")[np.count_nonzero(code < 0) :]
     n_cells = np.bincount(code[order], minlength=n_groups)
     weight = 1.0 / np.maximum(n_cells, 1) if mean else np.ones(n_groups)
-    sums, squares = np.empty((n_groups, n_genes), dtype), np.empty((squared, n_genes))
+    sums: np.ndarray = np.empty((n_groups, n_genes), dtype)
+    squares = np.empty((squared, n_genes))
     whole = bool(np.issubdtype(data.dtype, np.integer))
     ends = np.concatenate([[0], np.cumsum(n_cells)])
     _sums(order, ends, indptr, indices, data, factor, weight, whole, sums, squares)

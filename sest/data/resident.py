@@ -51,6 +51,7 @@ class ResidentCells:
         `out`, of the result's shape, is filled where the training device is the CPU.
         """
         flat, targets = rows.ravel(), self.targets
+        targets.require(flat)
         if self.on_device is not None:
             return self.on_device.expression(flat, self.n_genes).view(*rows.shape, self.n_genes)
         if self.device.type == "cpu":

@@ -32,6 +32,7 @@ from sest.cells.scale import (
     normalisation_of,
     total_counts,
 )
+from sest.data.control_values import ControlValues, columns_of, index_type_of, spread
 from sest.data.gather import take_rows
 from sest.errors import InputError, shown
 from sest.machine.ahead import ahead
@@ -60,6 +61,7 @@ class Targets:
     scale: str  # "counts", "log1p", or "mixed" over files
     measured: np.ndarray | None = None  # (files, G) bool: the genes that each has; None: all have all
     first: np.ndarray | None = None  # (files + 1,) where the cells of each begin, with `measured`
+    held: np.ndarray | None = None  # (N,) bool: the cells whose values are here; None: those of all
 
     def measured_by(self, rows: np.ndarray) -> np.ndarray | None:
         """(n, G) bool: the genes of the file that each cell (n,) is of; None: all of them."""
@@ -78,8 +80,13 @@ class Targets:
         """Whether the values are mapped from files."""
         return isinstance(self.data, np.memmap)
 
+    def require(self, rows: np.ndarray) -> None:
+        """Check that the values of cells (n,) are here: those of others would look like zeros."""
+        assert self.held is None or self.held[rows].all(), "values of cells that were not read"
+
     def values(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
         """Cells (n,) as stored, (n, G) CSR."""
+        self.require(rows)
         indptr, indices, data = take_rows(rows, self.indptr, self.indices, self.data)
         return scipy.sparse.csr_matrix((data, indices, indptr), shape=(len(rows), len(self.genes)))
 
@@ -89,7 +96,14 @@ class Targets:
 
 
 def read_targets(
-    cache: Cache, target_sum: float | str, *, axis: str = "common", where: str = "auto", scratch: Path | None = None
+    cache: Cache,
+    target_sum: float | str,
+    *,
+    axis: str = "common",
+    where: str = "auto",
+    scratch: Path | None = None,
+    controls: np.ndarray | None = None,
+    only_controls: bool = False,
 ) -> Targets:
     """Read the targets of all groups.
 
@@ -98,6 +112,8 @@ def read_targets(
         target_sum: a number, or "median" of the cells' total counts.
         where: "memory", "disk" (plain files below `scratch`, mapped), or "auto": memory if they fit.
         scratch: folder for those files. What an earlier run finished there is used again, if it is of the same cache.
+        controls: (N,) bool. Their values are kept beside the cache, and the total counts of all cells.
+        only_controls: read them from there and no others, if they are there.
 
     Raises:
         InputError: no expression values in the cache, no gene in common, an unusable target sum, no room for them.
@@ -108,36 +124,44 @@ def read_targets(
         )
     groups = list(cache.groups.values())
     genes = _union_of_genes(groups) if axis == "union" else _common_genes(groups)
-    measured = _measured(groups, genes) if axis == "union" else None
-    n_values = sum(int(group.indptr[-1]) for group in groups)  # at most: some genes may be left out
-    index_type = np.dtype(np.uint16 if len(genes) <= 2**16 else np.int32)
+    index_type = index_type_of(len(genes))
     data_type = np.result_type(*(group.target_dtype for group in groups))
-    if _choose(where, n_values * (index_type.itemsize + data_type.itemsize), scratch) == "memory":
-        indices, data = np.empty(n_values, index_type), np.empty(n_values, data_type)
+    own = ControlValues(cache, controls) if controls is not None else None
+    kept = own.read() if own is not None and only_controls else None
+    own = None if own is not None and own.is_kept else own
+    if kept is not None:
+        indices, data, lengths, total = kept.over(genes, index_type, data_type)
+    elif _choose(where, _n_values(groups) * (index_type.itemsize + data_type.itemsize), scratch) == "memory":
+        indices, data = np.empty(_n_values(groups), index_type), np.empty(_n_values(groups), data_type)
 
         def put(at: int, rows: scipy.sparse.csr_matrix) -> None:
             indices[at : at + rows.nnz], data[at : at + rows.nnz] = rows.indices, rows.data
 
-        lengths, total = _fill(groups, genes, put)
+        lengths, total = _fill(groups, genes, put, own)
     else:
         assert scratch is not None
         indices, data, lengths, total = _on_disk(scratch, cache, genes, index_type, data_type)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     is_counts = np.repeat([g.attributes["scale"] == "counts" for g in groups], [g.n_cells for g in groups])
     wanted = _target_sum(target_sum, total[is_counts])
-    factor = np.where(is_counts, factors_to(wanted, total), 0.0).astype(np.float32)
     scales = {str(g.attributes["scale"]) for g in groups}
     return Targets(
         genes=tuple(genes),
         indptr=indptr,
         indices=indices[: indptr[-1]],
         data=data[: indptr[-1]],
-        factor=factor,
+        factor=np.where(is_counts, factors_to(wanted, total), 0.0).astype(np.float32),
         target_sum=wanted,
         scale=scales.pop() if len(scales) == 1 else "mixed",
-        measured=measured,
+        measured=_measured(groups, genes) if axis == "union" else None,
         first=np.cumsum([0, *(group.n_cells for group in groups)]),
+        held=None if kept is None else controls,
     )
+
+
+def _n_values(groups: list[Group]) -> int:
+    """Stored values; those of genes that are left out among them."""
+    return sum(int(group.indptr[-1]) for group in groups)
 
 
 def normalisations(cache: Cache) -> dict[str, Normalisation]:
@@ -206,44 +230,40 @@ def _choose(where: str, needed: int, scratch: Path | None) -> str:
     return "memory"
 
 
-def _blocks(groups: list[Group], genes: list[str]) -> Iterator[tuple[scipy.sparse.csr_matrix, np.ndarray]]:
+def _blocks(
+    groups: list[Group], genes: list[str], own: ControlValues | None
+) -> Iterator[tuple[scipy.sparse.csr_matrix, np.ndarray]]:
     """Rows of all groups over `genes`, and their totals over all genes of their file (n,) float64."""
     for group in groups:
-        columns = None
-        if group.genes != genes:
-            place = {name: i for i, name in enumerate(group.genes)}
-            columns = np.array([place.get(name, -1) for name in genes])
+        columns = columns_of(group, genes)
         values_a_cell = max(int(group.indptr[-1]) // max(group.n_cells, 1), 1)
         step = max(VALUES_PER_READ // values_a_cell, 1)
         for start in range(0, group.n_cells, step):
             rows = group.targets(start, min(start + step, group.n_cells))
-            yield rows if columns is None else _spread(rows, columns), total_counts(rows)
-
-
-def _spread(rows: scipy.sparse.csr_matrix, columns: np.ndarray) -> scipy.sparse.csr_matrix:
-    """Columns of rows by number, (G,); -1: a gene that they do not have, of which nothing is stored."""
-    there = columns >= 0
-    if there.all():
-        return rows[:, columns]
-    found = rows[:, columns[there]]
-    return scipy.sparse.csr_matrix(
-        (found.data, np.flatnonzero(there)[found.indices], found.indptr), shape=(rows.shape[0], len(columns))
-    )
+            totals = total_counts(rows)
+            if own is not None:
+                own.add(rows, totals)
+            yield rows if columns is None else spread(rows, columns), totals
 
 
 def _fill(
-    groups: list[Group], genes: list[str], put: Callable[[int, scipy.sparse.csr_matrix], None]
+    groups: list[Group],
+    genes: list[str],
+    put: Callable[[int, scipy.sparse.csr_matrix], None],
+    own: ControlValues | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hand all rows to `put`, block by block; returns values a cell (N,) int64 and totals (N,) float64."""
     progress.begin("Loading targets", sum(g.n_cells for g in groups), "cells")
     lengths, totals, at = [], [], 0
-    with closing(ahead(_blocks(groups, genes), 1)) as blocks:
+    with closing(ahead(_blocks(groups, genes, own), 1)) as blocks:
         for rows, total in blocks:
             put(at, rows)
             at += rows.nnz
             progress.advance(rows.shape[0])
             lengths.append(np.diff(rows.indptr).astype(np.int64))
             totals.append(total)
+    if own is not None:
+        own.keep()
     return np.concatenate(lengths), np.concatenate(totals)
 
 

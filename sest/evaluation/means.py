@@ -5,44 +5,81 @@ Shapes: N cells, K pairs, G genes. Space: log1p, as the run's targets.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import scipy.sparse
 
+from sest import progress
 from sest.baselines.effects import Contexts, Effects, Query
+from sest.cache.derived import keep_derived, read_derived
+from sest.cache.disk import sha256
 from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
-from sest.data.labels import NOTHING
-from sest.data.targets import Targets
+from sest.data.gather import group_sums
+from sest.data.labels import CONTROL, NOTHING, Labels
 from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds
 
-ROWS_PER_BLOCK = 8192
 OTHER_PAIRS = 50  # of a context, that help to say whether there is an effect there
+ROWS_AT_ONCE = 256
+NAME = "means"  # of what is kept beside the cache
+_MADE: WeakKeyDictionary[Dataset, Means] = WeakKeyDictionary()
 
 
-def sums_of(targets: Targets, code: np.ndarray, n_groups: int, squared: int = 0) -> tuple[np.ndarray, ...]:
-    """Sums of log1p cells by group, streamed in blocks.
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Mean log1p cells of all (context, perturbation) pairs of a cache, whatever their split: splits divide no pair."""
 
-    Args:
-        code: (N,) int group of every cell, -1 for cells in none.
-        squared: how many of the last groups also get sums of squares.
+    key: np.ndarray  # (K,) int64, ascending: context * perturbations + perturbation; controls are perturbation 0
+    n_cells: np.ndarray  # (K,)
+    mean: np.ndarray  # (K, G) float32, added up in float64
+    context: np.ndarray  # (C,) codes of the contexts with controls, ascending
+    n_controls: np.ndarray  # (C,)
+    control: np.ndarray  # (C, G) float64 mean of the controls
+    variance: np.ndarray  # (C, G) float64 between them
 
-    Returns:
-        (n_groups, G) sums, (n_groups,) cells, (squared, G) sums of squares; float64.
-    """
-    rows = np.flatnonzero(code >= 0)
-    sums, squares = np.zeros((n_groups, len(targets.genes))), np.zeros((squared, len(targets.genes)))
-    for start in range(0, len(rows), ROWS_PER_BLOCK):
-        block = rows[start : start + ROWS_PER_BLOCK]
-        values = targets.log1p(block).astype(np.float64)
-        member = scipy.sparse.csr_matrix(
-            (np.ones(len(block)), (code[block], np.arange(len(block)))), shape=(n_groups, len(block))
-        )
-        sums += (member @ values).toarray()
-        if squared and (code[block] >= n_groups - squared).any():
-            squares += (member[n_groups - squared :] @ values.power(2)).toarray()
-    return sums, np.bincount(code[rows], minlength=n_groups), squares
+    def at(self, key: np.ndarray) -> np.ndarray:
+        """Where the pairs (n,) stand."""
+        place = np.searchsorted(self.key, key)
+        assert np.array_equal(self.key[np.minimum(place, len(self.key) - 1)], key), "a pair without cells"
+        return place
+
+
+def keys_of(labels: Labels) -> np.ndarray:
+    """(N,) int64 key of the pair that a cell is of, as in `Means`; -1 for cells that are left out."""
+    key = labels.context.astype(np.int64) * len(labels.perturbations) + labels.perturbation
+    return np.where(labels.perturbation == NOTHING, -1, key)
+
+
+def means_of(data: Dataset) -> Means:
+    """Means of all pairs: those kept beside the cache; else computed from all cells, and kept there."""
+    if data not in _MADE:
+        labels, targets = data.labels, data.targets
+        names = json.dumps([data.cache.sha256, targets.genes, labels.perturbations, labels.contexts])
+        key = {"of": sha256(names.encode()), "target_sum": targets.target_sum}
+        found = read_derived(data.cache.storage, NAME, key)
+        _MADE[data] = Means(**found) if found is not None else _computed(data)
+        if found is None:
+            keep_derived(data.cache.storage, NAME, key, vars(_MADE[data]))
+    return _MADE[data]
+
+
+def _computed(data: Dataset) -> Means:
+    targets, cell_key = data.all_targets(), keys_of(data.labels)
+    key, code = np.unique(cell_key, return_inverse=True)
+    code, key = code - int(key[0] < 0), key[key >= 0]
+    n_perturbations, n_genes = len(data.labels.perturbations), len(targets.genes)
+    values = n_genes, targets.indptr, targets.indices, targets.data, targets.factor
+    progress.begin("Means of all pairs", len(key), "pairs")
+    mean, n_cells, _ = group_sums(code, len(key), *values, mean=True, dtype=np.float32)
+    context = key[key % n_perturbations == CONTROL] // n_perturbations
+    of_context = np.full(len(data.labels.contexts), -1)
+    of_context[context] = np.arange(len(context))
+    code = np.where(data.labels.is_control, of_context[data.labels.context], -1)
+    control, n_controls, squares = group_sums(code, len(context), *values, squared=len(context), mean=True)
+    variance = np.maximum(squares / n_controls[:, None] - control**2, 0.0)
+    return Means(key, n_cells, mean, context, n_controls, control, variance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +89,7 @@ class Pairs:
     context: np.ndarray  # (K,) codes of Labels.contexts
     perturbation: np.ndarray  # (K,) codes of Labels.perturbations
     n_cells: np.ndarray  # (K,)
-    observed: np.ndarray  # (K, G) float64
+    observed: np.ndarray  # (K, G) float32
     controls: Contexts
     own: np.ndarray  # (K,) index into `controls`
 
@@ -65,26 +102,18 @@ class Pairs:
 
 def split_pairs(data: Dataset, bit: int) -> Pairs:
     """Pseudobulks of all perturbed cells and of the controls of a split."""
-    labels, mask = data.labels, data.in_split(bit)
-    n_perturbations = len(labels.perturbations)
-    key = np.where(
-        mask & ~labels.is_control, labels.context.astype(np.int64) * n_perturbations + labels.perturbation, -1
-    )
-    keys = np.unique(key[key >= 0])
-    context, perturbation = keys // n_perturbations, keys % n_perturbations
+    labels, mask, means = data.labels, data.in_split(bit), means_of(data)
+    key, n_cells = np.unique(keys_of(labels)[mask & (labels.perturbation > CONTROL)], return_counts=True)
+    at = means.at(key)
+    assert np.array_equal(means.n_cells[at], n_cells), "a split divides a pair"
+    context, perturbation = np.divmod(key, len(labels.perturbations))
     contexts = np.unique(context)
-    code = np.full(len(labels), -1)
-    code[key >= 0] = np.searchsorted(keys, key[key >= 0])
-    controls = mask & labels.is_control & np.isin(labels.context, contexts)
-    code[controls] = len(keys) + np.searchsorted(contexts, labels.context[controls])
-    n_pairs, n_contexts = len(keys), len(contexts)
-    sums, counts, squares = sums_of(data.targets, code, n_pairs + n_contexts, n_contexts)
-    assert (counts > 0).all(), "a group without cells"
-    means = sums / counts[:, None]
-    variance = np.maximum(squares / counts[n_pairs:, None] - means[n_pairs:] ** 2, 0.0)
+    own = np.searchsorted(means.context, contexts)
+    n_controls = np.bincount(labels.context[mask & labels.is_control], minlength=len(labels.contexts))[contexts]
+    assert np.array_equal(means.n_controls[own], n_controls), "a split divides the controls of a context"
     names = tuple(context_name(data, int(c)) for c in contexts)
-    found = Contexts(names, means[n_pairs:], variance, counts[n_pairs:])
-    return Pairs(context, perturbation, counts[:n_pairs], means[:n_pairs], found, np.searchsorted(contexts, context))
+    controls = Contexts(names, means.control[own], means.variance[own], n_controls)
+    return Pairs(context, perturbation, n_cells, means.mean[at], controls, np.searchsorted(contexts, context))
 
 
 def context_name(data: Dataset, context: int) -> str:
@@ -125,7 +154,9 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         n_groups, cells = 1 + len(pairs), code >= 0
         folds = n_folds(n_groups, len(data.targets.genes))
         code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
-        sums, counts, _ = sums_of(data.targets, code, n_groups * folds)
+        targets = data.all_targets()
+        values = targets.indptr, targets.indices, targets.data, targets.factor
+        sums, counts, _ = group_sums(code, n_groups * folds, len(targets.genes), *values)
         measured, genes = data.measured_in(int(context)), list(data.targets.genes)
         if measured is not None:
             sums, genes = sums[:, measured], np.array(genes)[measured].tolist()
@@ -141,12 +172,16 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
 def training_effects(data: Dataset) -> Effects:
     """Effects of the training perturbations, from which the baselines learn."""
     pairs = split_pairs(data, TRAIN)
+    delta = pairs.observed
+    for start in range(0, len(delta), ROWS_AT_ONCE):  # in place: all of it in float64 would be twice as much
+        rows = slice(start, start + ROWS_AT_ONCE)
+        delta[rows] -= pairs.controls.mean[pairs.own[rows]]
     perturbations, pair = np.unique(pairs.perturbation, return_inverse=True)
     return Effects(
         controls=pairs.controls,
         perturbations=tuple(data.labels.perturbations[p] for p in perturbations),
         features=data.features.matrix[perturbations],
-        delta=pairs.observed - pairs.control,
+        delta=delta,
         context=pairs.own,
         perturbation=pair,
         n_cells=pairs.n_cells,

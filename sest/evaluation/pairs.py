@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sest import progress
-from sest.baselines.all import Baselines, baseline_pseudobulks
+from sest.baselines.all import AT_ONCE, Baselines, baseline_pseudobulks
+from sest.baselines.effects import Query
 from sest.blend.blend import ANCHORED, HEAD
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
@@ -31,14 +33,38 @@ class HeldOut:
 
     pairs: Pairs
     fitted: Baselines  # on the training split
-    baselines: dict[str, np.ndarray]  # their names -> (K, G) float32 pseudobulks
+    query: Query  # of the pairs
     sets: SetRows
     pair: np.ndarray  # (sets,) the pair of every set
     n_sets: int  # of all its cells; a limit takes fewer of them
+    measured: np.ndarray | None  # (K, G) bool: the genes of each pair's file; None: all have all
+
+    @cached_property
+    def baselines(self) -> dict[str, np.ndarray]:
+        """Their names -> (K, G) float32 pseudobulks; they are fitted for the first time here."""
+        found = baseline_pseudobulks(self.fitted, self.query)
+        if self.measured is None:
+            return found
+        control = self.pairs.control
+        return {name: np.where(self.measured, means, control).astype(np.float32) for name, means in found.items()}
+
+    @cached_property
+    def stack(self) -> np.ndarray:
+        """(K, G) effects of the stack, cut where a cell would be below zero.
+
+        Predicted apart from the others: the same bits whether these were asked for or not.
+        """
+        control, effects = self.pairs.control, np.empty(self.pairs.observed.shape)
+        for rows, part in self.query.parts(AT_ONCE):
+            means = np.maximum(part.control_means + self.fitted.stack.predict(part), 0.0)
+            effects[rows] = means.astype(np.float32) - control[rows]
+        return effects if self.measured is None else np.where(self.measured, effects, 0.0)
 
 
-def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int) -> HeldOut:
+def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int, fitted: Baselines | None = None) -> HeldOut:
     """The pairs of a split and its sets, at most `at_most` of them but one of every pair (0: every cell once).
+
+    `fitted`: baselines of the training split, where there are some already.
 
     Raises:
         InputError: no perturbed cells in the split, or a context without controls.
@@ -52,12 +78,15 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int) -> Held
         pairs.context.astype(np.int64) * n_perturbations + pairs.perturbation,
         data.labels.context[sets["targets"][:, 0]].astype(np.int64) * n_perturbations + sets["perturbation"],
     )
-    fitted = Baselines().fit(training_effects(data))
-    baselines = baseline_pseudobulks(fitted, query_of(data, pairs))
-    if data.targets.measured is not None:
-        shift = {name: measured_effects(data, pairs, means - pairs.control) for name, means in baselines.items()}
-        baselines = {name: (pairs.control + effects).astype(np.float32) for name, effects in shift.items()}
-    return HeldOut(pairs, fitted, baselines, sets, pair, sampler.sets_per_epoch)
+    return HeldOut(
+        pairs=pairs,
+        fitted=fitted or Baselines().fit(training_effects(data)),
+        query=query_of(data, pairs),
+        sets=sets,
+        pair=pair,
+        n_sets=sampler.sets_per_epoch,
+        measured=_measured(data, pairs),
+    )
 
 
 def some_sets(sets: SetRows, part: slice) -> SetRows:
@@ -146,16 +175,24 @@ def head_effects(
 
 def measured_effects(data: Dataset, pairs: Pairs, effects: np.ndarray) -> np.ndarray:
     """Effects (K, G) of the pairs, 0 where the file of a pair lacks the gene."""
+    measured = _measured(data, pairs)
+    return effects if measured is None else np.where(measured, effects, 0.0)
+
+
+def _measured(data: Dataset, pairs: Pairs) -> np.ndarray | None:
+    """(K, G) bool: the genes that the file of each pair has; None: all have all."""
     if data.targets.measured is None:
-        return effects
-    masks = [data.measured_in(context) for context in pairs.context.tolist()]
-    return np.where(np.array(masks), effects, 0.0)
+        return None
+    return np.array([data.measured_in(context) for context in pairs.context.tolist()])
 
 
-def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str, np.ndarray]:
+def pair_metrics(
+    data: Dataset, pairs: Pairs, predicted: np.ndarray, *, most_ranked: int | None = None
+) -> dict[str, np.ndarray]:
     """pearson_delta, mae and pds (within its context) of every pair, each (K,). predicted: (K, G) log1p.
 
-    pds is NaN where a context has one perturbation.
+    pds is NaN where a context has one perturbation. Of more than `most_ranked` so many are drawn, always the same, and
+    ranked among each other; it is NaN for the rest.
     """
     found = {name: np.empty(len(predicted)) for name in ("pearson_delta", "mae", "pds")}
     for context in np.unique(pairs.context).tolist():
@@ -167,7 +204,14 @@ def pair_metrics(data: Dataset, pairs: Pairs, predicted: np.ndarray) -> dict[str
         ours, observed, control = sides
         found["pearson_delta"][mine] = pearson_delta(ours, observed, control)
         found["mae"][mine] = mean_absolute_error(ours, observed)
-        found["pds"][mine] = discrimination_score(ours, observed, control[0], names, genes)
+        ranked = np.arange(len(names))
+        if most_ranked is not None and len(names) > most_ranked:
+            ranked = np.sort(np.random.default_rng(len(names)).choice(len(names), most_ranked, replace=False))
+        pds = np.full(len(names), np.nan)
+        pds[ranked] = discrimination_score(
+            ours[ranked], observed[ranked], control[0], [names[row] for row in ranked], genes
+        )
+        found["pds"][mine] = pds
     return found
 
 

@@ -383,7 +383,7 @@ def _also_known(checkpoint: Checkpoint, config: PredictConfig, first: Known) -> 
 def _read(cache: Cache, config: TrainConfig, checkpoint: Checkpoint, out: Path) -> Dataset:
     """The cells of the cache, which must be the checkpoint's."""
     scratch = Path(config.scratch or out.with_name(f".{out.name}.{SCRATCH}"))  # only if memory is too small
-    data = read_dataset(cache, config, stored=stored_features(checkpoint), scratch=scratch)
+    data = read_dataset(cache, config, stored=stored_features(checkpoint), scratch=scratch, only_controls=True)
     if not config.scratch:
         remove_scratch(scratch)  # mapped files stay readable
     check_data(checkpoint, data)

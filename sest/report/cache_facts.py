@@ -31,8 +31,6 @@ from sest.report.run_facts import RunFacts
 from sest.runs.provenance import check_data, require_sources
 from sest.runs.run_folder import stored_features
 
-STRONGEST = "stack"  # the baseline that stands beside every pair
-
 
 @dataclass(frozen=True, eq=False)
 class PairResults:
@@ -106,7 +104,7 @@ def _read_data(run: RunFacts, cache: Cache, scratch: Path) -> Dataset:
     config = run.config
     require_sources(config.perturbations)
     where = Path(config.scratch) if config.scratch else scratch
-    data = read_dataset(cache, config, stored=stored_features(run.checkpoint), scratch=where)
+    data = read_dataset(cache, config, stored=stored_features(run.checkpoint), scratch=where, only_controls=True)
     if not config.scratch:
         remove_scratch(where)  # mapped files stay readable
     return data
@@ -121,13 +119,13 @@ def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) ->
     cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
     blend = run.checkpoint.blend() if run.checkpoint.has_blend else None
     model = run.checkpoint.model().to(device) if run.checkpoint.has_head else None
-    results = []
+    results, fitted = [], None if blend is None else blend.baselines
     perturbed = data.mask[~data.labels.is_control]
     for bit in (VAL, TEST):
         if (perturbed & bit).any():
-            held = held_out(data, run.config, bit, n_sets)
+            held = held_out(data, run.config, bit, n_sets, fitted)
             control = held.pairs.control
-            parts = {STACK: held.baselines["stack"] - control}
+            fitted, parts = held.fitted, {STACK: held.stack}
             if model is not None:
                 what = f"Predicting the {SPLIT_NAMES[bit]} split"
                 parts |= head_effects(model, data, cells, held, run.config.batch_size, cast, what)
@@ -140,20 +138,20 @@ def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) ->
 
 def _results(split: str, data: Dataset, held: HeldOut, means: np.ndarray) -> PairResults:
     """The scores of a split's pairs; means: (K, G) predicted log1p."""
-    labels, pairs = data.labels, held.pairs
+    labels, pairs, control = data.labels, held.pairs, held.pairs.control
     contexts = [labels.contexts[c] for c in pairs.context]
-    change = pairs.observed - pairs.control
+    change = pairs.observed - control
     never = set(data.never_learned())
-    baseline = pearson_delta(held.baselines[STRONGEST], pairs.observed, pairs.control)
+    baseline = pearson_delta(control + held.stack, pairs.observed, control)
     return PairResults(
         split=split,
         cell_types=["/".join(c) if len(labels.groups) > 1 else c[1] for c in contexts],
         perturbations=[labels.perturbations[p] for p in pairs.perturbation],
         n_cells=pairs.n_cells,
         effect=np.linalg.norm(change, axis=1),
-        scores={**pair_metrics(data, pairs, means), STRONGEST: baseline},
+        scores={**pair_metrics(data, pairs, means), STACK: baseline},
         observed=change,
-        predicted=means - pairs.control,
+        predicted=means - control,
         n_sets=len(held.pair),
         of_sets=held.n_sets,
         n_not_learned=sum(labels.perturbations[p] in never for p in pairs.perturbation),

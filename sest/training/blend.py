@@ -84,7 +84,7 @@ def blend_of(
     """
     pairs = held.pairs
     control = pairs.control
-    parts = {STACK: measured_effects(data, pairs, held.baselines["stack"] - control)}
+    parts = {STACK: measured_effects(data, pairs, held.stack)}
     learned = np.ones(len(control), bool)
     if model is not None:
         learned &= ~np.isin(pairs.context, nothing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import time
 from contextlib import closing
@@ -49,7 +48,7 @@ from sest.training.identity import identity_of, refuse_other_run
 from sest.training.limit import measure_limit
 from sest.training.step_memory import largest_batch
 from sest.training.trainer import RunState, Trainer
-from sest.training.validate import Validator
+from sest.training.validate import BASELINES, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +106,10 @@ def prepare(
     if data.targets.on_disk:
         rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
         logger.info(f"Batches from {scratch}: {rate:.3g} a second.")
-    validator = Validator(data, cells, config, device, criterion, team)
-    if config.monitor == "pds" and not math.isfinite(validator.baselines["pds_controls"]):
+    validator = Validator(
+        data, cells, config, device, criterion, team, None if start is None else start.state.get(BASELINES)
+    )
+    if config.monitor == "pds" and not validator.can_rank:
         raise InputError(
             "--monitor pds, but no cell type has two validation perturbations, so there is no pds. Monitor another "
             "metric, or hold out more perturbations."

@@ -47,7 +47,7 @@ from sest.runs.run_folder import METRICS
 from sest.training.blend import blend_of
 from sest.training.identity import projection_to_keep
 from sest.training.limit import Limit
-from sest.training.validate import Validator
+from sest.training.validate import BASELINES, Validator
 from sest.training.window import Window
 
 logger = logging.getLogger(__name__)
@@ -323,6 +323,7 @@ class Trainer:
                 "trainable_parameters": n_parameters(self.model),
                 "genes": list(self.data.targets.genes),
                 CELLS: self._kept_cells,
+                BASELINES: self.validator.to_keep(),
                 **self.origin,
                 **self.identity,
             },

@@ -8,8 +8,9 @@ see sest.evaluation.ceiling.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS
 
 logger = logging.getLogger(__name__)
 
+BASELINES = "baselines"  # in a checkpoint's state.json: what `Validator.to_keep` gives
+PDS_PAIRS = 500  # of a context, that get a pds in training: ranking grows with their square
+
 
 class Validator:
     """Holds the validation sets and everything about them that does not change during training."""
@@ -41,27 +45,50 @@ class Validator:
         device: torch.device,
         criterion: Callable[[Tensor, Tensor], Tensor],
         team: Team = ALONE,
+        known: Mapping[str, float | None] | None = None,
     ) -> None:
+        """`known`: `to_keep` of an earlier process of the same run."""
         self._team = team
         self.data, self.cells, self._device, self._criterion = data, cells, device, criterion
         self._size = config.batch_size // team.size
         self.held = held_out(data, config, VAL, config.val_sets)
         self.sets = self.held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
-        ceilings = split_ceilings(data, VAL, config.seed)
-        self._controls = {c.context: c.controls for c in ceilings}
-        self.baselines = self._baselines()
-        for verdict in filter(None, (c.verdict for c in ceilings)):
+        self._ceilings = split_ceilings(data, VAL, config.seed)
+        self._controls = {c.context: c.controls for c in self._ceilings}
+        for verdict in filter(None, (c.verdict for c in self._ceilings)):
             logger.warning(f"Validation: {verdict}")
-        self.baselines[VAL_PAIRS] = sum(c.n_pairs for c in ceilings)
-        self.baselines[NOT_MEASURABLE] = sum(c.n_pairs for c in ceilings if c.verdict)
-        self.not_measurable = np.array([c.context for c in ceilings if c.verdict], int)  # codes of contexts
+        for ceiling in self._ceilings:
+            if ceiling.n_pairs > PDS_PAIRS:
+                name = " / ".join(data.labels.contexts[ceiling.context])
+                logger.info(f"Validation: pds ranks {PDS_PAIRS} of the {ceiling.n_pairs:,} pairs of {name}, drawn.")
+        self.not_measurable = np.array([c.context for c in self._ceilings if c.verdict], int)  # codes of contexts
+        if known is not None:
+            self.baselines = {name: np.nan if value is None else value for name, value in known.items()}
+
+    @property
+    def can_rank(self) -> bool:
+        """Whether a context has several validation pairs, and so a pds."""
+        return any(ceiling.n_pairs > 1 for ceiling in self._ceilings)
+
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        """Scores of the baselines, and what else stands beside each validation: computed at the first one."""
+        found, ceilings = self._baselines(), self._ceilings
+        found[VAL_PAIRS] = sum(c.n_pairs for c in ceilings)
+        found[NOT_MEASURABLE] = sum(c.n_pairs for c in ceilings if c.verdict)
         halves = means_of_halves([c.of_split for c in ceilings if c.of_split is not None])
         halves["pearson_delta_independent"] = halves.pop("pearson_delta", np.nan)  # each half has its own controls
-        self.baselines |= {f"{metric}_real_half": score for metric, score in halves.items() if np.isfinite(score)}
-        names = data.perturbations_in(VAL)
-        if set(names) <= set(data.never_learned()):  # kept beside the scores, for whoever reads them
-            self.baselines[NOT_LEARNED] = len(names)
+        found |= {f"{metric}_real_half": score for metric, score in halves.items() if np.isfinite(score)}
+        names = self.data.perturbations_in(VAL)
+        if set(names) <= set(self.data.never_learned()):  # kept beside the scores, for whoever reads them
+            found[NOT_LEARNED] = len(names)
+        return dict(sorted(found.items()))  # the order in which a checkpoint keeps them
+
+    def to_keep(self) -> dict[str, float | None] | None:
+        """The scores of the baselines as JSON holds them; None before they were computed."""
+        found = self.__dict__.get("baselines")
+        return None if found is None else {k: None if np.isnan(value) else value for k, value in found.items()}
 
     def _baselines(self) -> dict[str, float]:
         """Metrics of the baselines; their cells are the sets' own controls, moved by the mean effect."""
@@ -96,7 +123,8 @@ class Validator:
             predicted: (K, G).
             is_added: whether that is an effect added to the pairs' controls, as baselines are.
         """
-        scores, pairs = pair_metrics(self.data, self.held.pairs, predicted), self.held.pairs
+        pairs = self.held.pairs
+        scores = pair_metrics(self.data, pairs, predicted, most_ranked=PDS_PAIRS)
         independent = np.full(len(predicted), np.nan)
         for context, controls in self._controls.items():
             mine, genes = pairs.context == context, self.data.measured_in(context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -83,3 +85,15 @@ def test_weights_are_fitted_on_whole_perturbations_where_there_are_many(monkeypa
     monkeypatch.setattr("sest.baselines.stack.MOST_PAIRS", 30)
     fitted = Stack().fit(effects)
     assert sum(fitted.weights_of("new context").values()) > 0.5
+
+
+def test_what_a_stack_learned_makes_another_one_that_predicts_the_same_and_fits_what_counts_alone() -> None:
+    effects, _ = simulated(n_genes=30)
+    stack, asked = Stack().fit(effects), effects.query(np.arange(3))
+    expected = stack.predict(asked)
+    learned = json.loads(json.dumps(stack.learned()))  # as a checkpoint keeps it
+    again = Stack(learned).fit(effects)
+    np.testing.assert_array_equal(again.predict(asked), expected)
+    (weights,) = learned["weights"].values()
+    assert set(again._fitted) == {name for name, weight in weights.items() if weight > 0}
+    assert again.learned() == learned

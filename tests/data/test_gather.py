@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sest.data.gather import SMALL_COUNTS, dense_log1p, take_rows
+from sest.data.gather import SMALL_COUNTS, dense_log1p, group_sums, take_rows
 
 # Four cells of four genes: 0 3 0 1 | nothing | 100 0 0 0 | 0 0 2 5
 INDPTR = np.array([0, 2, 2, 3, 5])
@@ -57,3 +57,26 @@ def test_rows_that_are_not_there_are_refused(row: int) -> None:
         take_rows(rows, INDPTR, INDICES, COUNTS)
     with pytest.raises(IndexError, match="of 4 cells"):
         dense_log1p(rows, INDPTR, INDICES, COUNTS, np.ones(4, np.float32), np.empty((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+def test_sums_by_group_are_those_of_log1p_cells_and_of_their_squares(dtype: type) -> None:
+    factor = np.array([2.0, 7.0, 0.5, 0.0], np.float32)  # 0: the values are log1p already
+    values: tuple[np.ndarray, ...] = (INDPTR, INDICES, COUNTS.astype(dtype), factor)
+    sums, n_cells, squares = group_sums(np.array([2, 0, -1, 2]), 3, 4, *values, squared=1)
+    assert n_cells.tolist() == [1, 0, 2]
+    log = np.log([3.0, 7.0])
+    # log1p is rounded to float32
+    np.testing.assert_allclose(sums, [[0] * 4, [0] * 4, [0, log[1], 2, 5 + log[0]]], rtol=1e-7)
+    np.testing.assert_allclose(squares, [[0, log[1] ** 2, 4, 25 + log[0] ** 2]], rtol=1e-6)
+    means, _, _ = group_sums(np.array([2, 0, -1, 2]), 3, 4, *values, mean=True, dtype=np.float32)
+    assert means.dtype == np.float32
+    np.testing.assert_allclose(means, [[0] * 4, [0] * 4, [0, log[1] / 2, 1, 2.5 + log[0] / 2]], rtol=1e-6)
+
+
+def test_sums_of_many_cells_are_exact_to_float64() -> None:
+    """A million values of 0.1 in float32 would be off by 1%."""
+    n = 1_000_000
+    data, factor = np.full(n, 0.1, np.float32), np.zeros(n, np.float32)
+    sums, _, _ = group_sums(np.zeros(n, np.int64), 1, 1, np.arange(n + 1), np.zeros(n, np.uint16), data, factor)
+    assert sums[0, 0] == pytest.approx(n * float(np.float32(0.1)), rel=1e-10)

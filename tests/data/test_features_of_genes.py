@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from sest.data.gene_loadings import WIDTH, gene_loadings
+from sest.data.features import WIDTH, gene_loadings
 from sest.data.targets import Targets
 from sest.errors import InputError
 
