@@ -166,7 +166,9 @@ def write_submission(
             bare = Path(folder) / CELLS.removesuffix(".zst")
         with ExitStack() as stack:
             files = {name: stack.enter_context(H5adWriter(p, len(genes), "float32")) for name, p in copies.items()}
-            whole = [stack.enter_context(H5adWriter(p, len(genes), "float32")) for p in (out, bare) if p is not None]
+            whole = [stack.enter_context(H5adWriter(out, len(genes), "float32"))]
+            if bare is not None:  # not compressed in itself, as `vcc prep` has it
+                whole.append(stack.enter_context(H5adWriter(bare, len(genes), "float32", compress=False)))
             tables: dict[H5adWriter, list[pd.DataFrame]] = {file: [] for file in (*whole, *files.values())}
             for request, rows, counts in count_blocks(effects, contexts, seed):
                 _refuse_deep(counts.sum(1).max())
