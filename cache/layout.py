@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import anndata
 import numpy as np
@@ -35,6 +35,7 @@ class GroupPlan:
     dim: int  # width of obsm/X_sest
     embedding_dtype: str  # "float16" or "float32"
     attributes: Mapping[str, Any]  # JSON: dataset, columns, control, scale, fingerprint ...
+    packed: bool = False  # embeddings are compressed: most rows are NaN
 
     @property
     def n_cells(self) -> int:
@@ -147,7 +148,7 @@ def _write_tables(group: zarr.Group, obs: pd.DataFrame, var: pd.DataFrame) -> No
 
 
 def _create_embedding(group: zarr.Group, plan: GroupPlan) -> None:
-    """Checksummed chunks without compression, NaN where nothing was written."""
+    """Checksummed chunks, NaN where nothing was written; without compression, which embeddings hardly yield to."""
     obsm = group.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
     array = obsm.create_array(
         schema.EMBEDDING,
@@ -155,7 +156,7 @@ def _create_embedding(group: zarr.Group, plan: GroupPlan) -> None:
         dtype=plan.embedding_dtype,
         chunks=(schema.ROWS_PER_CHUNK, plan.dim),
         shards=(_shard_length(plan.n_cells, schema.ROWS_PER_CHUNK, schema.ROWS_PER_SHARD), plan.dim),
-        compressors=[Crc32cCodec()],
+        compressors=[*([_zstd("noshuffle")] if plan.packed else []), Crc32cCodec()],
         fill_value=np.nan,
         config={"write_empty_chunks": True},
     )
@@ -171,7 +172,7 @@ def _create_targets(group: zarr.Group, plan: GroupPlan) -> None:
             dtype=dtype,
             chunks=(schema.ENTRIES_PER_CHUNK,),
             shards=(_shard_length(plan.n_entries, schema.ENTRIES_PER_CHUNK, schema.ENTRIES_PER_SHARD),),
-            compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
+            compressors=[_zstd("shuffle"), Crc32cCodec()],
             fill_value=0,
             config={"write_empty_chunks": True},
         )
@@ -179,6 +180,10 @@ def _create_targets(group: zarr.Group, plan: GroupPlan) -> None:
     indptr = x.create_array("indptr", data=plan.indptr, chunks=(min(len(plan.indptr), schema.ENTRIES_PER_CHUNK),))
     indptr.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [plan.n_cells, plan.n_genes]})
+
+
+def _zstd(shuffle: Literal["shuffle", "noshuffle"]) -> BloscCodec:
+    return BloscCodec(cname="zstd", clevel=1, shuffle=shuffle)
 
 
 def _shard_length(total: int, chunk: int, shard: int) -> int:

@@ -33,6 +33,8 @@ DERIVED = ".derived"
 PROJECTION = "projection"
 RESERVED = (JOURNAL, COMPLETE, LOCK, FINISHING, SPOOL, DERIVED, PROJECTION, ROOT)
 ENCODER_FOLDER = "encoder_folder"  # root attribute: where the files of an SE encoder were
+PACKED = "embedding_codec"  # root attribute: ZSTD where embeddings are compressed, else not there
+ZSTD = "zstd"
 MEASURED = ("fidelity", ENCODER_FOLDER)  # root attributes which may be others on another machine
 
 LICENCE_NOTE = (

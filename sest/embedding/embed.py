@@ -31,6 +31,7 @@ from sest.cells.inputs import ROWS_PER_READ, open_cells, resolve_inputs
 from sest.config import EmbedConfig
 from sest.embedding.plan import (
     EmbedPlan,
+    embedding_codec,
     group_plan,
     measure_fidelity,
     plan_addition,
@@ -111,6 +112,7 @@ def embed(
             plan = plan_cache(cells, splits, config)
         plan.attributes["targets"] = targets
         plan.attributes["fidelity"] = existing.get("fidelity") if existing else measure_fidelity(plan)
+        plan.attributes.update(embedding_codec(config.cells, existing))
         if existing is None and needs_weights(config.encoder):
             plan.attributes[schema.ENCODER_FOLDER] = _folder_of(Path(config.encoder))
         if dry_run:

@@ -296,6 +296,20 @@ def _draw(eligible: list[np.ndarray], n_sample: int, seed: int) -> list[np.ndarr
     ]
 
 
+def embedding_codec(which: str, existing: Mapping[str, Any] | None) -> dict[str, str]:
+    """The root attribute of how embeddings are compressed; empty: not at all.
+
+    Most rows of a cache of controls alone are NaN, in nearly every chunk, and pack to nothing. A cache that was begun
+    stays as it was: its shards may be written again beside others, and those by an earlier sest are not compressed.
+
+    Args:
+        which: "all" or "controls".
+        existing: the attributes of the cache that is there.
+    """
+    codec = (schema.ZSTD if which == "controls" else None) if existing is None else existing.get(schema.PACKED)
+    return {schema.PACKED: codec} if codec else {}
+
+
 def group_plan(plan: EmbedPlan, c: Cells, selected: np.ndarray) -> GroupPlan:
     """What the group of one file will hold, of which the rows `selected` are embedded."""
     attributes = {
@@ -317,6 +331,7 @@ def group_plan(plan: EmbedPlan, c: Cells, selected: np.ndarray) -> GroupPlan:
         dim=plan.dim,
         embedding_dtype=plan.attributes["dtype"],
         attributes=attributes,
+        packed=schema.PACKED in plan.attributes,
     )
 
 

@@ -23,10 +23,10 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     small_shards(monkeypatch)
 
 
-def plan_of(lengths: list[int], **changes: str) -> GroupPlan:
+def plan_of(lengths: list[int], *, packed: bool = False, **changes: str) -> GroupPlan:
     """A group of cells with so many stored values each."""
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return GroupPlan("ds/a", indptr, 7, "int16", 3, changes.get("dtype", "float16"), {"dataset": "ds"})
+    return GroupPlan("ds/a", indptr, 7, "int16", 3, changes.get("dtype", "float16"), {"dataset": "ds"}, packed)
 
 
 def tables(n_cells: int, n_genes: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -113,6 +113,31 @@ def test_a_shard_of_embeddings_is_plain_chunks_with_a_checksum_each_and_an_index
     index = struct.pack("<4Q", 0, 28, 2**64 - 1, 2**64 - 1)  # the second chunk would lie beyond the array
     expected = chunk(rows[8:]) + index + crc32c(index)
     assert layout.shard_of(array, metadata, 8, rows[8:]) == {f"{array}/c/1/0": expected}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_packed_embeddings_are_the_same_to_every_reader_and_rows_of_nan_take_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(schema, "ROWS_PER_CHUNK", 256)
+    monkeypatch.setattr(schema, "ROWS_PER_SHARD", 512)
+    rows = np.random.default_rng(0).normal(size=(1000, 3)).astype(dtype)
+    rows[np.arange(1000) % 10 > 0] = np.nan  # a row in ten is embedded: no chunk is empty
+    sizes = {}
+    for packed in (False, True):
+        plan = plan_of([0] * 1000, packed=packed, dtype=dtype)
+        files = layout.group_files(plan, *tables(1000, 7))
+        storage = written(tmp_path / str(packed), layout.root_files({}), files)
+        array = "ds/a/obsm/X_sest"
+        for start, stop in plan.embedding_shards():
+            shard = layout.shard_of(array, files[f"{array}/zarr.json"], start, rows[start:stop])
+            assert shard == layout.shard_of(array, files[f"{array}/zarr.json"], start, rows[start:stop].copy())
+            storage.write(shard)
+        read = anndata.read_zarr(tmp_path / str(packed) / "ds" / "a").obsm["X_sest"]
+        assert read.dtype == rows.dtype and read.tobytes() == rows.tobytes()
+        np.testing.assert_array_equal(zarr.open_array(storage.root / array)[300:700], rows[300:700])
+        sizes[packed] = sum(storage.sizes()[f"{array}/c/{i}/0"] for i in range(2))
+    assert sizes[True] < 0.35 * sizes[False]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

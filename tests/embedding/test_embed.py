@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -188,6 +189,31 @@ def test_only_controls_are_embedded_where_asked_and_the_rest_is_nan(
     found = stored(tmp_path / "pca.zarr")
     assert np.isnan(found[~is_control]).all()
     np.testing.assert_allclose(found[is_control], pca(expected[is_control], 4), atol=1e-6)
+
+
+def test_a_cache_of_controls_has_packed_embeddings_and_one_begun_without_stays_so(
+    cells: Path, se: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older sest's cache of controls is not packed; metadata that is written again must fit the shards that stay."""
+
+    def codecs(cache: Path) -> list[str]:
+        about = json.loads((cache / "a/obsm/X_sest/zarr.json").read_text())
+        return [codec["name"] for codec in about["codecs"][0]["configuration"]["codecs"]]
+
+    now, older = tmp_path / "now.zarr", tmp_path / "older.zarr"
+    run(cells, now, se, cells="controls")
+    assert codecs(now) == ["bytes", "blosc", "crc32c"] and open_cache(now).attributes["embedding_codec"] == "zstd"
+    with monkeypatch.context() as before:
+        before.setattr("sest.embedding.embed.embedding_codec", lambda which, existing: {})
+        run(cells, older, se, cells="controls")
+    assert codecs(older) == ["bytes", "crc32c"] and "embedding_codec" not in open_cache(older).attributes
+    for cache in (now, older):
+        expected = hashes(cache)
+        for damaged in ("a/obsm/X_sest/zarr.json", "a/obsm/X_sest/c/0/0"):
+            (cache / damaged).unlink()
+            run(cells, cache, se, cells="controls")
+            assert hashes(cache) == expected
+    np.testing.assert_array_equal(stored(now), stored(older))
 
 
 def test_a_layer_and_symbols_in_a_var_column_are_used_where_named(se: Path, made: Path, tmp_path: Path) -> None:
