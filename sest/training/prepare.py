@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sest.cache import open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
@@ -106,14 +107,7 @@ def prepare(
     if data.targets.on_disk:
         rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
         logger.info(f"Batches from {scratch}: {rate:.3g} a second.")
-    validator = Validator(
-        data, cells, config, device, criterion, team, None if start is None else start.state.get(BASELINES)
-    )
-    if config.monitor == "pds" and not validator.can_rank:
-        raise InputError(
-            "--monitor pds, but no cell type has two validation perturbations, so there is no pds. Monitor another "
-            "metric, or hold out more perturbations."
-        )
+    validator = _validator(data, cells, config, device, criterion, team, start)
     ddp = team.ddp(model, config.gradients)
     team.wait()  # all have read what is in the folder
     n_sets = config.batch_size // team.size * config.accumulate
@@ -289,6 +283,26 @@ def _sampler(data: Dataset, config: TrainConfig) -> SetSampler:
     if alone:
         logger.info(f"{alone:,} training cells have no control in their batch; any of their cell type serves.")
     return sampler
+
+
+def _validator(
+    data: Dataset,
+    cells: ResidentCells,
+    config: TrainConfig,
+    device: torch.device,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    team: Team,
+    start: Checkpoint | None,
+) -> Validator:
+    """What validates; the scores of its baselines are those that the checkpoint keeps."""
+    known = None if start is None else start.state.get(BASELINES)
+    validator = Validator(data, cells, config, device, criterion, team, known)
+    if config.monitor == "pds" and not validator.can_rank:
+        raise InputError(
+            "--monitor pds, but no cell type has two validation perturbations, so there is no pds. Monitor another "
+            "metric, or hold out more perturbations."
+        )
+    return validator
 
 
 def _cells_on_device(data_device: str, device: torch.device, data: Dataset) -> bool:
