@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,6 +19,7 @@ import scipy.sparse as sp
 from sest.errors import InputError, nearest, shown
 from sest.files.cell_file import CellFile
 from sest.files.matrix import rows_at_once
+from sest.machine.jit import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ class Scan:
     n_negative: int  # values below zero
     n_raw_cells: int  # cells that can only be counts
     n_log1p_cells: int  # cells that can only be log1p values
-    sha256: str  # of shape, gene names and values, whatever the storage form
+    sha256: str  # of shape, gene names and values, whatever the storage form; "" where none was wanted
     n_whole_cells: int  # of n_raw_cells: those of whole numbers
     n_fractional: int  # values that are not whole
     mean: float  # over all cells and genes
@@ -130,34 +132,103 @@ def scan_blocks(
     blocks: Iterable[sp.csr_matrix], n_cells: int, genes: Sequence[str], on_rows: Callable[[int], None] | None = None
 ) -> Scan:
     """Scan all cells of a file, given as blocks of canonical rows in order; `on_rows(n)` is told after each block."""
-    hashes = {name: hashlib.sha256() for name in ("indptr", "indices", "data")}
-    per_cell = np.zeros(n_cells + 1, dtype=np.int64)
-    start, largest, negative, fractional, raw, log1p, of_whole, total = 0, -np.inf, 0, 0, 0, 0, 0, 0.0
-    step, sums = -(-n_cells // SAMPLED_CELLS), [np.zeros((0, 7))]
+    scanner = Scanner(n_cells)
     for block in blocks:
-        n = block.shape[0]
-        per_cell[start + 1 : start + n + 1] = np.diff(block.indptr)
-        hashes["indices"].update(block.indices.astype("<i4").tobytes())
-        hashes["data"].update(block.data.astype("<f4").tobytes())
-        whole = block.data == np.rint(block.data)
-        negative += int((block.data < 0).sum())
-        fractional += int(whole.size - whole.sum())
-        largest = max(largest, float(block.max()))
-        total += float(block.data.sum(dtype=np.float64))
-        n_raw, n_log1p, n_whole = _cells_of_one_scale(block, whole)
-        if len(sampled := np.arange(-start % step, n, step)):
-            counts = np.full((len(sampled), 7), np.nan)
-            sums.append(counts if whole.all() else cell_sums(block[sampled]))
-        raw, log1p, of_whole, start = raw + n_raw, log1p + n_log1p, of_whole + n_whole, start + n
+        scanner.add(block)
         if on_rows is not None:
-            on_rows(n)
-    indptr = np.cumsum(per_cell)
-    hashes["indptr"].update(indptr.astype("<i8").tobytes())
-    parts = [json.dumps([n_cells, len(genes), *genes]), *(h.hexdigest() for h in hashes.values())]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    mean = total / max(n_cells * len(genes), 1)
-    table = np.concatenate(sums)
-    return Scan(indptr, largest, fractional == 0, negative, raw, log1p, digest, of_whole, fractional, mean, table)
+            on_rows(block.shape[0])
+    return scanner.scan(genes)
+
+
+class Scanner:
+    """Makes the scan of a file from its rows, block by block, for who reads them anyway.
+
+    Args:
+        n_cells: of the whole file.
+        hashed: whether `Scan.sha256` is wanted; without, it is "".
+    """
+
+    max_value: float  # of all values so far, those that are not stored too
+    n_fractional: int  # values so far that are not whole
+
+    def __init__(self, n_cells: int, hashed: bool = True) -> None:
+        self.max_value, self.n_fractional = -np.inf, 0
+        self._hashes = {name: hashlib.sha256() for name in ("indptr", "indices", "data")} if hashed else {}
+        self._per_cell, self._start = np.zeros(n_cells + 1, np.int64), 0
+        self._negative, self._raw, self._log1p, self._of_whole, self._total = 0, 0, 0, 0, 0.0
+        self._step, self._sums = -(-n_cells // SAMPLED_CELLS), [np.zeros((0, 7))]
+
+    def add(self, block: sp.csr_matrix) -> None:
+        """The next cells, as canonical rows (n, G)."""
+        n, start = block.shape[0], self._start
+        self._per_cell[start + 1 : start + n + 1] = np.diff(block.indptr)
+        if self._hashes:
+            self._hashes["indices"].update(np.ascontiguousarray(block.indices, "<i4").data)
+            self._hashes["data"].update(np.ascontiguousarray(block.data, "<f4").data)
+        highest, total, negative, fractional, raw, log1p, of_whole = _scan(block.indptr, block.data)
+        if block.nnz < n * block.shape[1]:
+            highest = max(highest, 0.0)
+        if len(sampled := np.arange(-start % self._step, n, self._step)):
+            self._sums.append(cell_sums(block[sampled]) if fractional else np.full((len(sampled), 7), np.nan))
+        self.max_value, self._total = max(self.max_value, highest), self._total + total
+        self._negative, self.n_fractional = self._negative + negative, self.n_fractional + fractional
+        self._raw, self._log1p, self._of_whole = self._raw + raw, self._log1p + log1p, self._of_whole + of_whole
+        self._start += n
+
+    def scan(self, genes: Sequence[str]) -> Scan:
+        """What all cells show, of these genes (G)."""
+        n_cells, indptr = len(self._per_cell) - 1, np.cumsum(self._per_cell)
+        digest = ""
+        if self._hashes:
+            self._hashes["indptr"].update(indptr.astype("<i8").tobytes())
+            parts = [json.dumps([n_cells, len(genes), *genes]), *(h.hexdigest() for h in self._hashes.values())]
+            digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return Scan(
+            indptr=indptr,
+            max_value=self.max_value,
+            all_integer=self.n_fractional == 0,
+            n_negative=self._negative,
+            n_raw_cells=self._raw,
+            n_log1p_cells=self._log1p,
+            sha256=digest,
+            n_whole_cells=self._of_whole,
+            n_fractional=self.n_fractional,
+            mean=self._total / max(n_cells * len(genes), 1),
+            sums=np.concatenate(self._sums),
+        )
+
+
+@compiled(nogil=True)
+def _scan(indptr: Any, data: Any) -> tuple[float, float, int, int, int, int, int]:
+    """Of CSR rows: largest stored value, sum, values below zero and not whole; cells that can only be counts or log1p.
+
+    The last number is that of the cells that can only be counts and are all whole.
+    """
+    highest, total, n_negative, n_fractional, n_raw, n_log1p, n_whole = -np.inf, 0.0, 0, 0, 0, 0, 0
+    for cell in range(len(indptr) - 1):
+        first, last = indptr[cell], indptr[cell + 1]
+        if first == last:  # cells without values say nothing
+            continue
+        high, fractional, negative, of_cell = data[first], 0, 0, 0.0
+        for k in range(first, last):
+            value = data[k]
+            high = max(high, value)
+            fractional += value != np.rint(value)
+            negative += value < 0
+            of_cell += value
+        linear = high > LARGEST_LOG1P_OF_COUNTS
+        matters = not linear and (fractional > 0 or high <= 1)
+        if matters and (last - first) * np.expm1(np.float64(high)) > LARGEST_TOTAL_OF_COUNTS:  # seldom
+            counts = 0.0
+            for k in range(first, last):
+                counts += np.expm1(np.float64(data[k]))
+            linear = counts > LARGEST_TOTAL_OF_COUNTS
+        raw = linear or (fractional == 0 and high > 1)
+        n_raw, n_whole = n_raw + raw, n_whole + (raw and fractional == 0)
+        n_log1p += fractional > 0 and not linear
+        highest, total = max(highest, np.float64(high)), total + of_cell
+        n_negative, n_fractional = n_negative + negative, n_fractional + fractional
+    return highest, total, n_negative, n_fractional, n_raw, n_log1p, n_whole
 
 
 def cell_sums(rows: sp.csr_matrix) -> np.ndarray:
@@ -224,22 +295,6 @@ def differing_scales(
         for name in (first, *wrong)
     ]
     return "; ".join(told[:3]) + (f"; and {len(told) - 3} more files differ" if len(told) > 3 else "")
-
-
-def _cells_of_one_scale(block: sp.csr_matrix, whole: np.ndarray) -> tuple[int, int, int]:
-    """Cells of a block that can only be counts, that can only be log1p, and those of the former that are all whole.
-
-    `whole` (nnz,) marks whole numbers.
-    """
-    starts = block.indptr[:-1][np.diff(block.indptr) > 0]  # cells without values say nothing
-    if not len(starts):
-        return 0, 0, 0
-    all_whole = np.logical_and.reduceat(whole, starts)
-    high = np.maximum.reduceat(block.data, starts)
-    total = np.add.reduceat(np.expm1(np.minimum(block.data, LARGEST_LOG1P_OF_COUNTS + 1)), starts)
-    linear = (high > LARGEST_LOG1P_OF_COUNTS) | (total > LARGEST_TOTAL_OF_COUNTS)
-    raw = linear | (all_whole & (high > 1))
-    return int(raw.sum()), int((~all_whole & ~linear).sum()), int((raw & all_whole).sum())
 
 
 def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] = ()) -> str:

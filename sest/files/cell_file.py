@@ -180,5 +180,6 @@ class CellFile:
                     f"{self.path} has {problem} in cell {self.obs.index[cell]!r} (row {cell}), "
                     f"gene {self.var.index[block.indices[at]]!r}. Correct the file and save it again."
                 )
-        block.eliminate_zeros()
+        if not block.data.all():
+            block.eliminate_zeros()
         return block

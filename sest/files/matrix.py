@@ -203,7 +203,7 @@ def _whole(numbers: np.ndarray, where: Node) -> np.ndarray:
 
 def _float32(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused
-        return values.astype(np.float32)
+        return values.astype(np.float32, copy=False)
 
 
 def _indices(dataset: Array, start: int, stop: int, limit: int) -> np.ndarray:
@@ -213,4 +213,4 @@ def _indices(dataset: Array, start: int, stop: int, limit: int) -> np.ndarray:
         raise bad(
             dataset, f"is damaged: it runs from {indices.min()} to {indices.max()}, but only 0 to {limit - 1} exist"
         )
-    return indices.astype(np.int32 if limit <= np.iinfo(np.int32).max else np.int64)
+    return indices.astype(np.int32 if limit <= np.iinfo(np.int32).max else np.int64, copy=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
     Scan,
+    Scanner,
     cell_sums,
     decide_scale,
     differing_scales,
@@ -100,6 +102,34 @@ def test_scan_counts_cells_by_what_their_values_can_be(tmp_path: Path) -> None:
     assert (scan.n_raw_cells, scan.n_log1p_cells, scan.n_negative) == (3, 3, 2)
     assert (scan.max_value, scan.all_integer) == (36, False)
     assert sum(done) == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.3, 1.0, 3.0, 11.5, 14.5, 16.0, 40.0]), st.booleans())
+def test_a_scan_block_by_block_is_that_of_dense_cells(seed: int, size: float, hashed: bool) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(0, size, (30, 50)) * (rng.random((30, 50)) < rng.uniform(0, 1, (30, 1)))
+    whole = rng.random(30) < 0.5
+    values[whole] = np.rint(values[whole])
+    values[rng.random((30, 50)) < 0.01] *= -1
+    values = values.astype(np.float32)
+    scanner, ends = Scanner(30, hashed), [0, *sorted(rng.integers(0, 31, 3).tolist()), 30]
+    for start, stop in pairwise(ends):
+        scanner.add(sp.csr_matrix(values[start:stop]))
+    scan, n_raw, n_log1p, n_whole = scanner.scan([f"g{i}" for i in range(50)]), 0, 0, 0
+    for cell in values:
+        cell = cell[cell != 0].astype(np.float64)
+        all_whole = bool((cell % 1 == 0).all())
+        linear = len(cell) > 0 and (cell.max() > 35 or np.expm1(cell).sum() > 5e6)
+        raw = linear or (len(cell) > 0 and all_whole and cell.max() > 1)
+        n_raw, n_log1p, n_whole = n_raw + raw, n_log1p + (not all_whole and not linear), n_whole + (raw and all_whole)
+    assert (scan.n_raw_cells, scan.n_log1p_cells, scan.n_whole_cells) == (n_raw, n_log1p, n_whole)
+    assert (scan.n_negative, scan.n_fractional) == ((values < 0).sum(), (values % 1 != 0).sum())
+    assert scan.max_value == values.max() and scan.all_integer == (scan.n_fractional == 0)
+    assert scan.mean == pytest.approx(values.mean(dtype=np.float64), rel=1e-12, abs=1e-12)
+    assert scan.indptr.tolist() == [0, *np.cumsum((values != 0).sum(1)).tolist()]
+    whole_scan = scan_blocks([sp.csr_matrix(values)], 30, [f"g{i}" for i in range(50)])
+    assert scan.sha256 == (whole_scan.sha256 if hashed else "")
 
 
 def test_scan_of_a_file_without_any_value_says_so(tmp_path: Path) -> None:
