@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from sest.machine.jit import compiled
 
@@ -160,6 +161,59 @@ def group_sums(
     ends = np.concatenate([[0], np.cumsum(n_cells)])
     _sums(order, ends, indptr, indices, data, factor, weight, whole, sums, squares)
     return sums, n_cells, squares
+
+
+@compiled(nogil=True)
+def _add(rows: Any, into: Any, indptr: Any, indices: Any, data: Any, column: Any, target_sum: float, sums: Any) -> None:
+    table = np.empty(SMALL_COUNTS)
+    for i in range(len(rows)):
+        first, last = indptr[rows[i]], indptr[rows[i] + 1]
+        to, scale = sums[into[i]], 0.0
+        if target_sum > 0:
+            total = 0.0
+            for k in range(first, last):
+                total += data[k]
+            scale = target_sum / total if total > 0 else 0.0
+            table[:] = -1.0
+        for k in range(first, last):
+            gene = column[indices[k]]
+            if gene < 0:
+                continue
+            value = data[k]
+            if scale <= 0:
+                to[gene] += value
+                continue
+            small = int(value) if 0 <= value < SMALL_COUNTS else -1
+            if small >= 0 and small == value:
+                if table[small] < 0:
+                    table[small] = np.float32(math.log1p(value * scale))
+                to[gene] += table[small]
+            else:
+                to[gene] += np.float32(math.log1p(value * scale))
+
+
+def add_log1p(
+    rows: np.ndarray,
+    into: np.ndarray,
+    block: scipy.sparse.csr_matrix,
+    column: np.ndarray,
+    target_sum: float | None,
+    sums: np.ndarray,
+) -> None:
+    """Add log1p cells to sums of groups, in the cells' order: each value is rounded to float32, its sum is float64.
+
+    Args:
+        rows: (n,) rows of `block`; others are not read.
+        into: (n,) the group of each.
+        block: float32 CSR rows, all genes of a file.
+        column: (genes of the file,) place in `sums` of every gene, -1 of those that are left out.
+        target_sum: counts are normalised to this over all genes of the file; None: values are log1p already.
+        sums: (groups, G) float64, which grows.
+    """
+    _check_rows(rows, block.shape[0])
+    _check_rows(into, len(sums))
+    assert len(into) == len(rows) and len(column) == block.shape[1] and column.max() < sums.shape[1]
+    _add(rows, into, block.indptr, block.indices, block.data, column, float(target_sum or 0.0), sums)
 
 
 def _check_rows(rows: np.ndarray, n_cells: int) -> None:

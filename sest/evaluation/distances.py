@@ -75,19 +75,33 @@ def unbiased_energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 
     Its mean over samples of one distribution is 0, so it may be below. Source: Szekely and Rizzo 2013.
     """
-    if len(x) < 2 or len(y) < 2:
+    return _energy_distance(x, y, mean_within(x), mean_within(y))
+
+
+def _energy_distance(x: np.ndarray, y: np.ndarray, within_x: float, within_y: float) -> float:
+    """The same, where the mean distances within x and within y are known."""
+    if np.isnan(within_x) or np.isnan(within_y):
         return float("nan")
     centre = y.mean(0, dtype=np.float64)
-    x, y = (np.asarray(cells, np.float64) - centre for cells in (x, y))
-    within = [_distances(cells, cells).sum() / (len(cells) * (len(cells) - 1)) for cells in (x, y)]
-    return float(_distances(x, y).mean() - 0.5 * within[0] - 0.5 * within[1])
+    return float(_distances(x - centre, y - centre).mean() - 0.5 * within_x - 0.5 * within_y)
+
+
+def mean_within(cells: np.ndarray) -> float:
+    """Mean distance of two different cells of (n, G); NaN of one cell."""
+    n = len(cells)
+    if n < 2:
+        return float("nan")
+    centred = cells - cells.mean(0, dtype=np.float64)
+    return float(_distances(centred, centred).sum() / (n * (n - 1)))
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    products = a @ b.T  # half the work where both are one, as BLAS is told
+    squares_a, squares_b = (np.einsum("ij,ij->i", cells, cells) for cells in (a, b))
+    squared = squares_a[:, None] + squares_b - 2 * products
     if a is b:
         np.fill_diagonal(squared, 0.0)
-    distances: np.ndarray = np.sqrt(np.maximum(squared, 0.0))
+    distances: np.ndarray = np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared)
     return distances
 
 
@@ -100,6 +114,7 @@ def energy_distances(
     control_mean: np.ndarray,
     n_predicted: int,
     rng: np.random.Generator,
+    within_controls: float | None = None,
 ) -> dict[str, float]:
     """Of one pair by predictor, all cells log1p (n, G).
 
@@ -111,16 +126,19 @@ def energy_distances(
         means: (G,) pseudobulk of every predictor.
         control_mean: (G,) of all own controls.
         n_predicted: cells of the pair in the prediction.
+        within_controls: `mean_within` of real_controls, where it is known.
     """
     observed, controls = real.toarray(), own_controls.toarray()
-    found = {}
+    within, found = mean_within(observed), {}
     for name, mean in means.items():
+        within_cells = None
         if name == "model":
             cells = model.toarray()
         elif name == "controls":
-            cells = real_controls.toarray()
+            cells, within_cells = real_controls.toarray(), within_controls
         else:
             beside = max(n_predicted - len(controls), 0)
             cells = move_to_mean(controls, mean, controls, rng, present=control_mean, beside=beside)
-        found[name] = unbiased_energy_distance(cells, observed)
+        within_cells = mean_within(cells) if within_cells is None else within_cells
+        found[name] = _energy_distance(cells, observed, within_cells, within)
     return found

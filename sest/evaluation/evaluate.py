@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 
 import sest
 from sest import progress
@@ -38,11 +37,19 @@ from sest.evaluation.cell_eval_scores import (
     overall_scores,
     stack,
 )
-from sest.evaluation.distances import PAIRS, energy_distances, sampled
+from sest.evaluation.distances import PAIRS, energy_distances, mean_within, sampled
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
-from sest.evaluation.sides import Comparison, align, differing_sides, prediction_columns, real_columns, target_sums
+from sest.evaluation.sides import (
+    Comparison,
+    Reading,
+    align,
+    check_scales,
+    differing_sides,
+    prediction_columns,
+    real_columns,
+)
 from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
 from sest.files.remote import located
@@ -84,13 +91,14 @@ def evaluate(
         p_columns = prediction_columns(p, record, config)
         r_columns = real_columns(r, p_columns, config)
         notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
-        sums = target_sums(p, r, record, config.counts, config.target_sum, notes)
-        task = align(p, p_columns, r, r_columns, sums, config.gene_col, notes)
-        table, predictors, real_cells = _own_scores(task, record, config.seed, notes)
-        ceilings = _ceilings(task, real_cells, notes)
+        task = align(p, p_columns, r, r_columns, record, config, notes)
+        scored = _pairs_with_energy(task, config.seed, notes)
+        read = _read(task, scored, record, config, notes)
+        table, predictors = _own_scores(task, scored, read, record, config.seed, notes)
+        ceilings = _ceilings(task, read[1].cells, notes)
         overall: dict[str, float] = {}
         if config.cell_eval:
-            table, overall = _add_cell_eval(table, task, predictors, config.threads, config.seed, notes)
+            table, overall = _add_cell_eval(table, task, read, predictors, config, notes)
     summary = means_over_pairs(table)
     for metric, score in means_of_halves(ceilings).items() if ceilings else ():
         summary["pearson_delta_independent" if metric == "pearson_delta" else metric]["real_half"] = score
@@ -102,11 +110,11 @@ def evaluate(
         "layer": config.layer,
         "modality": config.modality,
         "control": r_columns.control,
-        "predicted_counts_normalised_to": sums[0],
-        "real_counts_normalised_to": sums[1],
+        "predicted_counts_normalised_to": read[0].target_sum,
+        "real_counts_normalised_to": read[1].target_sum,
         "n_genes": len(task.genes),
         "n_pairs": len(task.pairs),
-        "n_real_controls": dict(zip(task.cell_types, real_cells.counts.tolist(), strict=False)),
+        "n_real_controls": dict(zip(task.cell_types, read[1].cells.counts.tolist(), strict=False)),
         "sest": sest.__version__,
         "cell_eval": importlib.metadata.version("cell-eval") if overall else None,
         "seed": config.seed,
@@ -118,32 +126,38 @@ def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
     return os.fspath(cells) if isinstance(cells, str | os.PathLike) else f"{what} AnnData"
 
 
+def _read(
+    task: Comparison, scored: np.ndarray, record: Record | None, config: EvaluateConfig, notes: list[str]
+) -> tuple[Reading, Reading]:
+    """The cells of both sides; the real ones in folds. Nothing is scored before both are known to be sound."""
+    n_types, n_groups = len(task.cell_types), task.n_groups
+    wanted = [*range(n_types), *(n_types + scored)]
+    keep = {side: sampled(side.group, wanted, config.seed) for side in (task.predicted, task.real)}
+    predicted = task.predicted.read(n_groups, n_types, keep=keep[task.predicted])
+    real = task.real.read(n_groups, n_types, n_folds(n_groups, len(task.genes)), config.seed, keep[task.real])
+    check_scales(predicted, real, task.real.file.path, record, config, notes)
+    return predicted, real
+
+
 def _own_scores(
-    task: Comparison, record: Record | None, seed: int, notes: list[str]
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], Folds]:
-    """The table with the own metrics, each predictor's pseudobulks (n_pairs, G), and the real cells in folds."""
+    task: Comparison,
+    scored: np.ndarray,
+    read: tuple[Reading, Reading],
+    record: Record | None,
+    seed: int,
+    notes: list[str],
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The table with the own metrics, and each predictor's pseudobulks (n_pairs, G)."""
     n_types, own_type = len(task.cell_types), task.own_type
     alone = np.flatnonzero(np.bincount(own_type, minlength=n_types) == 1)
     if len(alone):
         names = shown(task.cell_types[i] for i in alone)
         notes.append(f"One perturbation each is scored in {names}: no pds there (-), as it ranks several.")
-    scored = _pairs_with_energy(task, seed, notes)
-    wanted = [*range(n_types), *(n_types + scored)]
-    keep = {side: sampled(side.group, wanted, seed) for side in (task.predicted, task.real)}
-    predicted_cells, p_made, p_sample = task.predicted.pseudobulks(
-        task.n_groups, n_types, "predicted cells", keep=keep[task.predicted]
-    )
-    folds = n_folds(task.n_groups, len(task.genes))
-    real_cells, r_made, r_sample = task.real.pseudobulks(
-        task.n_groups, n_types, "real cells", folds, seed, keep[task.real]
-    )
-    predicted, n_predicted, real, n_real = (
-        predicted_cells.means,
-        predicted_cells.counts,
-        real_cells.means,
-        real_cells.counts,
-    )
-    if differing := differing_sides(task.predicted.file.path, p_made, task.real.file.path, r_made, record):
+    p, r = read
+    predicted, n_predicted, real, n_real = p.cells.means, p.cells.counts, r.cells.means, r.cells.counts
+    if differing := differing_sides(
+        task.predicted.file.path, p.normalisation, task.real.file.path, r.normalisation, record
+    ):
         notes.append(differing)
     without = np.flatnonzero(n_predicted[:n_types] == 0)
     if len(without):
@@ -156,9 +170,7 @@ def _own_scores(
     table = pd.DataFrame(task.pairs, columns=["cell_type", "perturbation"])
     table["n_predicted"], table["n_real"] = n_predicted[n_types:], n_real[n_types:]
     observed, control = real[n_types:], real[own_type]
-    p_group, r_group = (side.group[keep[side]] for side in (task.predicted, task.real))
-    sides = (p_sample, p_group), (r_sample, r_group)
-    distances = _energy(task, predictors, scored, *sides, predicted[:n_types], n_predicted[n_types:], seed)
+    distances = _energy(task, predictors, scored, *read, predicted[:n_types], seed)
     parts = []
     for name, means in predictors.items():
         own_control = control if name == "controls" else predicted[own_type]
@@ -166,7 +178,7 @@ def _own_scores(
         for i in range(n_types):
             at = np.flatnonzero(own_type == i)
             added_to = None if name == "model" else own_control[at[0]]
-            independent[at] = independent_pearson_delta(real_cells, i, means[at], observed[at], added_to)
+            independent[at] = independent_pearson_delta(r.cells, i, means[at], observed[at], added_to)
             perturbations = [task.pairs[row][1] for row in at]
             pds[at] = discrimination_score(
                 means[at], observed[at], control[at], perturbations, task.genes, own_control[at]
@@ -181,7 +193,7 @@ def _own_scores(
                 energy_distance=distances[name],
             )
         )
-    return pd.concat(parts, ignore_index=True), predictors, real_cells
+    return pd.concat(parts, ignore_index=True), predictors
 
 
 def _pairs_with_energy(task: Comparison, seed: int, notes: list[str]) -> np.ndarray:
@@ -197,33 +209,33 @@ def _energy(
     task: Comparison,
     predictors: dict[str, np.ndarray],
     scored: np.ndarray,
-    predicted: tuple[sp.csr_matrix, np.ndarray],
-    real: tuple[sp.csr_matrix, np.ndarray],
+    predicted: Reading,
+    real: Reading,
     control_means: np.ndarray,
-    n_predicted: np.ndarray,
     seed: int,
 ) -> dict[str, np.ndarray]:
     """Energy distances (n_pairs,) by predictor, NaN of pairs that are not `scored`.
 
-    `predicted`, `real`: sampled cells (n, G), and the group of each. `control_means`: (cell types, G) of the
-    prediction's controls. `n_predicted`: (n_pairs,) cells.
+    `control_means`: (cell types, G) of the prediction's controls.
     """
     n_types, own_type = len(task.cell_types), task.own_type
     found = {name: np.full(len(task.pairs), np.nan) for name in predictors}
     progress.begin("Comparing cells", len(scored), "pairs")
+    controls = [(predicted.sample_of(kind), real.sample_of(kind)) for kind in range(n_types)]
+    within = [mean_within(of_real.toarray()) for _, of_real in controls]
     for pair in scored.tolist():
-        (p_cells, p_group), (r_cells, r_group), kind = predicted, real, own_type[pair]
-        real_controls = r_cells[r_group == kind]
-        own_controls = p_cells[p_group == kind]
+        kind, group = own_type[pair], n_types + pair
+        own_controls, real_controls = controls[kind]
         distances = energy_distances(
-            r_cells[r_group == n_types + pair],
-            p_cells[p_group == n_types + pair],
+            real.sample_of(group),
+            predicted.sample_of(group),
             real_controls,
             own_controls if own_controls.shape[0] else real_controls,
             {name: means[pair] for name, means in predictors.items()},
             control_means[kind],
-            int(n_predicted[pair]),
+            int(predicted.cells.counts[group]),
             np.random.default_rng([seed, 0x305E, pair]),
+            within[kind],
         )
         for name, distance in distances.items():
             found[name][pair] = distance
@@ -254,9 +266,9 @@ def _ceilings(task: Comparison, real_cells: Folds, notes: list[str]) -> list[Cei
 def _add_cell_eval(
     table: pd.DataFrame,
     task: Comparison,
+    read: tuple[Reading, Reading],
     predictors: dict[str, np.ndarray],
-    threads: int,
-    seed: int,
+    config: EvaluateConfig,
     notes: list[str],
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """The table with cell-eval's columns, and its overall scores; as it was, with a note, where that cannot be."""
@@ -264,7 +276,7 @@ def _add_cell_eval(
         notes.append("cell-eval is not installed: no DES and no overall score. Run pip install 'sest[eval]'.")
         return table, {}
     try:
-        scores = _scores_of_cell_eval(task, predictors, threads, seed)
+        scores = _scores_of_cell_eval(task, read, predictors, config.threads, config.seed)
     except CellEvalFailed as error:
         notes.append(f"cell-eval failed, so there is no DES and no overall score: {error}.")
         return table, {}
@@ -272,14 +284,19 @@ def _add_cell_eval(
     return table, overall_scores(table)
 
 
-def _scores_of_cell_eval(task: Comparison, predictors: dict[str, np.ndarray], threads: int, seed: int) -> pd.DataFrame:
+def _scores_of_cell_eval(
+    task: Comparison, read: tuple[Reading, Reading], predictors: dict[str, np.ndarray], threads: int, seed: int
+) -> pd.DataFrame:
     """cell-eval's columns for every (cell_type, perturbation, predictor), one cell type in memory at a time."""
     parts = []
     n_types = len(task.cell_types)
     progress.begin("Running cell-eval", n_types, "cell types")
     for at, cell_type in enumerate(task.cell_types):
         rows = {n_types + i: name for i, (of, name) in enumerate(task.pairs) if of == cell_type}  # group -> name
-        real, predicted = (side.cells_of({at: CONTROL, **rows}) for side in (task.real, task.predicted))
+        predicted, real = (
+            side.cells_of({at: CONTROL, **rows}, found.target_sum)
+            for side, found in zip((task.predicted, task.real), read, strict=True)
+        )
         if CONTROL not in predicted[1]:
             predicted = stack([predicted, controls_of(real)])
         predictions = {"model": predicted}

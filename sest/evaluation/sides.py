@@ -21,16 +21,17 @@ from sest.cells.labels import AS_IS, AUTO, NoControlError, same_targets
 from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
+    Scanner,
     cell_sums,
     decide_scale,
     factors_to,
     log1p_rows,
     normalisation_of,
     normalised_to,
-    scan_file,
     total_counts,
 )
 from sest.config import EvaluateConfig
+from sest.data.gather import add_log1p
 from sest.errors import InputError, shown
 from sest.evaluation.ceiling import Folds, deal
 from sest.evaluation.cell_eval_scores import LabelledCells
@@ -39,8 +40,24 @@ from sest.files.cell_file import CellFile
 
 TARGET_SUM = 10_000.0  # counts a cell, where a foreign prediction does not say
 BLOCK = 2048  # cells read at once
+COUNTS, LOG1P = "counts", "log1p"  # what decide_scale says
 NOTHING = "\0"  # no label: those of cells that are left out
 ONE_CELL_TYPE = "unknown"  # the cell type of files that have no such column
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one side's cells are, once all of its file was read."""
+
+    cells: Folds  # sums of log1p cells of each group
+    sample: sp.csr_matrix  # (n, G) log1p of the cells that were to be kept, in the order of the file
+    sampled: np.ndarray  # (n,) their groups
+    target_sum: float | None  # what counts were normalised to; None: values are log1p already
+    normalisation: Normalisation  # as was asked, or what the sums of some controls say
+
+    def sample_of(self, group: int) -> sp.csr_matrix:
+        """The cells of a group that were kept."""
+        return self.sample[self.sampled == group]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,68 +67,102 @@ class Side:
     file: CellFile
     group: np.ndarray  # (N,) index into the groups: controls of each cell type first, then pairs; -1 not used
     genes: np.ndarray  # (G,) columns of the file, in the prediction's order
-    target_sum: float | None  # normalise counts to this; None: values are log1p already
     is_predicted: bool
+    counts: str | None  # auto, raw or log1p, see decide_scale; None: log1p, as the prediction's record says
+    target_sum: float  # what counts are normalised to, over all genes of the file
 
-    def log1p_rows(self, start: int, stop: int) -> sp.csr_matrix:
-        """Cells [start, stop) as log1p, (stop-start, G) float32. Counts are normalised over all genes of the file."""
-        return self._log1p(self.file.rows(start, stop))
-
-    def _log1p(self, rows: sp.csr_matrix) -> sp.csr_matrix:
-        """Rows of the file (n, all genes) as log1p over G genes."""
-        if self.target_sum is not None:
-            rows = log1p_rows(rows, factors_to(self.target_sum, total_counts(rows)))
+    def log1p_rows(self, rows: sp.csr_matrix, target_sum: float | None) -> sp.csr_matrix:
+        """Rows of the file (n, all genes) as log1p over the G genes, float32."""
+        if target_sum is not None:
+            rows = log1p_rows(rows, factors_to(target_sum, total_counts(rows)))
         return rows[:, self.genes]
 
-    def pseudobulks(
-        self, n_groups: int, n_types: int, what: str, folds: int = 1, seed: int = 0, keep: np.ndarray | None = None
-    ) -> tuple[Folds, Normalisation, sp.csr_matrix]:
-        """Sums of log1p cells of each group (n_groups, folds, G) float64, their normalisation, and some cells.
+    def read(
+        self, n_groups: int, n_types: int, folds: int = 1, seed: int = 0, keep: np.ndarray | None = None
+    ) -> Reading:
+        """Sum the log1p cells of each group by fold, and decide over all values of the file what they are.
 
-        The normalisation is as was asked, or what the sums of some controls say, which are the groups below n_types.
-        The cells are those of `keep`, (N,) bool: (n, G) log1p, in the order of the file.
+        The file is read once, as what its first values are, and again only if all of them say otherwise.
+
+        Args:
+            n_types: the groups below are controls.
+            keep: (N,) bool of the cells that are given back.
 
         Raises:
-            InputError: a prediction has values below zero.
+            InputError: values that are neither counts nor log1p, and a prediction with values below zero.
         """
-        progress.begin(f"Reading {what}", self.file.n_cells, "cells")
-        sums, sampled, n_sampled = np.zeros((n_groups * folds, len(self.genes))), [np.zeros((0, 7))], 0
         keep = np.zeros(self.file.n_cells, bool) if keep is None else keep
+        into = np.where(self.group < 0, -1, self.group * folds + deal(self.group, folds, seed))
+        scanner, known = Scanner(self.file.n_cells, hashed=False), {"raw": COUNTS, "log1p": LOG1P, None: LOG1P}
+        taken_for, *found = self._sums(n_groups * folds, n_types, into, keep, known.get(self.counts), scanner)
+        scan = scanner.scan(self.file.var.index)
+        if self.is_predicted and scan.n_negative:
+            raise InputError(_effects(self.file.path, scan.n_negative))
+        path, choices = self.file.path, self.file.choices
+        scale = LOG1P if self.counts is None else decide_scale(scan, self.counts, path, choices)
+        if scale != taken_for:
+            del found  # the sums are as large as all else
+            _, *found = self._sums(n_groups * folds, n_types, into, keep, scale, None)
+        sums, sample, of_controls = found
+        cells = Folds(
+            sums.reshape(n_groups, folds, -1),
+            np.bincount(into[into >= 0], minlength=len(sums)).reshape(n_groups, folds),
+            seed,
+        )
+        if scale == COUNTS:
+            return Reading(cells, sample, self.group[keep], self.target_sum, normalised_to(self.target_sum))
+        return Reading(cells, sample, self.group[keep], None, normalisation_of(of_controls))
+
+    def _sums(
+        self,
+        n_sums: int,
+        n_types: int,
+        into: np.ndarray,
+        keep: np.ndarray,
+        scale: str | None,
+        scanner: Scanner | None,
+    ) -> tuple[str, np.ndarray, sp.csr_matrix, np.ndarray]:
+        """What the values were taken for, (n_sums, G) sums, the cells to keep, and the `cell_sums` of some controls.
+
+        Args:
+            into: (N,) the sum that each cell is added to; -1: none.
+            scale: what the values are; None: what the first ones say.
+            scanner: is shown all cells; None: cells that are not used are not read.
+        """
+        progress.begin(f"Reading {'predicted' if self.is_predicted else 'real'} cells", self.file.n_cells, "cells")
+        sums, of_controls, n_sampled = np.zeros((n_sums, len(self.genes))), [np.zeros((0, 7))], 0
         kept = [sp.csr_matrix((0, len(self.genes)), dtype=np.float32)]
-        cell = np.where(self.group < 0, -1, self.group * folds + deal(self.group, folds, seed))
+        column = np.full(self.file.n_genes, -1)
+        column[self.genes] = np.arange(len(self.genes))
         for start in range(0, self.file.n_cells, BLOCK):
             stop = min(start + BLOCK, self.file.n_cells)
-            used = np.flatnonzero(self.group[start:stop] >= 0)
-            if len(used):
-                group = self.group[start:stop][used]
-                into = cell[start:stop][used]
-                member = sp.csr_matrix((np.ones(len(used)), (into, used)), shape=(len(sums), stop - start))
+            used = np.flatnonzero(into[start:stop] >= 0)
+            if len(used) or scanner is not None:
                 stored = self.file.rows(start, stop)
-                if self.target_sum is None and n_sampled < SAMPLED_CELLS:
-                    sampled.append(cell_sums(stored[used[group < n_types][: SAMPLED_CELLS - n_sampled]]))
-                    n_sampled += len(sampled[-1])
-                rows = self._log1p(stored)
-                if self.is_predicted and rows.nnz and rows.data.min() < 0:
-                    raise InputError(_effects(self.file.path, int((rows.data < 0).sum())))
-                kept.append(rows[keep[start:stop]])
-                block = (member @ rows.astype(np.float64)).tocoo()
-                sums[block.row, block.col] += block.data  # a product has each place once
+                if scanner is not None:
+                    scanner.add(stored)
+                    if scale is None and stored.nnz:
+                        scale = COUNTS if scanner.n_fractional == 0 and scanner.max_value > 1 else LOG1P
+                target_sum = self.target_sum if scale == COUNTS else None
+                add_log1p(used, into[start:stop][used], stored, column, target_sum, sums)
+                with np.errstate(divide="ignore", invalid="ignore"):  # of counts below zero, which are refused later
+                    kept.append(self.log1p_rows(stored[np.flatnonzero(keep[start:stop])], target_sum))
+                if target_sum is None and n_sampled < SAMPLED_CELLS:
+                    controls = used[self.group[start:stop][used] < n_types][: SAMPLED_CELLS - n_sampled]
+                    of_controls.append(cell_sums(stored[controls]))
+                    n_sampled += len(controls)
             progress.advance(stop - start)
-        n_cells = np.bincount(cell[cell >= 0], minlength=len(sums)).reshape(n_groups, folds)
-        found = Folds(sums.reshape(n_groups, folds, len(self.genes)), n_cells, seed)
-        asked = self.target_sum
-        made = normalisation_of(np.concatenate(sampled)) if asked is None else normalised_to(asked)
-        return found, made, sp.vstack(kept, format="csr")
+        return scale or LOG1P, sums, sp.vstack(kept, format="csr"), np.concatenate(of_controls)
 
-    def cells_of(self, names: dict[int, str]) -> LabelledCells:
-        """All cells of the groups `names` (n, G), and the name of each one's group."""
+    def cells_of(self, names: dict[int, str], target_sum: float | None) -> LabelledCells:
+        """All cells of the groups `names` (n, G), and the name of each one's group; target_sum: as read."""
         blocks, groups = [], []
         wanted = np.isin(self.group, list(names))
         for start in range(0, self.file.n_cells, BLOCK):
             stop = min(start + BLOCK, self.file.n_cells)
             used = np.flatnonzero(wanted[start:stop])
             if len(used):
-                blocks.append(self.log1p_rows(start, stop)[used])
+                blocks.append(self.log1p_rows(self.file.rows(start, stop)[used], target_sum))
                 groups.append(self.group[start:stop][used])
         return sp.vstack(blocks, format="csr"), np.array([names[group] for group in np.concatenate(groups)])
 
@@ -142,19 +193,23 @@ def align(
     p_columns: Columns,
     r: CellFile,
     r_columns: Columns,
-    target_sums: tuple[float | None, float | None],
-    gene_col: str | None = None,
-    notes: list[str] | None = None,
+    record: Record | None,
+    config: EvaluateConfig,
+    notes: list[str],
 ) -> Comparison:
     """Find the pairs and genes of the prediction `p` and the cells of both in the real file `r`.
 
     Args:
-        gene_col: the var column of `r` with the names of its genes; None: the one with most of the prediction's.
+        record: what the prediction says of itself.
+        config: `gene_col` is the var column of `r` with the names of its genes; None: the one with most of the
+            prediction's.
         notes: what is decided for the user is added to them.
 
     Raises:
-        InputError: `r` lacks genes, pairs or controls of cell types of the prediction, or `p` has no perturbed cells.
+        InputError: `r` lacks genes, pairs or controls of cell types of the prediction, `p` has no perturbed cells or is
+            normalised to another total than config.target_sum.
     """
+    asked = _asked(record, config)
     p_keys = _keys(p, p_columns, ONE_CELL_TYPE)
     pairs = sorted({key for key in p_keys.unique() if key[1] not in ("", NOTHING)})
     if not pairs:
@@ -164,7 +219,7 @@ def align(
         raise InputError(
             f"{r.path} has no cell type column; the prediction has {shown(cell_types)}. Pass --cell-type-col."
         )
-    genes, columns = _aligned_genes(p, r, gene_col, [] if notes is None else notes)
+    genes, columns = _aligned_genes(p, r, config.gene_col, notes)
     groups = pd.MultiIndex.from_tuples([*((cell_type, "") for cell_type in cell_types), *pairs])
     r_group = groups.get_indexer(_keys(r, r_columns, cell_types[0], [name for _, name in pairs]))
     absent = groups[np.bincount(r_group[r_group >= 0], minlength=len(groups)) == 0]
@@ -177,8 +232,9 @@ def align(
             f"{r.path} has no cells of {len(absent)} predicted pairs (cell type/perturbation): {names}. "
             "Predict only what can be compared."
         )
-    predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), target_sums[0], True)
-    real = Side(r, r_group, columns, target_sums[1], False)
+    counts, total = "auto" if record is None else None, TARGET_SUM if asked is None else asked
+    predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), True, counts, total)
+    real = Side(r, r_group, columns, False, config.counts, total)
     return Comparison(predicted, real, cell_types, pairs, genes)
 
 
@@ -233,42 +289,33 @@ def _detect(
     return columns
 
 
-def target_sums(
-    p: CellFile, r: CellFile, record: Record | None, counts: str, target_sum: float | None, notes: list[str]
-) -> tuple[float | None, float | None]:
-    """What the counts of the prediction and of the real file are to be normalised to; None where values are log1p.
-
-    What is decided for the user is added to `notes`.
-    """
-    p_scale = "log1p" if record is not None else _scale(p, "auto", "the prediction", is_predicted=True)
-    r_scale = _scale(r, counts, "the real cells")
+def _asked(record: Record | None, config: EvaluateConfig) -> float | None:
+    """What counts are to be normalised to, as far as it is known."""
     own = record.target_sum if record is not None else None
-    if target_sum is None:
-        target_sum = own
-    elif own not in (None, target_sum):
+    if config.target_sum is not None and own not in (None, config.target_sum):
         raise InputError(
-            f"The prediction is normalised to {own:g} counts a cell, not {target_sum:g}. Leave out --target-sum."
+            f"The prediction is normalised to {own:g} counts a cell, not {config.target_sum:g}. Leave out --target-sum."
         )
-    if target_sum is None and r_scale == "counts" and record is not None and record.is_log1p:
+    return own if config.target_sum is None else config.target_sum
+
+
+def check_scales(
+    predicted: Reading, real: Reading, path: Path, record: Record | None, config: EvaluateConfig, notes: list[str]
+) -> None:
+    """Add to `notes` what was decided of the scales, of the real cells at `path` too.
+
+    Raises:
+        InputError: counts are compared with what was normalised nobody knows how.
+    """
+    if _asked(record, config) is None and real.target_sum is not None and record is not None and record.is_log1p:
         raise InputError(
-            f"{r.path} holds counts, but the model was trained on log1p values as they were, whose normalisation is "
+            f"{path} holds counts, but the model was trained on log1p values as they were, whose normalisation is "
             "not known. Choose log1p values with --layer, or pass --target-sum."
         )
-    if target_sum is None and "counts" in (p_scale, r_scale):
-        target_sum = TARGET_SUM
+    if _asked(record, config) is None and (predicted.target_sum, real.target_sum) != (None, None):
         notes.append(f"Counts are normalised to {TARGET_SUM:g} a cell; pass --target-sum if that is not right.")
-    if r_scale == "log1p":
-        notes.append(f"{r.path} holds log1p values: they are used as they are.")
-    return (target_sum if p_scale == "counts" else None), (target_sum if r_scale == "counts" else None)
-
-
-def _scale(file: CellFile, counts: str, what: str, *, is_predicted: bool = False) -> str:
-    """ "counts" or "log1p"; `counts` is auto, raw or log1p."""
-    progress.begin(f"Checking {what}", file.n_cells, "cells")
-    scan = scan_file(file, progress.advance)
-    if is_predicted and scan.n_negative:
-        raise InputError(_effects(file.path, scan.n_negative))
-    return decide_scale(scan, counts, file.path, file.choices)
+    if real.target_sum is None:
+        notes.append(f"{path} holds log1p values: they are used as they are.")
 
 
 def _effects(path: Path, n: int) -> str:

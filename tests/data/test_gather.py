@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
-from sest.data.gather import SMALL_COUNTS, dense_log1p, group_sums, take_rows
+from sest.cells.scale import factors_to, log1p_rows, total_counts
+from sest.data.gather import SMALL_COUNTS, add_log1p, dense_log1p, group_sums, take_rows
 
 # Four cells of four genes: 0 3 0 1 | nothing | 100 0 0 0 | 0 0 2 5
 INDPTR = np.array([0, 2, 2, 3, 5])
@@ -80,3 +82,29 @@ def test_sums_of_many_cells_are_exact_to_float64() -> None:
     data, factor = np.full(n, 0.1, np.float32), np.zeros(n, np.float32)
     sums, _, _ = group_sums(np.zeros(n, np.int64), 1, 1, np.arange(n + 1), np.zeros(n, np.uint16), data, factor)
     assert sums[0, 0] == pytest.approx(n * float(np.float32(0.1)), rel=1e-10)
+
+
+@pytest.mark.parametrize("target_sum", [None, 1e4, 12.5])
+def test_cells_added_by_group_are_the_same_float32_values_that_log1p_rows_gives(target_sum: float | None) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.poisson(0.8, (40, 30)) * rng.choice([1.0, 1.0, 0.5, 100.0], (40, 30))
+    values[7], values[8] = 0, 0  # cells without counts
+    values[8, 29] = 4  # counts of genes that are left out only
+    block = sp.csr_matrix(values.astype(np.float32))
+    column = np.full(30, -1)
+    column[rng.permutation(29)[:20]] = np.arange(20)
+    rows, into = np.array([3, 7, 8, 0, 39, 12, 3]), np.array([1, 0, 0, 1, 2, 1, 2])  # any order, a row twice
+    sums = np.ones((4, 20))  # what was there stays
+    add_log1p(rows, into, block, column, target_sum, sums)
+    logs = block if target_sum is None else log1p_rows(block, factors_to(target_sum, total_counts(block)))
+    expected = np.ones((4, 20))
+    np.add.at(expected, into, logs.toarray()[rows][:, np.argsort(column)[10:]].astype(np.float64))
+    np.testing.assert_allclose(sums, expected, rtol=1e-12)  # sums of float64 in the same order
+
+
+def test_rows_and_groups_that_are_not_there_are_refused_when_cells_are_added() -> None:
+    block, sums = sp.csr_matrix(np.ones((2, 3), np.float32)), np.zeros((4, 3))
+    for rows, into, message in (([0, 2], [0, 0], "2 .* of 2|of 2 cells"), ([0, 1], [0, 4], "of 4")):
+        with pytest.raises(IndexError, match=message):
+            add_log1p(np.array(rows), np.array(into), block, np.arange(3), None, sums)
+    assert not sums.any()

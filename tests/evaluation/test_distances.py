@@ -9,7 +9,14 @@ import scipy.spatial.distance
 import torch
 
 from sest.blend.transport import move_to_mean
-from sest.evaluation.distances import CELLS, energy_distances, l1_distances, sampled, unbiased_energy_distance
+from sest.evaluation.distances import (
+    CELLS,
+    energy_distances,
+    l1_distances,
+    mean_within,
+    sampled,
+    unbiased_energy_distance,
+)
 from sest.head.loss import energy_distance
 from sest.head.loss import unbiased_energy_distance as of_tensors
 
@@ -74,6 +81,10 @@ def test_baselines_are_controls_moved_to_their_mean() -> None:
     moved = move_to_mean(own, means["stack"], own, np.random.default_rng(5), present=own.mean(0), beside=30)
     expected = {"model": by_hand(model, real), "controls": by_hand(controls, real), "stack": by_hand(moved, real)}
     assert got == pytest.approx(expected, rel=1e-9)
+    within, rng = mean_within(controls), np.random.default_rng(5)
+    assert within == pytest.approx(scipy.spatial.distance.pdist(controls).mean(), rel=1e-9)
+    assert energy_distances(a, b, c, d, means, own.mean(0), 50, rng, within) == got
+    assert np.isnan(list(energy_distances(a[:1], b, c, d, means, own.mean(0), 50, rng, within).values())).all()
 
 
 @pytest.mark.parametrize(("n", "m", "n_genes"), [(1, 1, 1), (3, 5, 1023), (4, 2, 1024), (37, 41, 2500), (64, 7, 3)])

@@ -18,6 +18,7 @@ from helpers.two_files import Written, log1p, sest_uns, unchanged, write_two_fil
 from sest.config import EvaluateConfig
 from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
+from sest.files.cell_file import CellFile
 
 
 @pytest.fixture
@@ -33,6 +34,60 @@ def test_reading_in_many_blocks_changes_nothing(
     whole = evaluate(*paths, EvaluateConfig(cell_eval=False)).table
     monkeypatch.setattr(sest.evaluation.sides, "BLOCK", 5)
     pd.testing.assert_frame_equal(evaluate(*paths, EvaluateConfig(cell_eval=False)).table, whole, rtol=1e-12)
+
+
+def test_each_file_is_read_once_and_again_only_where_its_first_cells_mislead(
+    written: Callable[..., Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ones(real: ad.AnnData) -> ad.AnnData:
+        """Cells without counts at the start, then zeros and ones: they say nothing."""
+        first = np.minimum(real.X.toarray()[:12], 1)
+        first[:5] = 0
+        real.X = sp.csr_matrix(np.concatenate([first, real.X.toarray()[12:]]))
+        return real
+
+    def foreign(predicted: ad.AnnData) -> ad.AnnData:
+        del predicted.uns["sest"]
+        return predicted
+
+    read: list[tuple[str, int]] = []
+    rows = CellFile.rows
+
+    def counted(self: CellFile, start: int, stop: int) -> sp.csr_matrix:
+        read.append((self.path.name, stop - start))
+        return rows(self, start, stop)
+
+    monkeypatch.setattr(CellFile, "rows", counted)
+    monkeypatch.setattr(sest.evaluation.sides, "BLOCK", 5)
+    config = EvaluateConfig(cell_eval=False, target_sum=1000.0)
+    for change, again in ((unchanged, 0), (ones, 63)):
+        read.clear()
+        paths = written(change_real=change, change_predicted=foreign)
+        found = evaluate(*paths, config)
+        assert sum(n for name, n in read if name == "predicted.h5ad") == 42
+        assert sum(n for name, n in read if name == "real.h5ad") == 63 + again
+        as_asked = evaluate(*paths, EvaluateConfig(cell_eval=False, target_sum=1000.0, counts="raw"))
+        pd.testing.assert_frame_equal(found.table, as_asked.table, rtol=1e-12)
+        assert found.provenance["real_counts_normalised_to"] == 1000.0
+
+
+def test_one_value_below_zero_in_the_last_cell_is_enough_to_refuse_a_file(
+    written: Callable[..., Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def below(cells: ad.AnnData) -> ad.AnnData:
+        cells.uns.clear()
+        values = cells.X.toarray()
+        values[-1, -1] = -3
+        cells.X = sp.csr_matrix(values)
+        return cells
+
+    monkeypatch.setattr(sest.evaluation.sides, "BLOCK", 5)
+    monkeypatch.setattr("sest.evaluation.evaluate._own_scores", lambda *_: pytest.fail("something was scored"))
+    for counts in ("auto", "raw"):
+        with pytest.raises(InputError, match=r"real\.h5ad has 1 values below zero: these are not counts"):
+            evaluate(*written(change_real=below), EvaluateConfig(cell_eval=False, counts=counts))
+    with pytest.raises(InputError, match=r"predicted\.h5ad has 1 values below zero: these look like effects"):
+        evaluate(*written(change_predicted=below), EvaluateConfig(cell_eval=False))
 
 
 def test_log1p_real_cells_are_used_as_they_are_and_that_is_said(written: Callable[..., Written]) -> None:
