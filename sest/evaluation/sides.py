@@ -210,8 +210,8 @@ def align(
             normalised to another total than config.target_sum.
     """
     asked = _asked(record, config)
-    p_keys = _keys(p, p_columns, ONE_CELL_TYPE)
-    pairs = sorted({key for key in p_keys.unique() if key[1] not in ("", NOTHING)})
+    p_code, p_keys = _keys(p, p_columns, ONE_CELL_TYPE)
+    pairs = sorted({key for key in p_keys if key[1] not in ("", NOTHING)})
     if not pairs:
         raise InputError(f"{p.path} has no perturbed cells: all are {p_columns.control!r}.")
     cell_types = sorted({cell_type for cell_type, _ in pairs})
@@ -220,9 +220,14 @@ def align(
             f"{r.path} has no cell type column; the prediction has {shown(cell_types)}. Pass --cell-type-col."
         )
     genes, columns = _aligned_genes(p, r, config.gene_col, notes)
-    groups = pd.MultiIndex.from_tuples([*((cell_type, "") for cell_type in cell_types), *pairs])
-    r_group = groups.get_indexer(_keys(r, r_columns, cell_types[0], [name for _, name in pairs]))
-    absent = groups[np.bincount(r_group[r_group >= 0], minlength=len(groups)) == 0]
+    groups = [*((cell_type, "") for cell_type in cell_types), *pairs]
+    place = {key: i for i, key in enumerate(groups)}
+    r_code, r_keys = _keys(r, r_columns, cell_types[0], [name for _, name in pairs])
+    p_group, r_group = (
+        np.array([place.get(key, -1) for key in keys])[code] for code, keys in ((p_code, p_keys), (r_code, r_keys))
+    )
+    there = set(r_keys)
+    absent = [key for key in groups if key not in there]
     uncontrolled = [cell_type for cell_type, perturbation in absent if perturbation == ""]
     if uncontrolled:
         raise InputError(f"{r.path} has no control cells of cell types in the prediction: {shown(uncontrolled)}.")
@@ -233,7 +238,7 @@ def align(
             "Predict only what can be compared."
         )
     counts, total = "auto" if record is None else None, TARGET_SUM if asked is None else asked
-    predicted = Side(p, groups.get_indexer(p_keys), np.arange(len(genes)), True, counts, total)
+    predicted = Side(p, p_group, np.arange(len(genes)), True, counts, total)
     real = Side(r, r_group, columns, False, config.counts, total)
     return Comparison(predicted, real, cell_types, pairs, genes)
 
@@ -346,20 +351,25 @@ def differing_sides(
     )
 
 
-def _keys(file: CellFile, columns: Columns, only: str, known: Sequence[str] = ()) -> pd.MultiIndex:
-    """(cell type, perturbation) of each cell; that of controls is "", of cells that are left out NOTHING.
+def _keys(
+    file: CellFile, columns: Columns, only: str, known: Sequence[str] = ()
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """(N,) codes of the cells, and the (cell type, perturbation) each of them stands for, which may repeat.
 
-    `only` is the cell type of a file without such a column; `known` are perturbations as they are to be spelled.
+    The perturbation of controls is "", of cells that are left out NOTHING. `only` is the cell type of a file without
+    such a column; `known` are perturbations as they are to be spelled.
     """
     codes, names = perturbations(file.obs, columns)
     spelled = same_targets(names, known) if columns.rule != AS_IS else {}
     called = ["" if name == columns.control else spelled.get(name, name) for name in names]
-    perturbation = np.array([*called, NOTHING], dtype=object)[codes]
-    cell_type = np.repeat(np.array([only], dtype=object), file.n_cells)
+    called.append(NOTHING)  # of code -1
+    kind: np.ndarray = np.zeros(file.n_cells, np.int64)
+    kinds: tuple[str, ...] = (only,)
     if columns.cell_type is not None:
-        codes, names = labels(file.obs, columns.cell_type)
-        cell_type = np.array(names, dtype=object)[codes]
-    return pd.MultiIndex.from_arrays([cell_type, perturbation])
+        kind, kinds = labels(file.obs, columns.cell_type)
+    both = kind.astype(np.int64) * len(called) + codes % len(called)
+    there, code = np.unique(both, return_inverse=True)
+    return code, [(kinds[i // len(called)], called[i % len(called)]) for i in there.tolist()]
 
 
 def _aligned_genes(p: CellFile, r: CellFile, gene_col: str | None, notes: list[str]) -> tuple[list[str], np.ndarray]:
