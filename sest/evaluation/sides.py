@@ -144,7 +144,8 @@ class Side:
                     if scale is None and stored.nnz:
                         scale = COUNTS if scanner.n_fractional == 0 and scanner.max_value > 1 else LOG1P
                 target_sum = self.target_sum if scale == COUNTS else None
-                add_log1p(used, into[start:stop][used], stored, column, target_sum, sums)
+                by_sum = used[np.argsort(into[start:stop][used], kind="stable")]  # each is in the cache once
+                add_log1p(by_sum, into[start:stop][by_sum], stored, column, target_sum, sums)
                 with np.errstate(divide="ignore", invalid="ignore"):  # of counts below zero, which are refused later
                     kept.append(self.log1p_rows(stored[np.flatnonzero(keep[start:stop])], target_sum))
                 if target_sum is None and n_sampled < SAMPLED_CELLS:
