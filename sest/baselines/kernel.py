@@ -17,7 +17,7 @@ from sest.baselines.means import cosines
 SIZES = 2.0 ** np.arange(-7, 7)  # (A,) of a gene's signal, beside that of the average gene
 SIZE_STEPS = 20  # of EM for how common each size is
 MOST_FITTED = 400  # pairs from which the parameters are fitted; the prediction is from MOST_PAIRS
-MOST_PAIRS = 1500  # pairs, those of most cells: the cost grows with their cube
+MOST_PAIRS = 1000  # pairs, those of most cells: the cost grows with their cube
 SHRINK, SMALLEST, LARGEST = 0.25, 0.2, 20.0  # of a perturbation's squared strength, beside the average one
 
 

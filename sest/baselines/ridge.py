@@ -11,7 +11,8 @@ import numpy as np
 
 from sest.baselines.effects import Effects, Query, product, some_genes
 
-MOST_PAIRS = 1500  # pairs, those of most cells: the cost grows with their cube
+MOST_PAIRS = 1000  # pairs, those of most cells: with more features than that the cost grows with the cube of either
+MOST_PAIRS_OF_FEW = 20_000  # with fewer features it grows with the pairs
 ALPHAS = tuple(10.0**power for power in range(-4, 5))
 """Penalties tried, in units of the mean eigenvalue of the centred Gram matrix of the features."""
 
@@ -32,7 +33,7 @@ class Ridge:
 
     def fit(self, effects: Effects) -> Ridge:
         self._effects = effects
-        learned = effects.most_cells(MOST_PAIRS)
+        learned = effects.most_cells(MOST_PAIRS if effects.features.shape[1] > MOST_PAIRS else MOST_PAIRS_OF_FEW)
         x = np.asarray(learned.features[learned.perturbation], np.float64)  # (n, F)
         self._feature_mean, self._intercept = x.mean(0), learned.delta.mean(0, dtype=np.float64)
         self._x = x - self._feature_mean

@@ -62,16 +62,11 @@ class Stack:
         return self._fitted[name]
 
     def learned(self) -> dict[str, Any]:
-        """Plain values: what was chosen for these effects so far, of members that count in some kind of pairs."""
-        kernel, ridge = self._fitted.get("kernel"), self._fitted.get("ridge")
-        parameters = kernel.parameters if isinstance(kernel, Kernel) else self._parameters
-        alphas = (ridge.alpha_seen, ridge.alpha_unseen) if isinstance(ridge, Ridge) else self._alphas
-        alphas = alphas if any(weights["ridge"] > 0 for weights in self.weights.values()) else None
-        return {
-            "weights": self.weights,
-            "kernel": None if parameters is None else list(astuple(parameters)),
-            "ridge": None if alphas is None else list(alphas),
-        }
+        """Plain values: what was chosen for these effects, and the weights of the kinds asked for so far."""
+        kernel, ridge = self._member("kernel"), self._member("ridge")
+        assert isinstance(kernel, Kernel) and isinstance(ridge, Ridge) and kernel.parameters is not None
+        alphas = [ridge.alpha_seen, ridge.alpha_unseen]
+        return {"weights": self.weights, "kernel": list(astuple(kernel.parameters)), "ridge": alphas}
 
     def predict(self, query: Query, members: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """(N, G) effects; fits the weights of the kinds of pairs that are asked for the first time.

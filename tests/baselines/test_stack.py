@@ -9,6 +9,7 @@ import pytest
 import scipy.optimize
 
 from helpers.effects import by_hand, new_context, query, simulated
+from sest.baselines.ridge import Ridge
 from sest.baselines.stack import KINDS, Stack, kinds_of, left_out, nonnegative_weights
 
 
@@ -96,4 +97,6 @@ def test_what_a_stack_learned_makes_another_one_that_predicts_the_same_and_fits_
     np.testing.assert_array_equal(again.predict(asked), expected)
     (weights,) = learned["weights"].values()
     assert set(again._fitted) == {name for name, weight in weights.items() if weight > 0}
+    ridge = again._member("ridge")
+    assert isinstance(ridge, Ridge) and not hasattr(ridge, "_y")  # no penalty was tried
     assert again.learned() == learned
