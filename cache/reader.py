@@ -49,6 +49,13 @@ class Group:
         return anndata.io.read_elem(self._zarr["obs"])
 
     @cached_property
+    def labels(self) -> pd.DataFrame:
+        """The columns of `obs` without the cells' names, which take most of its memory."""
+        table = self._zarr["obs"]
+        columns: Any = table.attrs["column-order"]
+        return pd.DataFrame({name: anndata.io.read_elem(table[name]) for name in columns}, range(self.n_cells))
+
+    @cached_property
     def genes(self) -> list[str]:
         """(n_genes,) gene names, in the order of the columns of the targets."""
         return [str(name) for name in anndata.io.read_elem(self._zarr["var"]).index]

@@ -48,13 +48,13 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
     """
     groups = list(cache.groups.values())
     for group in groups:
-        if "perturbation" not in group.obs or not group.attributes["controls"]:
+        if "perturbation" not in group.labels or not group.attributes["controls"]:
             raise InputError(
                 f"{cache.path}: group {group.path} has no perturbation labels or no controls, so nothing can be "
                 "trained on it. Embed it with --pert-col and --control."
             )
     as_is = any(g.attributes["columns"].get("labels") == AS_IS for g in groups)
-    tables = [group_cells(g.path, g.dataset, g.obs, str(g.attributes["columns"]["control"])) for g in groups]
+    tables = [group_cells(g.path, g.dataset, g.labels, str(g.attributes["columns"]["control"])) for g in groups]
     tables = tables if as_is else _spelled_alike(tables)
     control = tables[0].control
     names = sorted({name for t in tables for name in t.perturbations if name != t.control})
@@ -73,7 +73,7 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
         perturbation.append(to_code[t.perturbation])
         to_context = np.array([context_code[t.path, name] for name in t.cell_types], np.int32)
         context.append(to_context[t.cell_type])
-        batches = g.obs["batch"].cat
+        batches = g.labels["batch"].cat
         batch.append(batches.codes.to_numpy(np.int32) + n_batches)
         n_batches += len(batches.categories)
     first = np.cumsum([0, *(g.n_cells for g in groups)])

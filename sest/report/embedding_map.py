@@ -43,45 +43,52 @@ def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
         CacheError: a damaged cache.
     """
     groups, only_controls = list(cache.groups.values()), cache.attributes["cells"] == "controls"
-    obs = pd.concat([_labels(group, several=len(groups) > 1) for group in groups], ignore_index=True)
-    candidates = np.flatnonzero(obs["is_control"]) if only_controls else np.arange(len(obs))
+    is_control = np.concatenate([_is_control(group) for group in groups])
+    candidates = np.flatnonzero(is_control) if only_controls else np.arange(len(is_control))
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(candidates, min(len(candidates), MOST_CELLS), replace=False))
     progress.begin("Reading embeddings", len(rows), "cells")
-    vectors, first = [np.zeros((0, cache.dim), np.float32)], 0
+    vectors, tables, first = [np.zeros((0, cache.dim), np.float32)], [], 0
     for group in groups:
-        vectors += _read(group, rows[(rows >= first) & (rows < first + group.n_cells)] - first)
+        here = rows[(rows >= first) & (rows < first + group.n_cells)] - first
+        vectors += _read(group, here)
+        tables.append(_labels(group, here, several=len(groups) > 1))
         first += group.n_cells
     found = np.concatenate(vectors)
     finite = np.isfinite(found).all(1)
     rows, found = rows[finite], found[finite]
     if not len(rows):
         raise InputError(f"No cell of {cache.path} has a finite embedding.")
-    mine = obs.iloc[rows]
+    mine = pd.concat(tables, ignore_index=True)[finite]
     pca, explained = principal_components(found)
     places = {"PCA": pca}
     if importlib.util.find_spec("umap") is not None and len(found) > NEIGHBOURS:
         logger.info("UMAP of the embeddings: half a minute.")
         places["UMAP"] = _umap(found, seed)
     labels = {name: mine[name].tolist() for name in LABELS}
-    return EmbeddingMap(labels, mine["is_control"].to_numpy(), places, explained, len(candidates))
+    return EmbeddingMap(labels, is_control[rows], places, explained, len(candidates))
 
 
-def _labels(group: Group, *, several: bool) -> pd.DataFrame:
-    """What every cell of a file is, in words; batches of several files never have the same name."""
-    obs, control = group.obs, str(group.attributes["columns"]["control"])
-    missing = pd.Series("-", index=obs.index)
+def _is_control(group: Group) -> np.ndarray:
+    """(cells,) bool; none in a file without perturbations."""
+    if "perturbation" not in group.labels:
+        return np.zeros(group.n_cells, bool)
+    mine: np.ndarray = (group.labels["perturbation"] == str(group.attributes["columns"]["control"])).to_numpy()
+    return mine
+
+
+def _labels(group: Group, rows: np.ndarray, *, several: bool) -> pd.DataFrame:
+    """What some cells (n,) of a file are, in words; batches of several files never have the same name."""
+    obs = group.labels.iloc[rows]
     perturbation, cell_type, batch = (
-        obs[name].astype(object).where(obs[name].notna(), "-").astype(str) if name in obs else missing
+        obs[name].astype(object).where(obs[name].notna(), "-").astype(str) if name in obs else pd.Series("-", obs.index)
         for name in ("perturbation", "cell_type", "batch")
     )
-    is_control = perturbation == control
     return pd.DataFrame(
         {
             "cell type": cell_type,
-            "perturbation": perturbation.mask(is_control, CONTROL),
+            "perturbation": perturbation.mask(_is_control(group)[rows], CONTROL),
             "batch": group.path + "/" + batch if several else batch,
-            "is_control": is_control,
         }
     )
 
