@@ -39,7 +39,7 @@ GROUPS = {
 }
 
 
-@options(TrainConfig, GROUPS, batch_size={"parser": whole_or_auto})
+@options(TrainConfig, GROUPS, batch_size={"parser": whole_or_auto}, set_size={"parser": whole_or_auto})
 def train(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="a finished cache, made by `sest embed`")],
     run: Annotated[Path, typer.Option("--run", "-r", help="run folder to create, or to continue with --resume")],

@@ -130,7 +130,9 @@ class TrainConfig(Config):
     batch_size: int = option(
         16, "sets a forward pass, of all processes together; auto (0): as many as memory holds, at most 64", least=0
     )
-    set_size: int = option(128, "cells a set", least=2)
+    set_size: int = option(
+        128, "cells a set; auto (0): about as many as half of the training pairs have, from 8 to 128", least=0
+    )
     accumulate: int = option(1, "forward passes an optimizer step", least=1)
     lr: float = option(1e-4, "learning rate of AdamW; with a schedule the highest", least=0.0)
     schedule: str = option(

@@ -44,7 +44,7 @@ def test_an_unknown_key_far_from_all_others_still_lists_what_is_known() -> None:
         ({"target_sum": True}, "target-sum is True; it takes a number or text"),
         ({"loss": "enrgy"}, "loss is 'enrgy'; it takes one of: energy, mse, energy+sinkhorn. Did you mean 'energy'"),
         ({"max_steps": 0}, "max-steps is 0; it must be at least 1"),
-        ({"set_size": 1}, "set-size is 1; it must be at least 2"),
+        ({"set_size": -1}, "set-size is -1; it must be at least 0"),
         ({"lr": -1.0}, "lr is -1.0; it must be at least 0"),
         ({"lr": float("nan")}, "lr is nan; it must be at least 0"),
         ({"dropout": 1.5}, "dropout is 1.5; it must be at most 1"),

@@ -18,6 +18,7 @@ from sest.data.labels import Labels
 from sest.errors import InputError, shown
 from sest.machine.seeds import streams
 
+SMALLEST_SET, LARGEST_SET = 8, 128  # that `fitting_set_size` chooses
 _EPOCH_CELLS, _EPOCH_ORDER, _SET_CONTROLS, _FIXED_FILL = 1, 2, 3, 4  # what a random stream is for
 
 
@@ -37,6 +38,20 @@ class _Epoch:
     order: np.ndarray  # (sets,): which set stands at each place
     rows: np.ndarray  # (sets, S): target rows, the sets of a key beside each other
     known: np.ndarray  # (keys,) bool: drawn
+
+
+def fitting_set_size(labels: Labels, mask: np.ndarray) -> int:
+    """Cells a set: those of the median (context, perturbation) with cells in `mask`, to the next power of 2; 8 to 128.
+
+    Smaller pairs fill their sets by repeating cells, which costs as much as cells of their own; larger ones have more
+    sets, each of which shows less of the distribution.
+    """
+    perturbed = mask & ~labels.is_control
+    key = labels.context[perturbed].astype(np.int64) * len(labels.perturbations) + labels.perturbation[perturbed]
+    if not len(key):
+        raise InputError("No perturbed cells in this split.")
+    median = float(np.median(np.unique(key, return_counts=True)[1]))
+    return int(np.clip(2 ** np.ceil(np.log2(median)), SMALLEST_SET, LARGEST_SET))
 
 
 class SetSampler:
@@ -86,6 +101,11 @@ class SetSampler:
         self._key_of_set = np.repeat(np.arange(len(self.cells)), self.sets_per_key)  # (sets,)
         self._lock = Lock()  # threads ask for the same epoch: it is drawn once
         self._epoch = lru_cache(maxsize=2)(self._begin_epoch)
+
+    @property
+    def filled(self) -> float:
+        """Cells that sets hold, beside the cells there are: 1, or more where short sets repeat theirs."""
+        return self.sets_per_epoch * self.set_size / sum(map(len, self.cells))
 
     def _control_pools(self, controls: np.ndarray) -> dict[int, np.ndarray]:
         there = _as_dict(*_by_key(controls, self.labels.context[controls]))

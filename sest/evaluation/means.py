@@ -59,9 +59,11 @@ def means_of(data: Dataset) -> Means:
         names = json.dumps([data.cache.sha256, targets.genes, labels.perturbations, labels.contexts])
         key = {"of": sha256(names.encode()), "target_sum": targets.target_sum}
         found = read_derived(data.cache.storage, NAME, key)
-        _MADE[data] = Means(**found) if found is not None else _computed(data)
         if found is None:
-            keep_derived(data.cache.storage, NAME, key, vars(_MADE[data]))
+            computed = vars(_computed(data))
+            keep_derived(data.cache.storage, NAME, key, computed)
+            found = read_derived(data.cache.storage, NAME, key) or computed  # mapped, the system may drop them
+        _MADE[data] = Means(**found)
     return _MADE[data]
 
 

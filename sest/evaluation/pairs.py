@@ -32,12 +32,17 @@ class HeldOut:
     """The cells of a split in fixed sets, and the pairs these belong to."""
 
     pairs: Pairs
-    fitted: Baselines  # on the training split
+    fit: Callable[[], Baselines]  # on the training split
     query: Query  # of the pairs
     sets: SetRows
     pair: np.ndarray  # (sets,) the pair of every set
     n_sets: int  # of all its cells; a limit takes fewer of them
     measured: np.ndarray | None  # (K, G) bool: the genes of each pair's file; None: all have all
+
+    @cached_property
+    def fitted(self) -> Baselines:
+        """The baselines, made when they are first asked for: effects of all pairs take the most memory of all this."""
+        return self.fit()
 
     @cached_property
     def baselines(self) -> dict[str, np.ndarray]:
@@ -80,7 +85,7 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int, fitted:
     )
     return HeldOut(
         pairs=pairs,
-        fitted=fitted or Baselines().fit(training_effects(data)),
+        fit=lambda: fitted or Baselines().fit(training_effects(data)),
         query=query_of(data, pairs),
         sets=sets,
         pair=pair,

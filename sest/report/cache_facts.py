@@ -125,7 +125,8 @@ def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) ->
         if (perturbed & bit).any():
             held = held_out(data, run.config, bit, n_sets, fitted)
             control = held.pairs.control
-            fitted, parts = held.fitted, {STACK: held.stack}
+            parts = {STACK: held.stack}
+            fitted = held.fitted  # for the other split
             if model is not None:
                 what = f"Predicting the {SPLIT_NAMES[bit]} split"
                 parts |= head_effects(model, data, cells, held, run.config.batch_size, cast, what)

@@ -23,7 +23,7 @@ from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.features import equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
-from sest.data.sampler import SetSampler
+from sest.data.sampler import SetSampler, fitting_set_size
 from sest.data.targets import refuse_mixed_scales
 from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, shown
@@ -53,6 +53,7 @@ from sest.training.validate import BASELINES, Validator
 
 logger = logging.getLogger(__name__)
 
+MUCH_FILLED = 2.0  # cells that sets hold, beside those there are, above which it is said
 GPU_SHARE = 0.6  # of free GPU memory that the cells may take; the rest is for the step
 
 
@@ -78,7 +79,7 @@ def prepare(
     source = _source(config, start)
     config = like_head(config, source, start)
     data = read_in_turn(cache, config, start, scratch, team, source)
-    config = dataclasses.replace(config, perturbations=data.sources)
+    config = settled(config, data)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
     model = _new_model(sizes, config.seed, data) if start is None else start.model()
@@ -131,6 +132,20 @@ def prepare(
         state=RunState() if start is None else _state_of(start),
         origin=started_from(start, taken),
     )
+
+
+def settled(config: TrainConfig, data: Dataset) -> TrainConfig:
+    """The configuration with what is left to the data: sources of features, and the size of a set.
+
+    Raises:
+        InputError: sets of one cell, which have no spread to learn.
+    """
+    size = config.set_size or fitting_set_size(data.labels, data.in_split(TRAIN))
+    if size == 1:
+        raise InputError("--set-size 1: the loss compares the cells of a set with each other. Use 2 or more, or auto.")
+    if not config.set_size:
+        logger.info(f"Sets have {size} cells (--set-size auto: what half of the training pairs fill).")
+    return dataclasses.replace(config, perturbations=data.sources, set_size=size)
 
 
 def _source(config: TrainConfig, start: Checkpoint | None) -> Checkpoint | None:
@@ -273,6 +288,11 @@ def _sampler(data: Dataset, config: TrainConfig) -> SetSampler:
         same_batch=config.match_controls == "batch",
         control_targets=config.control_targets,
     )
+    if sampler.filled > MUCH_FILLED:
+        logger.info(
+            f"Sets of {config.set_size} cells are filled by repeating cells: {sampler.filled:.3g} times the cells that "
+            "there are, and the work of as many. --set-size auto takes about as many as the pairs have."
+        )
     unseen = data.held_out_whole()
     if unseen and not config.control_targets:
         logger.info(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,7 @@ from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS, append_metrics, find_start, opened_run
 from sest.training.blend import blend_of
 from sest.training.identity import identity_of, projection_to_keep
-from sest.training.prepare import head_sizes, read_in_turn, say_what_is_not_learned
+from sest.training.prepare import head_sizes, read_in_turn, say_what_is_not_learned, settled
 from sest.training.trainer import RunState
 from sest.training.validate import Validator
 
@@ -56,7 +55,7 @@ def fit_without_head(
     find_start(run, None, config)
     device = choose_device(config.device)
     data = read_in_turn(cache, config, None, scratch, ALONE)
-    config = dataclasses.replace(config, perturbations=data.sources)
+    config = settled(config, data)
     say_what_is_not_learned(data)
     if on_start is not None:
         on_start(data)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sest.data import sampler as sampler_module
 from sest.data.labels import CONTROL, Labels
-from sest.data.sampler import SetRows, SetSampler
+from sest.data.sampler import SetRows, SetSampler, fitting_set_size
 from sest.errors import InputError
 from sest.machine.seeds import streams
 
@@ -399,3 +399,16 @@ def test_of_an_epoch_only_the_pairs_are_drawn_whose_sets_are_asked_for(monkeypat
     assert len(drawn) == 5
     sampler.sets(run_of(0, 10))
     assert sorted(drawn) == list(range(10))
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [((3, 4), 8), ((9, 10, 60), 16), ((16, 16), 16), ((200, 300), 128)])
+def test_a_fitting_set_holds_what_half_of_the_pairs_fill(sizes: tuple[int, ...], expected: int) -> None:
+    perturbation = np.repeat(np.arange(len(sizes) + 1), (50, *sizes)).astype(np.int32)
+    n = len(perturbation)
+    names = ("ctrl", *(f"p{i}" for i in range(len(sizes))))
+    zeros = np.zeros(n, np.int32)
+    labels = Labels(("a",), np.array([0, n]), names, perturbation, (("a", "x"),), zeros, zeros)
+    size = fitting_set_size(labels, np.ones(n, bool))
+    assert size == expected
+    sampler = SetSampler(labels, np.ones(n, bool), size, 0)
+    assert sampler.filled == sum(-(-cells // size) for cells in sizes) * size / sum(sizes)

@@ -17,6 +17,7 @@ from helpers.runs import files, metrics, signal_after
 from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
+from sest.runs.run_folder import read_run_config
 from sest.training.train import train
 
 
@@ -128,3 +129,22 @@ def test_perturbations_with_the_same_vector_are_named(cache: Path, tmp_path: Pat
         train(cache, tmp_path / "run", small_config(max_steps=1, perturbations=str(tmp_path / "f.npz")))
     (said,) = (note for note in notes.notes if "same feature vector" in note)
     assert said.endswith("cannot tell apart: ctrl, S; P, R.")  # S is zero as the control is
+
+
+def test_the_size_of_a_set_is_chosen_from_the_pairs_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Pairs of 9 cells fill sets of 16; in sets of 64 most cells would be repeated, which is said."""
+    cache = write_cache(tmp_path / "s.zarr", [small_screen(sizes={"P": 9, "Q": 9, "R": 9}, n_controls=20)])
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "run", small_config(max_steps=1, set_size=0))
+    assert "Sets have 16 cells (--set-size auto: what half of the training pairs fill)." in notes.notes
+    assert not any("filled by repeating" in text for text in notes.notes)
+    assert read_run_config(tmp_path / "run")[0]["set_size"] == 16
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "run", small_config(max_steps=2, set_size=16), resume="auto")
+        train(cache, tmp_path / "other", small_config(max_steps=1, set_size=64))
+    (said,) = (text for text in notes.notes if "filled by repeating" in text)
+    assert said.startswith(f"Sets of 64 cells are filled by repeating cells: {64 / 9:.3g} times the cells")
+    with pytest.raises(InputError, match="--set-size 1: the loss compares the cells of a set"):
+        train(cache, tmp_path / "none", small_config(max_steps=1, set_size=1))
