@@ -57,8 +57,6 @@ HOLDS = {  # these may hold the values too, once and VALUE_BYTES each, where mem
     "train": "--data-device auto keeps them in memory: a step never reads the cache",
     "train again": "as the first",
     "head none": "baselines are fitted on the same data",
-    "predict": "reads the run's data as training does",
-    "report": "reads the run's data as training does",
 }
 
 
@@ -106,8 +104,11 @@ def write_cells(path: Path, size: Size, predicted: bool) -> None:
     chance = rng.beta(0.5, 2.0, size.genes)
     chance = np.minimum(chance * ON / chance.mean(), 1.0).astype(np.float32)
     n_controls = int(CONTROLS * size.cells)
-    perturbed = 1 + np.arange(size.cells - n_controls) % size.perturbations
-    code = rng.permutation(np.concatenate([np.zeros(n_controls, np.int64), perturbed]))
+    turn, perturbed = np.divmod(np.arange(size.cells - n_controls), size.perturbations)
+    code = np.concatenate([np.zeros(n_controls, np.int64), 1 + perturbed])
+    kind = np.concatenate([np.arange(n_controls), turn]) % len(CELL_TYPES)  # every pair has cells
+    order = rng.permutation(size.cells)
+    code, kind = code[order], kind[order]
     with H5adWriter(path, size.genes, "float32") as writer:
         for start in range(0, size.cells, 2048):
             of = code[start : start + 2048]
@@ -124,7 +125,7 @@ def write_cells(path: Path, size: Size, predicted: bool) -> None:
         obs = pd.DataFrame(
             {
                 "target_gene": pd.Categorical.from_codes(code, names),
-                "cell_type": pd.Categorical.from_codes(rng.integers(0, len(CELL_TYPES), size.cells), CELL_TYPES),
+                "cell_type": pd.Categorical.from_codes(kind, CELL_TYPES),
                 "batch": pd.Categorical.from_codes(
                     rng.integers(0, BATCHES, size.cells), [f"b{i}" for i in range(BATCHES)]
                 ),
