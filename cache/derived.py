@@ -3,6 +3,10 @@
     OUT.zarr/.derived/<name>-<digest of the key>/about.json  the key, and of each array its type, shape and CRC-32C
     OUT.zarr/.derived/<name>-<digest of the key>/<array>.bin
 
+What is larger than memory is appended block by block (`write_once`), in a hidden folder until it is whole. Every GB it
+is flushed and about.json says how long the arrays are: the process that goes on after a kill starts there. Of several
+processes one writes and the others wait. Of these arrays only the sizes are checked when they are mapped.
+
 It is no part of the cache: not journalled, made again where it is missing or damaged, and free to be deleted. It is not
 kept where the cache lies on an object store, in a folder that cannot be written, or on a disk that is nearly full.
 """
@@ -11,40 +15,49 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import google_crc32c
 import numpy as np
 
-from sest.cache.disk import folder_aside, sha256, write_flushed
+from sest.cache.disk import NEW, flush, folder_aside, name_folder, sha256, write_durably, write_flushed
+from sest.cache.locks import in_turn
 from sest.cache.schema import DERIVED
-from sest.cache.storage import LocalStorage, Storage
+from sest.cache.storage import LocalStorage, Storage, lock_file
 
 logger = logging.getLogger(__name__)
 
 ABOUT = "about.json"
 SPARE = 2**30  # bytes of the disk that stay free
+DURABLE = 2**30  # appended bytes after which they are flushed: what a kill may lose
 _BLOCK = 2**26
 
 
 def is_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> bool:
     """Whether something is kept under this name and key; whether it is sound shows when it is read."""
-    folder = _folder(storage, name, key)
+    folder = folder_of(storage, name, key)
     return folder is not None and (folder / ABOUT).is_file()
 
 
 def read_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     """Arrays that `keep_derived` kept under this name and key, mapped read-only; None where there are none."""
-    folder = _folder(storage, name, key)
+    folder = folder_of(storage, name, key)
+    return None if folder is None else read_folder(folder, key, clear=True)
+
+
+def read_folder(folder: Path, key: Mapping[str, Any], *, clear: bool = False) -> dict[str, np.ndarray] | None:
+    """The arrays in a folder, mapped; None where they are not there or not sound. `clear`: say so and delete them."""
     try:
-        about = json.loads((folder / ABOUT).read_text()) if folder is not None else None
+        about = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError):
         return None
-    if folder is None or about is None or about.get("key") != _plain(key):
+    if about.get("key") != _plain(key):
         return None
     found = {}
     for array, (dtype, shape, checksum) in about["arrays"].items():
@@ -52,9 +65,10 @@ def read_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> dict[st
             values = _mapped(folder / f"{array}.bin", np.dtype(dtype), tuple(shape))
         except (OSError, ValueError):
             values = None
-        if values is None or _checksum(values) != checksum:
-            logger.warning(f"{folder / array}.bin is damaged; it is made again.")
-            shutil.rmtree(folder, ignore_errors=True)
+        if values is None or (checksum is not None and _checksum(values) != checksum):
+            if clear:
+                logger.warning(f"{folder / array}.bin is damaged; it is made again.")
+                shutil.rmtree(folder, ignore_errors=True)
             return None
         found[array] = values
     return found
@@ -62,7 +76,7 @@ def read_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> dict[st
 
 def keep_derived(storage: Storage, name: str, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Keep arrays, whole or not at all. Nothing depends on it: where it cannot be done, that is said and no error."""
-    folder = _folder(storage, name, key)
+    folder = folder_of(storage, name, key)
     if folder is None:
         return
     needed = sum(array.nbytes for array in arrays.values())
@@ -92,10 +106,110 @@ def derived_bytes(storage: Storage) -> int:
     return total
 
 
-def _folder(storage: Storage, name: str, key: Mapping[str, Any]) -> Path | None:
-    if not isinstance(storage, LocalStorage):
-        return None
-    return storage.root / DERIVED / f"{name}-{sha256(json.dumps(_plain(key)).encode())[:16]}"
+def folder_of(storage: Storage, name: str, key: Mapping[str, Any], place: Path | None = None) -> Path | None:
+    """Where something of this name and key is kept: beside the cache, or in `place`. None on an object store."""
+    if place is None and isinstance(storage, LocalStorage):
+        place = storage.root / DERIVED
+    return None if place is None else place / f"{name}-{sha256(json.dumps(_plain(key)).encode())[:16]}"
+
+
+class Unfinished:
+    """Arrays that get longer block by block, in a hidden folder beside the one that they are for.
+
+    Only the process that holds the lock of `write_once` makes one. A kill loses what came after the last `save`.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], types: Mapping[str, np.dtype]) -> None:
+        self.folder, self._key, self._types = _aside(folder), _plain(key), dict(types)
+        self.n = self._begun()  # entries of each array
+        self._since_save = 0
+        self._open = ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> Unfinished:
+        for name, dtype in self._types.items():
+            self._files[name] = file = self._open.enter_context(open(self.folder / f"{name}.bin", "ab"))
+            file.truncate(self.n[name] * dtype.itemsize)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def append(self, **arrays: np.ndarray) -> None:
+        """Add to the ends of arrays what belongs together: a kill leaves all of it or nothing."""
+        for name, values in arrays.items():
+            values = np.ascontiguousarray(values, self._types[name])
+            self._files[name].write(values.view(np.uint8).data)
+            self.n[name] += len(values)
+            self._since_save += values.nbytes
+        if self._since_save >= DURABLE:
+            self.save()
+
+    def save(self) -> None:
+        """Make sure of what was appended."""
+        for name, file in self._files.items():
+            file.flush()
+            flush(self.folder / f"{name}.bin")
+        arrays = {name: [str(dtype), [self.n[name]], None] for name, dtype in self._types.items()}
+        write_durably(self.folder / ABOUT, json.dumps({"key": self._key, "arrays": arrays}).encode())
+        self._since_save = 0
+
+    def _begun(self) -> dict[str, int]:
+        """What an earlier process made sure of, if it is all there; else an empty folder."""
+        try:
+            about = json.loads((self.folder / ABOUT).read_text())
+            if about["key"] == self._key:
+                n = {name: int(about["arrays"][name][1][0]) for name in self._types}
+                if all(_size(self.folder, name) >= n[name] * dtype.itemsize for name, dtype in self._types.items()):
+                    return n
+        except (OSError, ValueError, LookupError):
+            pass
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        flush(self.folder.parent)
+        return dict.fromkeys(self._types, 0)
+
+
+def write_once(
+    folder: Path, key: Mapping[str, Any], types: Mapping[str, np.dtype], write: Callable[[Unfinished], None]
+) -> dict[str, np.ndarray]:
+    """Arrays (of one dimension) in a folder, mapped; what is missing of them `write` appends.
+
+    Another process that writes them is waited for.
+
+    Raises:
+        OSError: they cannot be written there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = partial(lock_file, folder.with_name(f".{folder.name}.lock"), alone=True, text=str(os.getpid()))
+    wait = "Waiting for {}, which writes {}.".format
+    with closing(in_turn(lock, lambda held: logger.info(wait(f"process {held}" if held else "another", folder)))):
+        if (found := read_folder(folder, key, clear=True)) is not None:
+            return found
+        with Unfinished(folder, key, types) as unfinished:
+            write(unfinished)
+            unfinished.save()
+        name_folder(unfinished.folder, folder)
+        found = read_folder(folder, key)
+    assert found is not None
+    return found
+
+
+def lacking_bytes(folder: Path, needed: int) -> int:
+    """By how much a disk is too small for `needed` bytes in a folder on it; part of them may be written already."""
+    for file in _aside(folder).glob("*.bin"):
+        with suppress(OSError):
+            needed -= file.stat().st_size
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    return max(needed - shutil.disk_usage(there).free, 0)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{NEW}")
+
+
+def _size(folder: Path, name: str) -> int:
+    return (folder / f"{name}.bin").stat().st_size
 
 
 def _plain(key: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,18 +82,24 @@ def folder_aside(folder: Path) -> Iterator[Path]:
 
     An older folder is replaced. A kill between the two renames leaves it as `.<name>.old`.
     """
-    aside, old = folder.with_name(f".{folder.name}{NEW}"), folder.with_name(f".{folder.name}{OLD}")
+    aside = folder.with_name(f".{folder.name}{NEW}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
-        flush(aside)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(aside, folder)
+        name_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def name_folder(aside: Path, folder: Path) -> None:
+    """Give a folder of flushed files its name; an older folder of that name is replaced (see `folder_aside`)."""
+    old = folder.with_name(f".{folder.name}{OLD}")
+    flush(aside)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(aside, folder)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 from sest.cache import schema
 from sest.cache.schema import CacheError
 from sest.cache.storage import Held, LocalStorage, Lock, Storage
 
-_BETWEEN_TRIES = 0.05  # seconds
+_BETWEEN_TRIES, _LONGEST_PAUSE = 0.05, 1.0  # seconds
 _TRIES = 10
 
 
@@ -48,14 +48,22 @@ def other_ranks(storage: Storage, rank: int) -> list[int]:
 @contextmanager
 def finishing(storage: Storage) -> Iterator[None]:
     """Of several processes that complete a cache at once, one enters and the others wait."""
-    while True:
-        with contextlib.suppress(Held):
-            lock = storage.hold(schema.FINISHING, alone=True, text=str(os.getpid()))
-            break
-        time.sleep(_BETWEEN_TRIES)
-    with closing(lock):
+    with closing(in_turn(lambda: storage.hold(schema.FINISHING, alone=True, text=str(os.getpid())))):
         yield
         storage.remove([schema.FINISHING])
+
+
+def in_turn(hold: Callable[[], Lock], waiting: Callable[[str], None] = lambda held: None) -> Lock:
+    """A lock, once no other process holds it; `waiting` is told, once, what that one wrote into the file."""
+    pause = _BETWEEN_TRIES
+    while True:
+        try:
+            return hold()
+        except Held as held:
+            if pause == _BETWEEN_TRIES:
+                waiting(str(held))
+        time.sleep(pause)
+        pause = min(1.2 * pause, _LONGEST_PAUSE)
 
 
 def _lock_of(rank: int) -> str:

@@ -73,6 +73,13 @@ class Group:
         return np.dtype(array.dtype)
 
     @cached_property
+    def n_values(self) -> int:
+        """How many values of the targets are stored; the array's shape says it."""
+        array = self._zarr["X/data"]
+        assert isinstance(array, zarr.Array)
+        return int(array.shape[0])
+
+    @cached_property
     def _zarr(self) -> zarr.Group:
         return open_group(self.storage, self.path)
 

@@ -87,6 +87,25 @@ class Lock:
             self._file.close()
 
 
+def lock_file(path: Path, *, alone: bool, text: str) -> Lock:
+    """Lock a local file while the result is open. Raises Held if another process has it, and OSError."""
+    file = open(path, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+    except BlockingIOError as error:
+        file.seek(0)
+        held = file.read().strip()
+        file.close()
+        raise Held(held) from error
+    except OSError:
+        file.close()
+        raise
+    return Lock(file)
+
+
 def is_url(path: str | Path) -> bool:
     """Whether a cache's path is a URL, and not a local one (file:// is local)."""
     found = _URL.match(str(path))
@@ -163,20 +182,9 @@ class LocalStorage:
     def hold(self, name: str, *, alone: bool, text: str) -> Lock:
         try:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / name, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
+            return lock_file(self.root / name, alone=alone, text=text)
         except OSError as error:
             raise CacheError(f"Cannot write to {self.root}: {error.strerror}. Choose another --cache path.") from error
-        try:
-            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            held = file.read().strip()
-            file.close()
-            raise Held(held) from error
-        file.truncate(0)
-        file.write(text)
-        file.flush()
-        return Lock(file)
 
     def zarr_store(self) -> Store:
         return zarr.storage.LocalStore(self.root, read_only=True)

@@ -207,7 +207,7 @@ class TrainConfig(Config):
         choices=("auto", "gpu", "cpu", "disk"),
     )
     scratch: str | None = option(
-        None, "folder for those files, kept for other runs; default: in the run folder, deleted at its end"
+        None, "folder for those files, which stay for other runs of the same cells; default: beside the cache"
     )
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, into tensorboard/ of the run folder")
     wandb: str | None = option(None, "also send the metrics to this Weights & Biases project; default: not sent")

@@ -38,6 +38,7 @@ class Dataset:
     table: list[SplitRow]  # what each split holds, for people
     sources: str  # of the features, with nothing left to choose: see `with_sources`
     gene_axis: str = "common"  # that of the targets
+    scratch: Path | None = None  # folder for files of the targets; None: beside the cache
 
     def measured_in(self, context: int) -> np.ndarray | None:
         """(G,) bool: the genes that the file of a context has, by the context's code; None: all of them."""
@@ -54,7 +55,7 @@ class Dataset:
         """
         if self.targets.held is None:
             return self.targets
-        return read_targets(self.cache, self.targets.target_sum, axis=self.gene_axis, where="memory")
+        return read_targets(self.cache, self.targets.target_sum, axis=self.gene_axis, scratch=self.scratch)
 
     def in_split(self, bit: int) -> np.ndarray:
         """(N,) bool: the cells of a split."""
@@ -89,7 +90,6 @@ def read_dataset(
     config: TrainConfig,
     *,
     stored: StoredFeatures | None = None,
-    scratch: Path | None = None,
     like: Dataset | None = None,
     only_controls: bool = False,
 ) -> Dataset:
@@ -99,7 +99,6 @@ def read_dataset(
         like: of the same cache and target sum, whose targets and embeddings are taken instead of read again.
         cache: opened, or its path or URL.
         stored: what the checkpoint to go on from, or to predict with, keeps of its features.
-        scratch: folder for the targets where memory does not hold them, or config.data_device is "disk".
         only_controls: targets of the control cells alone, where these are kept beside the cache.
 
     Raises:
@@ -121,6 +120,7 @@ def read_dataset(
         logger.info(note)
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
     targets = like.targets if like is not None else None
+    scratch = Path(config.scratch) if config.scratch else None
 
     def read() -> Targets:
         return targets or read_targets(
@@ -156,6 +156,7 @@ def read_dataset(
         table=table,
         sources=config.perturbations,
         gene_axis=config.gene_axis,
+        scratch=scratch,
     )
 
 

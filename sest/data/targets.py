@@ -6,22 +6,21 @@ sest.data.gather makes them dense. Shapes: N cells of all groups in the cache's 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import mmap
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
 
 from sest import progress
 from sest.cache import Cache, Group
-from sest.cache.disk import flush, write_durably
+from sest.cache.derived import Unfinished, folder_of, lacking_bytes, read_folder, write_once
+from sest.cache.disk import sha256
 from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
@@ -44,8 +43,16 @@ VALUES_PER_READ = (
     2**22
 )  # about: 16 chunks of the cache; of larger blocks each would be new memory for the system to clear
 PLACES = 4  # of a group, from which its sampled cells are read
-# files of values on disk; the mark says of which cache they are, and is written last
-SCRATCH_MARK, INDICES, DATA, LENGTHS, TOTALS = "targets.json", "indices.bin", "data.bin", "lengths.npy", "totals.npy"
+VALUES = "values"  # what their files are called beside a cache, see sest.cache.derived
+
+
+class _Values(NamedTuple):
+    """The CSR of all cells, and their total counts; in memory, or mapped from files."""
+
+    indices: np.ndarray  # (nnz,)
+    data: np.ndarray  # (nnz,)
+    indptr: np.ndarray  # (N + 1,) int64
+    totals: np.ndarray  # (N,) float64, over all genes of a cell's file
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,11 @@ class Targets:
         """Whether the values are mapped from files."""
         return isinstance(self.data, np.memmap)
 
+    @property
+    def folder(self) -> Path | None:
+        """That of the files."""
+        return Path(str(self.data.filename)).parent if isinstance(self.data, np.memmap) else None
+
     def require(self, rows: np.ndarray) -> None:
         """Check that the values of cells (n,) are here: those of others would look like zeros."""
         assert self.held is None or self.held[rows].all(), "values of cells that were not read"
@@ -110,8 +122,9 @@ def read_targets(
     Args:
         axis: their genes: "common", those that all groups have, or "union", those that any has.
         target_sum: a number, or "median" of the cells' total counts.
-        where: "memory", "disk" (plain files below `scratch`, mapped), or "auto": memory if they fit.
-        scratch: folder for those files. What an earlier run finished there is used again, if it is of the same cache.
+        where: "memory", "disk" (plain files, mapped), or "auto": memory if they fit.
+        scratch: folder for those files; None: beside the cache. They are written once for a cache and its genes, and
+            stay for whoever needs them next.
         controls: (N,) bool. Their values are kept beside the cache, and the total counts of all cells.
         only_controls: read them from there and no others, if they are there.
 
@@ -130,38 +143,39 @@ def read_targets(
     kept = own.read() if own is not None and only_controls else None
     own = None if own is not None and own.is_kept else own
     if kept is not None:
-        indices, data, lengths, total = kept.over(genes, index_type, data_type)
-    elif _choose(where, _n_values(groups) * (index_type.itemsize + data_type.itemsize), scratch) == "memory":
-        indices, data = np.empty(_n_values(groups), index_type), np.empty(_n_values(groups), data_type)
-
-        def put(at: int, rows: scipy.sparse.csr_matrix) -> None:
-            indices[at : at + rows.nnz], data[at : at + rows.nnz] = rows.indices, rows.data
-
-        lengths, total = _fill(groups, genes, put, own)
+        indices, data, lengths, totals = kept.over(genes, index_type, data_type)
+        values = _Values(indices, data, np.concatenate([[0], np.cumsum(lengths)]), totals)
+    elif _is_for_memory(where, needed := _needed(groups, index_type, data_type)):
+        values = _in_memory(groups, genes, index_type, data_type, own)
     else:
-        assert scratch is not None
-        indices, data, lengths, total = _on_disk(scratch, cache, genes, index_type, data_type)
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    is_counts = np.repeat([g.attributes["scale"] == "counts" for g in groups], [g.n_cells for g in groups])
-    wanted = _target_sum(target_sum, total[is_counts])
+        values = _on_disk(scratch, cache, genes, index_type, data_type, own, needed)
+    first = np.cumsum([0, *(group.n_cells for group in groups)])
+    counts = [
+        slice(a, b) for g, a, b in zip(groups, first, first[1:], strict=False) if g.attributes["scale"] == "counts"
+    ]
+    wanted = _target_sum(target_sum, [values.totals[of] for of in counts])
+    factor = np.zeros(first[-1], np.float32)
+    for of in counts:
+        factor[of] = factors_to(wanted, values.totals[of])
     scales = {str(g.attributes["scale"]) for g in groups}
     return Targets(
         genes=tuple(genes),
-        indptr=indptr,
-        indices=indices[: indptr[-1]],
-        data=data[: indptr[-1]],
-        factor=np.where(is_counts, factors_to(wanted, total), 0.0).astype(np.float32),
+        indptr=values.indptr,
+        indices=values.indices[: values.indptr[-1]],
+        data=values.data[: values.indptr[-1]],
+        factor=factor,
         target_sum=wanted,
         scale=scales.pop() if len(scales) == 1 else "mixed",
         measured=_measured(groups, genes) if axis == "union" else None,
-        first=np.cumsum([0, *(group.n_cells for group in groups)]),
+        first=first,
         held=None if kept is None else controls,
     )
 
 
-def _n_values(groups: list[Group]) -> int:
-    """Stored values; those of genes that are left out among them."""
-    return sum(int(group.indptr[-1]) for group in groups)
+def _needed(groups: list[Group], index_type: np.dtype, data_type: np.dtype) -> int:
+    """Bytes of all values at most, as those of genes that are left out are among them, and 16 for each cell."""
+    values = sum(group.n_values for group in groups)
+    return values * (index_type.itemsize + data_type.itemsize) + 16 * sum(group.n_cells for group in groups)
 
 
 def normalisations(cache: Cache) -> dict[str, Normalisation]:
@@ -210,133 +224,134 @@ def refuse_mixed_scales(cache: Cache, target_sum: float, mixed_scales: str) -> N
     )
 
 
-def _choose(where: str, needed: int, scratch: Path | None) -> str:
-    """ "memory" or "disk" for values of `needed` bytes; refuses what has no room."""
-    free = available_bytes()
-    fits = needed < SHARE * free
-    sizes = f"The expression values take {needed / 1e9:.1f} GB, of {free / 1e9:.1f} GB of free memory"
-    if where == "disk" or (where == "auto" and not fits and scratch is not None):
-        assert scratch is not None
-        folder = next(parent for parent in (scratch, *scratch.absolute().parents) if parent.exists())
-        room = shutil.disk_usage(folder).free
-        if needed > room:
-            raise InputError(
-                f"{sizes} and {room / 1e9:.1f} GB of free disk at {scratch}. Name a larger disk with --scratch."
-            )
-        logger.info(f"{sizes}; they are read from {scratch}.")
-        return "disk"
-    if not fits:
-        raise InputError(f"{sizes}. Use a machine with more memory, or a cache of fewer cells.")
-    return "memory"
+def _is_for_memory(where: str, needed: int) -> bool:
+    """Whether values of `needed` bytes go into memory; refuses what is to and does not fit."""
+    fits = needed < SHARE * available_bytes()
+    if where == "memory" and not fits:
+        raise InputError(f"{_sizes(needed)}. Use a machine with more memory, or a cache of fewer cells.")
+    return where == "memory" or (where == "auto" and fits)
+
+
+def _sizes(needed: int) -> str:
+    return f"The expression values take {needed / 1e9:.1f} GB, of {available_bytes() / 1e9:.1f} GB of free memory"
 
 
 def _blocks(
-    groups: list[Group], genes: list[str], own: ControlValues | None
+    groups: list[Group], genes: list[str], own: ControlValues | None, first: int
 ) -> Iterator[tuple[scipy.sparse.csr_matrix, np.ndarray]]:
-    """Rows of all groups over `genes`, and their totals over all genes of their file (n,) float64."""
+    """Rows of all groups over `genes`, from cell `first` on, and their totals over all genes of their file (n,)."""
     for group in groups:
         columns = columns_of(group, genes)
-        values_a_cell = max(int(group.indptr[-1]) // max(group.n_cells, 1), 1)
-        step = max(VALUES_PER_READ // values_a_cell, 1)
-        for start in range(0, group.n_cells, step):
+        step = max(VALUES_PER_READ // max(group.n_values // max(group.n_cells, 1), 1), 1)
+        for start in range(min(first, group.n_cells), group.n_cells, step):
             rows = group.targets(start, min(start + step, group.n_cells))
             totals = total_counts(rows)
             if own is not None:
                 own.add(rows, totals)
             yield rows if columns is None else spread(rows, columns), totals
+        first = max(first - group.n_cells, 0)
 
 
 def _fill(
     groups: list[Group],
     genes: list[str],
-    put: Callable[[int, scipy.sparse.csr_matrix], None],
+    put: Callable[[scipy.sparse.csr_matrix, np.ndarray], None],
     own: ControlValues | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hand all rows to `put`, block by block; returns values a cell (N,) int64 and totals (N,) float64."""
-    progress.begin("Loading targets", sum(g.n_cells for g in groups), "cells")
-    lengths, totals, at = [], [], 0
-    with closing(ahead(_blocks(groups, genes, own), 1)) as blocks:
-        for rows, total in blocks:
-            put(at, rows)
-            at += rows.nnz
+    first: int = 0,
+) -> None:
+    """Hand all cells from `first` on to `put`, block by block: rows over `genes`, and totals (n,) float64."""
+    progress.begin("Loading targets", sum(g.n_cells for g in groups), "cells", first)
+    with closing(ahead(_blocks(groups, genes, own, first), 1)) as blocks:
+        for rows, totals in blocks:
+            put(rows, totals)
             progress.advance(rows.shape[0])
-            lengths.append(np.diff(rows.indptr).astype(np.int64))
-            totals.append(total)
     if own is not None:
         own.keep()
-    return np.concatenate(lengths), np.concatenate(totals)
 
 
-def _on_disk(
-    scratch: Path, cache: Cache, genes: list[str], index_type: np.dtype, data_type: np.dtype
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mapped indices and data, and in memory values a cell and totals (see `_fill`); written if not there already."""
-    identity = {
-        "store": cache.sha256,  # the key of older files: a scratch folder outlives a version
-        "genes": hashlib.sha256("\n".join(genes).encode()).hexdigest(),
-        "types": [str(index_type), str(data_type)],
-    }
-    text, mark = json.dumps(identity, sort_keys=True), scratch / SCRATCH_MARK
-    if mark.is_file() and mark.read_text() == text:
-        logger.info(f"The values in {scratch} are used again.")
-    else:
-        _write_scratch(scratch, text, list(cache.groups.values()), genes, index_type, data_type)
-    return (
-        _mapped(scratch / INDICES, index_type),
-        _mapped(scratch / DATA, data_type),
-        np.load(scratch / LENGTHS),
-        np.load(scratch / TOTALS),
+def _in_memory(
+    groups: list[Group], genes: list[str], index_type: np.dtype, data_type: np.dtype, own: ControlValues | None
+) -> _Values:
+    n_cells, n_values = (sum(n) for n in zip(*((g.n_cells, g.n_values) for g in groups), strict=True))
+    values = _Values(
+        np.empty(n_values, index_type),
+        np.empty(n_values, data_type),
+        np.zeros(n_cells + 1, np.int64),
+        np.empty(n_cells),
     )
+    cell = 0
 
+    def put(rows: scipy.sparse.csr_matrix, totals: np.ndarray) -> None:
+        nonlocal cell
+        at, stop = values.indptr[cell], cell + len(totals)
+        values.indices[at : at + rows.nnz], values.data[at : at + rows.nnz] = rows.indices, rows.data
+        values.indptr[cell + 1 : stop + 1] = at + rows.indptr[1:]
+        values.totals[cell:stop] = totals
+        cell = stop
 
-def _write_scratch(
-    scratch: Path, text: str, groups: list[Group], genes: list[str], index_type: np.dtype, data_type: np.dtype
-) -> None:
-    """Write the values as plain files, then the mark that says which values they are."""
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        (scratch / SCRATCH_MARK).unlink(missing_ok=True)
-        with open(scratch / INDICES, "wb") as indices, open(scratch / DATA, "wb") as data:
-
-            def put(at: int, rows: scipy.sparse.csr_matrix) -> None:
-                indices.write(rows.indices.astype(index_type).tobytes())
-                data.write(rows.data.astype(data_type).tobytes())
-
-            lengths, totals = _fill(groups, genes, put)
-        np.save(scratch / LENGTHS, lengths)
-        np.save(scratch / TOTALS, totals)
-        for name in (INDICES, DATA, LENGTHS, TOTALS):
-            flush(scratch / name)
-        write_durably(scratch / SCRATCH_MARK, text.encode())
-    except OSError as error:
-        raise InputError(f"Cannot write to {scratch}: {error.strerror}. Name another folder with --scratch.") from error
-
-
-def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
-    """A file's numbers, read when they are used."""
-    if not file.stat().st_size:
-        return np.zeros(0, dtype)
-    values = np.memmap(file, dtype, "r")
-    values._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined] # cells come in any order: no reading ahead
+    _fill(groups, genes, put, own)
     return values
 
 
-def remove_scratch(scratch: Path) -> None:
-    """Delete the files that read_targets made in `scratch`, and the folder if nothing else is in it.
+def _on_disk(
+    scratch: Path | None,
+    cache: Cache,
+    genes: list[str],
+    index_type: np.dtype,
+    data_type: np.dtype,
+    own: ControlValues | None,
+    needed: int,
+) -> _Values:
+    """Mapped from files, which are written first, or to their end, if they are not there. `own`: if from the start."""
+    types = {"indices": index_type, "data": data_type, "indptr": np.dtype(np.int64), "totals": np.dtype(np.float64)}
+    key = {
+        "cache": cache.sha256,
+        "genes": sha256("\n".join(genes).encode()),
+        "types": {name: str(dtype) for name, dtype in types.items()},
+    }
+    folder = folder_of(cache.storage, VALUES, key, scratch)
+    if folder is None:
+        raise InputError(
+            f"{_sizes(needed)}, and no files of them can be mapped beside {cache.path}, which is on object storage. "
+            "Name a folder on a disk with --scratch."
+        )
 
-    Where that fails it is said: what they served is done.
-    """
-    try:
-        for name in (SCRATCH_MARK, INDICES, DATA, LENGTHS, TOTALS):
-            (scratch / name).unlink(missing_ok=True)
-        if scratch.is_dir() and not any(scratch.iterdir()):
-            scratch.rmdir()
-    except OSError as error:
-        logger.warning(f"{scratch} could not be deleted ({error.strerror}); nothing needs it any more.")
+    def write(files: Unfinished) -> None:
+        first = files.n["totals"]
+        if first:
+            logger.info(f"{folder} was begun before: {first:,} cells are there, the others follow.")
+        else:
+            files.append(indptr=np.zeros(1 - files.n["indptr"], np.int64))
+
+        def put(rows: scipy.sparse.csr_matrix, totals: np.ndarray) -> None:
+            ends = files.n["data"] + rows.indptr[1:].astype(np.int64)
+            files.append(indices=rows.indices, data=rows.data, indptr=ends, totals=totals)
+
+        _fill(list(cache.groups.values()), genes, put, None if first else own, first)
+
+    found = read_folder(folder, key)
+    if found is None and (lacking := lacking_bytes(folder, needed)):
+        lacks = f"{lacking / 1e9:.1f} GB more than the disk of {folder.parent} has free"
+        raise InputError(f"{_sizes(needed)}, and {lacks}. Name a larger disk with --scratch.")
+    stay = "They serve later runs too; rm -r of that folder loses nothing but time."
+    logger.info(f"{_sizes(needed)}; they are read from {folder}. {stay}")
+    if found is not None:
+        logger.info(f"The values in {folder} are used again.")
+    else:
+        try:
+            found = write_once(folder, key, types, write)
+        except OSError as error:
+            why = f"Cannot write to {folder.parent}: {error.strerror}."
+            raise InputError(f"{why} Name another folder with --scratch.") from error
+    for values in (found["indices"], found["data"]):
+        if isinstance(values, np.memmap):
+            values._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined] # cells come in any order
+    return _Values(**found)
 
 
-def _target_sum(asked: float | str, totals: np.ndarray) -> float:
+def _target_sum(asked: float | str, of_groups: list[np.ndarray]) -> float:
     if asked == "median":
+        totals = np.concatenate([*of_groups, np.zeros(0)])
         return float(np.median(totals[totals > 0])) if (totals > 0).any() else 10_000.0
     if isinstance(asked, str) or not 0 < asked < float("inf"):
         raise InputError(f"target-sum is {asked}; it takes a number above 0, or 'median'.")

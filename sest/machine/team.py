@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sest.machine.ranks import SINGLE, Ranks
+
+LONGEST_WAIT = timedelta(
+    days=7
+)  # the first process may write the values of all cells; one that ends is noticed at once
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,6 @@ def join_team(ranks: Ranks, device: torch.device) -> Iterator[Team]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=ranks.rank, world_size=ranks.world_size)
     try:
-        yield Team(ranks, dist.new_group(backend="gloo"))
+        yield Team(ranks, dist.new_group(backend="gloo", timeout=LONGEST_WAIT))
     finally:
         dist.destroy_process_group()

@@ -26,7 +26,6 @@ from sest.cells.columns import Columns
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
 from sest.config import VCC2025, VCC2026, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
-from sest.data.targets import remove_scratch
 from sest.errors import InputError, shown
 from sest.files.write_h5ad import H5adWriter
 from sest.machine.devices import choose_device, choose_precision
@@ -62,7 +61,7 @@ from sest.prediction.submission import all_controls, copies_of, refuse_options, 
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.known import Known, known_with_cells, known_without_cells
 from sest.runs.provenance import check_data, files_of, find_data
-from sest.runs.run_folder import SCRATCH, seeds_of, stored_features
+from sest.runs.run_folder import seeds_of, stored_features
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -367,7 +366,7 @@ def _known(checkpoint: Checkpoint, config: PredictConfig, out: Path) -> Known:
         raise InputError(
             f"{out} has the cells that {cache.path} was made from, and is never replaced. Give another name."
         )
-    return known_with_cells(checkpoint, _read(cache, train_config, checkpoint, out), train_config, source)
+    return known_with_cells(checkpoint, _read(cache, train_config, checkpoint), train_config, source)
 
 
 def _also_known(checkpoint: Checkpoint, config: PredictConfig, first: Known) -> Known:
@@ -380,12 +379,9 @@ def _also_known(checkpoint: Checkpoint, config: PredictConfig, first: Known) -> 
     return known_with_cells(checkpoint, data, train_config, source)
 
 
-def _read(cache: Cache, config: TrainConfig, checkpoint: Checkpoint, out: Path) -> Dataset:
+def _read(cache: Cache, config: TrainConfig, checkpoint: Checkpoint) -> Dataset:
     """The cells of the cache, which must be the checkpoint's."""
-    scratch = Path(config.scratch or out.with_name(f".{out.name}.{SCRATCH}"))  # only if memory is too small
-    data = read_dataset(cache, config, stored=stored_features(checkpoint), scratch=scratch, only_controls=True)
-    if not config.scratch:
-        remove_scratch(scratch)  # mapped files stay readable
+    data = read_dataset(cache, config, stored=stored_features(checkpoint), only_controls=True)
     check_data(checkpoint, data)
     if not checkpoint.state["genes"]:
         logger.info(

@@ -20,7 +20,6 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, VAL
 from sest.cells.splits import SplitRow
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import resident_cells
-from sest.data.targets import remove_scratch
 from sest.errors import Error, InputError
 from sest.evaluation.means import query_of
 from sest.evaluation.metrics import pearson_delta
@@ -62,13 +61,12 @@ class CacheFacts:
     notes: dict[str, str]  # "table", "pairs", "map" -> one sentence
 
 
-def read_cache(run: RunFacts, *, n_sets: int, device: torch.device, scratch: Path) -> CacheFacts:
+def read_cache(run: RunFacts, *, n_sets: int, device: torch.device) -> CacheFacts:
     """Read a run's cache, predict its held-out pairs and map its cells; what is not possible is noted.
 
     Args:
         n_sets: sets of each split to predict at most, but one of every pair; 0: all.
         device: to predict on.
-        scratch: folder for the targets where memory does not hold them; removed again.
     """
     notes: dict[str, str] = {}
     try:
@@ -79,7 +77,7 @@ def read_cache(run: RunFacts, *, n_sets: int, device: torch.device, scratch: Pat
         return CacheFacts({}, None, (), None, None, dict.fromkeys(("table", "pairs", "map"), str(error)))
     data, pairs, cells = None, None, None
     try:
-        data = _read_data(run, cache, scratch)
+        data = _read_data(run, cache)
         pairs = _predict(run, data, n_sets, device)
     except Error as error:
         notes["table" if data is None else "pairs"] = notes["pairs"] = str(error)
@@ -100,14 +98,10 @@ def _open(run: Path, cache: str) -> Cache:
         raise InputError(f"The run's cache cannot be opened: {error}") from error
 
 
-def _read_data(run: RunFacts, cache: Cache, scratch: Path) -> Dataset:
+def _read_data(run: RunFacts, cache: Cache) -> Dataset:
     config = run.config
     require_sources(config.perturbations)
-    where = Path(config.scratch) if config.scratch else scratch
-    data = read_dataset(cache, config, stored=stored_features(run.checkpoint), scratch=where, only_controls=True)
-    if not config.scratch:
-        remove_scratch(where)  # mapped files stay readable
-    return data
+    return read_dataset(cache, config, stored=stored_features(run.checkpoint), only_controls=True)
 
 
 def _predict(run: RunFacts, data: Dataset, n_sets: int, device: torch.device) -> list[PairResults]:

@@ -20,7 +20,7 @@ from sest.report.run_facts import RunFacts, read_runs
 from sest.report.sections import header, run_sections
 from sest.runs.diagnose import Finding
 from sest.runs.provenance import files_of
-from sest.runs.run_folder import SCRATCH, seeds_of
+from sest.runs.run_folder import seeds_of
 
 REPORT = "report.html"
 HEAD = 4096  # bytes of a page within which it says what made it
@@ -77,8 +77,7 @@ def write_report(
     )
     page, caches, chosen = Page(), list[CacheFacts | None](), choose_device(device)
     for run in facts:
-        scratch = place.with_name(f".{place.name}.{SCRATCH}")  # used only where memory is too small
-        caches.append(read_cache(run, n_sets=n_sets, device=chosen, scratch=scratch) if with_model else None)
+        caches.append(read_cache(run, n_sets=n_sets, device=chosen) if with_model else None)
     data = _page(page, facts, caches).encode()
     write_durably(place, data)
     notes = [f"{r.name}: {n}" for r, c in zip(facts, caches, strict=True) if c for n in dict.fromkeys(c.notes.values())]

@@ -35,7 +35,7 @@ from sest.runs.from_hub import repository_of
 
 logger = logging.getLogger(__name__)
 
-METRICS, CONFIG, SPLITS, SCRATCH = "metrics.jsonl", "config.toml", "splits.toml", "scratch"
+METRICS, CONFIG, SPLITS = "metrics.jsonl", "config.toml", "splits.toml"
 SEED = "seed-"  # and its number: a run of several that differ in nothing else
 PATHS = ("perturbations", "splits", "init_from")  # where files lie is no part of a run's identity; their content is
 # RESUMABLE, but with others the steps are other ones
@@ -83,7 +83,7 @@ def _is_unused(run: Path) -> bool:
     """Whether a run folder is yet to be made, or was not even begun when it was stopped."""
     if not run.is_dir():
         return not run.exists()
-    return all(file.name.endswith(".partial") or file.name == SCRATCH for file in run.iterdir())
+    return all(file.name.endswith(".partial") for file in run.iterdir())
 
 
 def _refuse_to_mix(run: Path, start: Checkpoint, config: TrainConfig) -> None:

@@ -19,7 +19,6 @@ from sest.cells.split_file import VAL
 from sest.config import BlendConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.resident import ResidentCells, resident_cells
-from sest.data.targets import remove_scratch
 from sest.errors import InputError
 from sest.evaluation.means import query_of, split_ceilings
 from sest.evaluation.pairs import HeldOut, head_effects, held_out, measured_effects
@@ -27,7 +26,7 @@ from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_device, choose_precision
 from sest.runs.checkpoint import add_blend, find_checkpoint, sound_checkpoint
 from sest.runs.provenance import check_data, find_data, saw_the_same_split
-from sest.runs.run_folder import SCRATCH, stored_features
+from sest.runs.run_folder import stored_features
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +48,7 @@ def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
     checkpoint = sound_checkpoint(find_checkpoint(run, config.checkpoint))
     device = choose_device(config.device)
     train_config, cache, _ = find_data(checkpoint, config.cache, config.perturbations)
-    scratch = Path(train_config.scratch or checkpoint.folder.with_name(SCRATCH))
-    data = read_dataset(cache, train_config, stored=stored_features(checkpoint), scratch=scratch)
-    if not train_config.scratch:
-        remove_scratch(scratch)  # mapped files stay readable
+    data = read_dataset(cache, train_config, stored=stored_features(checkpoint))
     check_data(checkpoint, data)
     if not saw_the_same_split(checkpoint, data):
         raise InputError(

@@ -64,13 +64,11 @@ def prepare(
     device: torch.device,
     team: Team,
     start: Checkpoint | None,
-    scratch: Path,
 ) -> Trainer:
     """Read the data and make everything a training owns; nothing is written to the run folder.
 
     Args:
         start: the checkpoint to go on from; None: step 0.
-        scratch: folder for mapped files, where memory does not hold the cells.
 
     Raises:
         InputError, CacheError: bad input, or a checkpoint of another run.
@@ -78,7 +76,7 @@ def prepare(
     precision = _precision(config, device)
     source = _source(config, start)
     config = like_head(config, source, start)
-    data = read_in_turn(cache, config, start, scratch, team, source)
+    data = read_in_turn(cache, config, start, team, source)
     config = settled(config, data)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
@@ -107,7 +105,7 @@ def prepare(
     sampler = _sampler(data, config)
     if data.targets.on_disk:
         rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
-        logger.info(f"Batches from {scratch}: {rate:.3g} a second.")
+        logger.info(f"Batches from {data.targets.folder}: {rate:.3g} a second.")
     validator = _validator(data, cells, config, device, criterion, team, start)
     ddp = team.ddp(model, config.gradients)
     team.wait()  # all have read what is in the folder
@@ -180,7 +178,6 @@ def read_in_turn(
     cache: Path,
     config: TrainConfig,
     start: Checkpoint | None,
-    scratch: Path,
     team: Team,
     source: Checkpoint | None = None,
 ) -> Dataset:
@@ -200,7 +197,7 @@ def read_in_turn(
         opened, target_sum = open_cache(os.fspath(cache)).as_of(then), config.target_sum
         if isinstance(target_sum, float):  # known before the values are read
             refuse_mixed_scales(opened, target_sum, config.mixed_scales)
-        data = read_dataset(opened, config, stored=stored, scratch=scratch)
+        data = read_dataset(opened, config, stored=stored)
         if not isinstance(target_sum, float):
             refuse_mixed_scales(opened, data.targets.target_sum, config.mixed_scales)
         if source is not None:

@@ -16,7 +16,6 @@ from typing import Any
 from sest import progress
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
-from sest.data.targets import remove_scratch
 from sest.errors import InputError, TrainingFailed, is_out_of_memory
 from sest.head.model import StateTransition, n_parameters
 from sest.machine.devices import choose_device
@@ -25,7 +24,7 @@ from sest.machine.signals import Interrupted, StopRequest, stop_requests
 from sest.machine.team import join_team
 from sest.progress import STEPS
 from sest.runs.checkpoint import LAST
-from sest.runs.run_folder import CONFIG, METRICS, SCRATCH, SEED, append_metrics, find_start, opened_run
+from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run
 from sest.runs.sinks import open_sinks
 from sest.training.blend import say_blend
 from sest.training.prepare import prepare
@@ -80,11 +79,10 @@ def train(
     if config.head == "none":
         return _without_head(cache, run, config, resume, ranks, on_start, on_log)
     device = choose_device(config.device)
-    scratch = Path(config.scratch) if config.scratch else run / SCRATCH
     with ExitStack() as stack:
         team = stack.enter_context(join_team(ranks, device))
         start = find_start(run, resume, config)
-        trainer = prepare(cache, run, config, device, team, start, scratch)
+        trainer = prepare(cache, run, config, device, team, start)
         trainer.check_disk()
         if team.leads:
             stack.enter_context(opened_run(run, trainer.config, trainer.data, start, trainer.state.step))
@@ -107,8 +105,6 @@ def train(
             if not is_out_of_memory(error):
                 raise
             raise TrainingFailed(trainer.out_of_memory()) from error
-    if team.leads and not config.scratch:
-        remove_scratch(scratch)
     state, blend = trainer.state, trainer.blend
     return TrainResult(
         state.step,
@@ -133,17 +129,13 @@ def _without_head(
     """What `train` does where there is no head: the first process fits the stack."""
     if ranks.rank:
         return TrainResult(0, None, None, "no_head", {}, 0)
-    scratch = Path(config.scratch) if config.scratch else run / SCRATCH
     validator, blend, line = fit_without_head(
         cache,
         run,
         config,
-        scratch,
         resume=resume,
         on_start=None if on_start is None else lambda data: on_start(data, None),
     )
-    if not config.scratch:
-        remove_scratch(scratch)
     if on_log is not None:
         on_log(line)
     metrics = {key: value for key, value in line.items() if key != "step"}

@@ -33,7 +33,6 @@ def fit_without_head(
     cache: Path,
     run: Path,
     config: TrainConfig,
-    scratch: Path,
     *,
     resume: str | None = None,
     on_start: Callable[[Dataset], None] | None = None,
@@ -54,7 +53,7 @@ def fit_without_head(
         )
     find_start(run, None, config)
     device = choose_device(config.device)
-    data = read_in_turn(cache, config, None, scratch, ALONE)
+    data = read_in_turn(cache, config, None, ALONE)
     config = settled(config, data)
     say_what_is_not_learned(data)
     if on_start is not None:

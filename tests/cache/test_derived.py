@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from sest.cache.derived import derived_bytes, keep_derived, read_derived
+import sest.cache.derived
+from sest.cache.derived import Unfinished, derived_bytes, keep_derived, lacking_bytes, read_derived, write_once
 from sest.cache.storage import Storage, storage_at
 
 ARRAYS = {"mean": np.arange(6, dtype=np.float32).reshape(2, 3), "key": np.array([5, 7]), "none": np.zeros((0, 4), bool)}
@@ -91,3 +93,56 @@ def test_what_cannot_be_kept_is_no_error_and_leaves_nothing(
     keep_derived(storage, "means", KEY, ARRAYS)
     assert read_derived(storage, "means", KEY) is None
     assert [path for path in root.rglob("*") if path.is_file() and path.name != ".derived"] == []
+
+
+TYPES: dict[str, np.dtype] = {"values": np.dtype(np.uint16), "ends": np.dtype(np.int64)}
+
+
+def count_to(n: int) -> Callable[[Unfinished], None]:
+    """Appends 0, 1 ... n - 1 and their ends; above 10 it is killed."""
+
+    def write(files: Unfinished) -> None:
+        for i in range(files.n["values"], n):
+            if i == 10:
+                raise KeyboardInterrupt
+            files.append(values=np.array([i]), ends=np.array([i + 1]))
+
+    return write
+
+
+@pytest.mark.parametrize(("durable", "expected"), [(1, 10), (30, 9), (2**30, 0)])
+def test_a_kill_loses_what_was_not_yet_made_sure_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: int, expected: int
+) -> None:
+    """An entry of each array are 10 bytes."""
+    monkeypatch.setattr(sest.cache.derived, "DURABLE", durable)
+    folder, begun = tmp_path / "place/big-1", list[int]()
+    with pytest.raises(KeyboardInterrupt):
+        write_once(folder, KEY, TYPES, count_to(11))
+    assert not folder.exists() and lacking_bytes(folder, 2**62) <= 2**62 - 100  # 10 entries are on the disk
+
+    def go_on(files: Unfinished) -> None:
+        begun.append(files.n["values"])
+        for i in range(files.n["values"], 12):
+            files.append(values=np.array([i]), ends=np.array([i + 1]))
+
+    found = write_once(folder, KEY, TYPES, go_on)
+    assert begun == [expected] and {name: values.dtype for name, values in found.items()} == TYPES
+    assert found["values"].tolist() == list(range(12)) and found["ends"].tolist() == list(range(1, 13))
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "ends.bin", "values.bin"]
+    assert not [path for path in folder.parent.iterdir() if path.name.endswith(".new")]
+    again = write_once(folder, KEY, TYPES, count_to(11))  # whole: nothing is appended
+    assert again["values"].tolist() == list(range(12)) and isinstance(again["values"], np.memmap)
+
+
+@pytest.mark.parametrize("change", ["another key", "a shorter file"])
+def test_what_another_left_or_what_is_damaged_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr(sest.cache.derived, "DURABLE", 1)
+    with pytest.raises(KeyboardInterrupt):
+        write_once(tmp_path / "big", KEY, TYPES, count_to(11))
+    if change == "a shorter file":
+        (tmp_path / ".big.new/ends.bin").write_bytes(b"")
+    key = KEY if change == "a shorter file" else {**KEY, "target_sum": 5}
+    assert write_once(tmp_path / "big", key, TYPES, count_to(3))["values"].tolist() == [0, 1, 2]

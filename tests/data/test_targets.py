@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +15,18 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+import sest.cache.derived
 import sest.data.targets
 from helpers.caches import GENES, small_screen
 from helpers.datasets import Opened, open_three_files, opened
 from helpers.notes import Notes
 from sest.cache import Cache
+from sest.cache.derived import Unfinished, derived_bytes
+from sest.cache.storage import storage_at
 from sest.cells.scale import differing_scales
-from sest.data.targets import (
-    SCRATCH_MARK,
-    normalisations,
-    read_targets,
-    refuse_mixed_scales,
-    remove_scratch,
-)
+from sest.data.control_values import ControlValues
+from sest.data.labels import read_labels
+from sest.data.targets import normalisations, read_targets, refuse_mixed_scales
 from sest.errors import InputError
 from sest.machine.memory import available_bytes
 from sest.progress import reporting
@@ -153,46 +156,161 @@ def test_reading_in_blocks_changes_nothing(three_files: Opened, monkeypatch: pyt
         np.testing.assert_array_equal(one, other)
 
 
+def values_in(place: Path) -> dict[str, bytes]:
+    """The files of the one set of values there, by name."""
+    (folder,) = place.glob("values-*")
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Many blocks, each made sure of."""
+    patch.setattr(sest.data.targets, "VALUES_PER_READ", 40)
+    patch.setattr(sest.cache.derived, "DURABLE", 1)
+
+
 def test_values_on_disk_are_those_in_memory_and_are_written_once(three_files: Opened, tmp_path: Path) -> None:
     cache, _ = three_files
     scratch, notes = tmp_path / "scratch", Notes()
     with reporting(notes):
         on_disk = read_targets(cache, 1e4, where="disk", scratch=scratch)
-    assert on_disk.on_disk and not read_targets(cache, 1e4).on_disk
-    assert any(f"they are read from {scratch}" in text for text in notes.notes)
+    (folder,) = scratch.glob("values-*")
+    assert on_disk.on_disk and on_disk.folder == folder and isinstance(on_disk.indptr, np.memmap)
+    assert not read_targets(cache, 1e4).on_disk and read_targets(cache, 1e4).folder is None
+    assert any(
+        "take 0.0 GB, of" in text and f"are read from {folder}. They serve later" in text for text in notes.notes
+    )
     for one, other in zip(everything(cache, where="disk", scratch=scratch), everything(cache), strict=True):
         np.testing.assert_array_equal(one, other)
-    written = {file: file.stat().st_mtime_ns for file in scratch.iterdir()}
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     again = Notes()
     with reporting(again):
-        read_targets(cache, "median", where="disk", scratch=scratch)  # totals are kept, not factors
-    assert {file: file.stat().st_mtime_ns for file in scratch.iterdir()} == written
+        median = read_targets(cache, "median", where="disk", scratch=scratch)  # totals are kept, not factors
+    np.testing.assert_array_equal(median.factor, read_targets(cache, "median").factor)
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
     assert any("used again" in text for text in again.notes)
     another = opened(tmp_path, small_screen("a", seed=9))
-    values, _ = everything(another, where="disk", scratch=scratch)  # of another cache: written anew
+    values, _ = everything(another, where="disk", scratch=scratch)  # of another cache: files of its own
     np.testing.assert_array_equal(values, everything(another)[0])
-    (scratch / "mine.txt").write_text("kept")
-    remove_scratch(scratch)
-    assert [file.name for file in scratch.iterdir()] == ["mine.txt"]
+    read_targets(cache, 1e4, axis="union", where="disk", scratch=scratch)  # over other genes, too
+    assert len(list(scratch.glob("values-*"))) == 3
 
 
-def test_a_kill_while_values_are_written_leaves_nothing_that_is_trusted(
+def test_values_are_written_beside_the_cache_and_the_controls_are_kept_meanwhile(tmp_path: Path) -> None:
+    cache, _ = open_three_files(tmp_path)
+    controls = read_labels(cache)[0].is_control
+    folder = read_targets(cache, 1e4, where="disk", controls=controls).folder
+    assert folder is not None and folder.parent == tmp_path / "s.zarr/.derived"
+    assert ControlValues(cache, controls).is_kept
+    kept = read_targets(cache, 1e4, where="disk", controls=controls, only_controls=True)
+    whole, rows = read_targets(cache, 1e4), np.flatnonzero(controls)
+    assert kept.held is not None and (kept.values(rows) != whole.values(rows)).nnz == 0
+    assert derived_bytes(cache.storage) > sum(array.nbytes for array in (whole.indices, whole.data, whole.indptr))
+
+
+@pytest.mark.parametrize("n_blocks", [0, 1, 7, 20])
+@pytest.mark.parametrize("axis", ["common", "union"])
+def test_after_a_kill_writing_goes_on_where_it_was_and_gives_the_same_bytes(
+    three_files: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: str, n_blocks: int
+) -> None:
+    cache, _ = three_files
+    read_targets(cache, 1e4, axis=axis, where="disk", scratch=tmp_path / "whole")
+    scratch, append, left = tmp_path / "scratch", Unfinished.append, n_blocks
+    first_cells: list[int] = []
+
+    def cut(files: Unfinished, **arrays: np.ndarray) -> None:
+        nonlocal left
+        if not left and "data" in arrays:
+            files._files["data"].write(b"half a block")
+            raise KeyboardInterrupt
+        left -= "data" in arrays
+        append(files, **arrays)
+
+    def blocks(*arguments: Any, original: Any = sest.data.targets._blocks) -> Iterator[Any]:
+        first_cells.append(arguments[-1])
+        return original(*arguments)
+
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(sest.data.targets, "_blocks", blocks)
+    with monkeypatch.context() as kill:
+        kill.setattr(Unfinished, "append", cut)
+        with pytest.raises(KeyboardInterrupt):
+            read_targets(cache, 1e4, axis=axis, where="disk", scratch=scratch)
+    assert not list(scratch.glob("values-*"))
+    for one, other in zip(
+        everything(cache, axis=axis, where="disk", scratch=scratch), everything(cache, axis=axis), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert values_in(scratch) == values_in(tmp_path / "whole")
+    assert first_cells[0] == 0 and (first_cells[1] > 0) == (n_blocks > 0) and not list(scratch.glob(".*.new"))
+
+
+def test_two_processes_at_once_write_the_values_once(
+    three_files: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads: a lock is of an open file, so they are kept apart as processes are."""
+    cache, _ = three_files
+    scratch, writers, both = tmp_path / "scratch", list[int](), threading.Barrier(2)
+
+    def slow(files: Unfinished) -> Unfinished:
+        writers.append(1)
+        time.sleep(0.3)
+        return enter(files)
+
+    enter = Unfinished.__enter__
+    monkeypatch.setattr(Unfinished, "__enter__", slow)
+
+    def read() -> tuple[np.ndarray, list[str]]:
+        notes = Notes()
+        with reporting(notes):
+            both.wait()
+            return everything(cache, where="disk", scratch=scratch)[0], notes.notes
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [future.result() for future in [threads.submit(read) for _ in range(2)]]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][0], everything(cache)[0])
+    assert len(writers) == 1
+    waited = [text for _, notes in found for text in notes if text.startswith("Waiting for process")]
+    assert len(waited) == 1 and waited[0].startswith(
+        f"Waiting for process {os.getpid()}, which writes {scratch}/values-"
+    )
+
+
+@pytest.mark.parametrize("name", ["indices.bin", "totals.bin", "about.json"])
+def test_files_of_another_size_are_written_again(three_files: Opened, tmp_path: Path, name: str) -> None:
+    cache, _ = three_files
+    read_targets(cache, 1e4, where="disk", scratch=tmp_path)
+    (folder,) = tmp_path.glob("values-*")
+    before = values_in(tmp_path)
+    (folder / name).write_bytes(before[name][:-1])
+    with reporting(notes := Notes()):
+        read_targets(cache, 1e4, where="disk", scratch=tmp_path)
+    assert values_in(tmp_path) == before and not any("used again" in text for text in notes.notes)
+
+
+def test_a_full_disk_leaves_nothing_that_is_taken_for_whole(
     three_files: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, _ = three_files
-    scratch, original = tmp_path / "scratch", sest.data.targets._blocks
+    small_blocks(monkeypatch)
+    save, left = Unfinished.save, 5
 
-    def cut(*arguments: Any) -> Iterator[Any]:
-        yield next(original(*arguments))
-        raise KeyboardInterrupt
+    def full(files: Unfinished) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(28, "No space left on device")
+        save(files)
 
-    with monkeypatch.context() as kill:
-        kill.setattr(sest.data.targets, "_blocks", cut)
-        with pytest.raises(KeyboardInterrupt):
-            read_targets(cache, 1e4, where="disk", scratch=scratch)
-    assert (scratch / "data.bin").exists() and not (scratch / SCRATCH_MARK).exists()
-    for one, other in zip(everything(cache, where="disk", scratch=scratch), everything(cache), strict=True):
-        np.testing.assert_array_equal(one, other)
+    with monkeypatch.context() as disk:
+        disk.setattr(Unfinished, "save", full)
+        with pytest.raises(InputError, match=r"No space left .*another folder with --scratch"):
+            read_targets(cache, 1e4, where="disk", scratch=tmp_path)
+    assert not list(tmp_path.glob("values-*"))
+    with reporting(notes := Notes()):
+        values, _ = everything(cache, where="disk", scratch=tmp_path)
+    assert any("was begun before" in text for text in notes.notes)
+    np.testing.assert_array_equal(values, everything(cache)[0])
 
 
 def test_where_values_go_depends_on_what_is_free(
@@ -203,15 +321,23 @@ def test_where_values_go_depends_on_what_is_free(
     assert not read_targets(cache, 1e4, scratch=scratch).on_disk
     monkeypatch.setattr(sest.data.targets, "available_bytes", lambda: 100)
     assert read_targets(cache, 1e4, scratch=scratch).on_disk
-    in_memory: tuple[dict[str, Any], ...] = ({}, {"where": "memory", "scratch": scratch})
-    for options in in_memory:
-        with pytest.raises(InputError, match=r"take 0\.0 GB, of 0\.0 GB of free memory\. Use a machine"):
-            read_targets(cache, 1e4, **options)
+    with pytest.raises(InputError, match=r"take 0\.0 GB, of 0\.0 GB of free memory\. Use a machine"):
+        read_targets(cache, 1e4, where="memory", scratch=scratch)
     no_room = type("Usage", (), {"free": 5})
-    monkeypatch.setattr("sest.data.targets.shutil.disk_usage", lambda folder: no_room)
-    with pytest.raises(InputError, match=r"0\.0 GB of free disk at .*--scratch"):
+    monkeypatch.setattr("sest.cache.derived.shutil.disk_usage", lambda folder: no_room)
+    with pytest.raises(InputError, match=r"0\.0 GB more than the disk of .* has free\. Name .*--scratch"):
         read_targets(cache, 1e4, where="disk", scratch=tmp_path / "a/b/c")
     assert not (tmp_path / "a").exists()
+    assert read_targets(cache, 1e4, scratch=scratch).on_disk  # what is there needs no room
+
+
+def test_beside_a_cache_on_object_storage_a_folder_must_be_named(
+    three_files: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = replace(three_files[0], storage=storage_at("memory://values-test/s.zarr"))
+    with pytest.raises(InputError, match=r"on object storage\. Name a folder on a disk with --scratch"):
+        read_targets(remote, 1e4, where="disk")
+    assert read_targets(remote, 1e4, where="disk", scratch=tmp_path).on_disk
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_one_line(three_files: Opened, tmp_path: Path) -> None:
@@ -232,14 +358,3 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 300_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(tmp_path) > 10**6
-
-
-def test_scratch_files_that_cannot_be_deleted_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, missing_ok: bool = False) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "unlink", full)
-    notes = Notes()
-    with reporting(notes):
-        remove_scratch(tmp_path)
-    assert notes.notes == [f"{tmp_path} could not be deleted (No space left on device); nothing needs it any more."]

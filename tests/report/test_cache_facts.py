@@ -19,15 +19,15 @@ from sest.runs.checkpoint import Checkpoint
 from sest.training.train import train
 
 
-def facts_of(run: Path, scratch: Path, n_sets: int = 0, **places: Any) -> CacheFacts:
+def facts_of(run: Path, n_sets: int = 0, **places: Any) -> CacheFacts:
     """What the cache of a run adds; n_sets 0: every cell is predicted."""
     facts = read_runs([run], **places)[0]
-    return read_cache(facts, n_sets=n_sets, device=torch.device("cpu"), scratch=scratch)
+    return read_cache(facts, n_sets=n_sets, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def whole(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> CacheFacts:
-    return facts_of(trained.run, tmp_path_factory.mktemp("scratch"))
+    return facts_of(trained.run)
 
 
 def test_pairs_of_both_splits_are_predicted(whole: CacheFacts) -> None:
@@ -56,7 +56,7 @@ def test_scores_average_to_the_validation_of_that_checkpoint(
         means = {name: float(name == part) for name in blend.weights.means}
         alone = replace(blend, weights=replace(blend.weights, means=means))
         monkeypatch.setattr(Checkpoint, "blend", lambda _, alone=alone: alone)
-        facts = read_cache(run, n_sets=0, device=torch.device("cpu"), scratch=trained.run / "scratch")
+        facts = read_cache(run, n_sets=0, device=torch.device("cpu"))
         assert facts.pairs is not None
         of = "" if part == "head" else "_stack"
         for name in ("pearson_delta", "mae", "pds"):
@@ -80,7 +80,7 @@ def test_effects_are_those_of_the_raw_counts(trained: Trained, whole: CacheFacts
 
 
 def test_a_limit_on_sets_is_kept_for_each_split(trained: Trained, tmp_path: Path) -> None:
-    pairs = facts_of(trained.run, tmp_path / "scratch", n_sets=5).pairs
+    pairs = facts_of(trained.run, n_sets=5).pairs
     # val: 8, 7, 9 and 6 cells in sets of 4; 2 + 2 + 3 + 2 sets; test: 5 cells, 2 sets
     assert pairs is not None and [(r.n_sets, r.of_sets) for r in pairs] == [(5, 9), (2, 2)]
 
@@ -88,13 +88,13 @@ def test_a_limit_on_sets_is_kept_for_each_split(trained: Trained, tmp_path: Path
 def test_cell_types_of_several_datasets_are_named_with_theirs(tmp_path: Path) -> None:
     groups = [small_screen(path, sizes={"P": 4, "Q": 4}, cell_types=("x",), seed=i) for i, path in enumerate("ab")]
     train(write_cache(tmp_path / "s.zarr", groups), tmp_path / "run", small_config(max_steps=4, val_fraction=0.5))
-    pairs = facts_of(tmp_path / "run", tmp_path / "scratch").pairs
+    pairs = facts_of(tmp_path / "run").pairs
     assert pairs is not None and set(pairs[0].cell_types) <= {"a/x", "b/x"}
 
 
 def test_pairs_of_which_nothing_can_be_learned_are_counted(trained: Trained, whole: CacheFacts, tmp_path: Path) -> None:
     train(trained.cache, tmp_path / "run", small_config(max_steps=1, val_contexts="all"))
-    pairs = facts_of(tmp_path / "run", tmp_path / "scratch").pairs
+    pairs = facts_of(tmp_path / "run").pairs
     assert pairs is not None and pairs[0].n_not_learned == len(pairs[0].perturbations) > 0
     assert whole.pairs is not None and whole.pairs[0].n_not_learned == 0
 
@@ -103,21 +103,21 @@ def test_pairs_of_which_nothing_can_be_learned_are_counted(trained: Trained, who
 
 
 def test_without_a_cache_every_part_says_why(trained: Trained, tmp_path: Path) -> None:
-    found = facts_of(trained.run, tmp_path, cache=str(tmp_path / "gone.zarr"))
+    found = facts_of(trained.run, cache=str(tmp_path / "gone.zarr"))
     assert set(found.notes) == {"table", "pairs", "map"} and found.attributes == {} and found.genes == ()
     assert (found.table, found.pairs, found.map) == (None, None, None)
     assert "The run's cache cannot be opened" in found.notes["map"] and "gone.zarr does not exist" in found.notes["map"]
-    assert "does not say where its cache is. Pass --cache." in facts_of(trained.run, tmp_path, cache="").notes["pairs"]
+    assert "does not say where its cache is. Pass --cache." in facts_of(trained.run, cache="").notes["pairs"]
 
 
 def test_without_its_features_the_map_is_still_made(trained: Trained, tmp_path: Path) -> None:
-    found = facts_of(trained.run, tmp_path, perturbations=str(tmp_path / "gone.npz"))
+    found = facts_of(trained.run, perturbations=str(tmp_path / "gone.npz"))
     assert found.table is None and found.pairs is None and found.map is not None
     assert found.notes["table"] == found.notes["pairs"] and "Pass --perturbations with it." in found.notes["pairs"]
 
 
 def test_a_cache_with_other_cells_is_counted_and_not_predicted_with(trained: Trained, tmp_path: Path) -> None:
     other = write_cache(tmp_path / "o.zarr", [small_screen(sizes=SIZES, cell_types=("x", CELL_TYPE), seed=1)])
-    found = facts_of(trained.run, tmp_path / "scratch", cache=str(other))
+    found = facts_of(trained.run, cache=str(other))
     assert found.pairs is None and "was trained on. Pass --cache with that one." in found.notes["pairs"]
     assert found.table is not None and found.map is not None and set(found.notes) == {"pairs"}

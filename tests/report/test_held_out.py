@@ -31,7 +31,7 @@ def rows_of(page: Opened) -> dict[str, list[str]]:
 def test_pairs_are_shown_beside_the_stack_as_the_blend_predicts_them(trained: Trained, page: Opened) -> None:
     rows, facts = (
         rows_of(page),
-        read_cache(read_runs([trained.run])[0], n_sets=0, device=torch.device("cpu"), scratch=trained.run / "scratch"),
+        read_cache(read_runs([trained.run])[0], n_sets=0, device=torch.device("cpu")),
     )
     assert set(rows) == {"P", "T", "S", "Q", "&lt;script&gt;alert(1)&lt;/script&gt;"}
     validated = [row for name, row in rows.items() if name != "Q"]

@@ -61,44 +61,50 @@ def test_a_cell_type_the_head_never_sees_is_named_unless_its_controls_are_learne
         assert said == (not control_targets)
 
 
-def test_cells_in_mapped_files_give_the_same_bytes_and_the_files_go_at_the_end(
+def test_cells_in_mapped_files_give_the_same_bytes_and_the_files_stay_beside_the_cache(
     cache: Path, whole: Path, tmp_path: Path
 ) -> None:
     run, notes = tmp_path / "run", Notes()
     config = small_config(data_device="disk")
     with pytest.raises(Interrupted), reporting(notes):
         train(cache, run, config, on_log=signal_after(5))
-    assert any(re.fullmatch(rf"Batches from {run}/scratch: \S+ a second\.", text) for text in notes.notes)
-    assert (run / "scratch/targets.json").is_file()  # for the run that is resumed
+    (values,) = cache.glob(".derived/values-*")
+    assert any(re.fullmatch(rf"Batches from {values}: \S+ a second\.", text) for text in notes.notes)
     notes = Notes()
     with reporting(notes):
         train(cache, run, config, resume="auto")
-    assert any("are used again" in text for text in notes.notes)
-    assert not (run / "scratch").exists()
-    assert files(run) == files(whole)
+    assert f"The values in {values} are used again." in notes.notes
+    assert values.is_dir() and files(run) == files(whole)
 
 
 def test_a_run_killed_while_its_files_are_written_can_be_started_again(
     cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, config = tmp_path / "run", small_config(data_device="disk")
+    run, config = tmp_path / "run", small_config(data_device="disk", scratch=str(tmp_path / "scratch"))
     with monkeypatch.context() as kill:
-        kill.setattr("sest.data.targets.write_durably", mock.Mock(side_effect=KeyboardInterrupt))
+        kill.setattr("sest.cache.derived.name_folder", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(cache, run, config)
-    assert [path.name for path in run.iterdir()] == ["scratch"]
+    assert not run.exists() and not list((tmp_path / "scratch").glob("values-*"))
     train(cache, run, config)
-    assert files(run) == files(whole)
+    assert list((tmp_path / "scratch").glob("values-*"))
+    assert files(run) == files(whole)  # --scratch is in config.toml alone
 
 
-def test_a_scratch_folder_that_was_named_is_kept_for_other_runs(cache: Path, tmp_path: Path) -> None:
-    config = small_config(data_device="disk", scratch=str(tmp_path / "scratch"), max_steps=1)
+@pytest.mark.parametrize("named", [False, True])
+def test_runs_of_one_cache_share_the_files(cache: Path, tmp_path: Path, named: bool) -> None:
+    place = tmp_path / "scratch" if named else cache / ".derived"
+    config = small_config(data_device="disk", scratch=str(place) if named else None, max_steps=1)
     train(cache, tmp_path / "a", config)
+    (values,) = place.glob("values-*")
+    written = {file: file.stat().st_mtime_ns for file in values.iterdir()}
     notes = Notes()
     with reporting(notes):
-        train(cache, tmp_path / "b", config)
-    assert any("are used again" in text for text in notes.notes) and (tmp_path / "scratch").is_dir()
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+        train(cache, tmp_path / "b", dataclasses.replace(config, target_sum=1e3))
+        train(cache, tmp_path / "c", config)
+    assert notes.notes.count(f"The values in {values} are used again.") == 2
+    assert {file: file.stat().st_mtime_ns for file in values.iterdir()} == written
+    assert files(tmp_path / "a") == files(tmp_path / "c")
 
 
 def test_what_one_hot_features_cannot_learn_is_said_and_its_validation_is_marked(cache: Path, tmp_path: Path) -> None:
