@@ -57,6 +57,7 @@ HOLDS = {  # these may hold the values too, once and VALUE_BYTES each, where mem
     "train": "--data-device auto keeps them in memory: a step never reads the cache",
     "train again": "as the first",
     "head none": "baselines are fitted on the same data",
+    "predict": "the control cells that it starts from, a tenth of all here, with copies",
 }
 
 
