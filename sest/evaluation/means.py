@@ -141,7 +141,8 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
     """
     labels, mask = data.labels, data.in_split(bit)
     usable = mask if bit == TEST else mask | ~(data.in_split(TEST) | labels.is_control)  # controls: the split's
-    result = []
+    targets, result = data.all_targets(), []
+    values = len(targets.genes), targets.indptr, targets.indices, targets.data, targets.factor
     for context in np.unique(labels.context[mask & ~labels.is_control]):
         here = usable & (labels.context == context)
         mine = np.unique(labels.perturbation[here & mask & ~labels.is_control])
@@ -156,9 +157,7 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         n_groups, cells = 1 + len(pairs), code >= 0
         folds = n_folds(n_groups, len(data.targets.genes))
         code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
-        targets = data.all_targets()
-        values = targets.indptr, targets.indices, targets.data, targets.factor
-        sums, counts, _ = group_sums(code, n_groups * folds, len(targets.genes), *values)
+        sums, counts, _ = group_sums(code, n_groups * folds, *values)
         measured, genes = data.measured_in(int(context)), list(data.targets.genes)
         if measured is not None:
             sums, genes = sums[:, measured], np.array(genes)[measured].tolist()
