@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +39,29 @@ ABOUT = "about.json"
 SPARE = 2**30  # bytes of the disk that stay free
 DURABLE = 2**30  # appended bytes after which they are flushed: what a kill may lose
 _BLOCK = 2**26
+ROWS = 64  # copied at one time
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An array that is made a block of rows at a time, in their order; all of it need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def whole(self) -> np.ndarray:
+        """Made in memory."""
+        made, at = np.empty(self.shape, self.dtype), 0
+        for block in self.make():
+            made[at : at + len(block)] = block
+            at += len(block)
+        assert at == len(made)
+        return made
 
 
 def is_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> bool:
@@ -61,20 +86,24 @@ def read_folder(folder: Path, key: Mapping[str, Any], *, clear: bool = False) ->
         return None
     found = {}
     for array, (dtype, shape, checksum) in about["arrays"].items():
+        file = folder / f"{array}.bin"
         try:
-            values = _mapped(folder / f"{array}.bin", np.dtype(dtype), tuple(shape))
+            values = _mapped(file, np.dtype(dtype), tuple(shape))
+            sound = checksum is None or _checksum(file) == checksum
         except (OSError, ValueError):
-            values = None
-        if values is None or (checksum is not None and _checksum(values) != checksum):
+            sound = False
+        if not sound:
             if clear:
-                logger.warning(f"{folder / array}.bin is damaged; it is made again.")
+                logger.warning(f"{file} is damaged; it is made again.")
                 shutil.rmtree(folder, ignore_errors=True)
             return None
         found[array] = values
     return found
 
 
-def keep_derived(storage: Storage, name: str, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def keep_derived(
+    storage: Storage, name: str, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray | Blocks]
+) -> None:
     """Keep arrays, whole or not at all. Nothing depends on it: where it cannot be done, that is said and no error."""
     folder = folder_of(storage, name, key)
     if folder is None:
@@ -88,12 +117,23 @@ def keep_derived(storage: Storage, name: str, key: Mapping[str, Any], arrays: Ma
         about: dict[str, Any] = {"key": _plain(key), "arrays": {}}
         with folder_aside(folder) as aside:
             for array, values in arrays.items():
-                values = np.ascontiguousarray(values)
-                write_flushed(aside / f"{array}.bin", values.reshape(-1).view(np.uint8).data)
-                about["arrays"][array] = [str(values.dtype), list(values.shape), _checksum(values)]
+                blocks = values.make() if isinstance(values, Blocks) else iter([values])
+                checksum = Checksum()
+                write_flushed(aside / f"{array}.bin", parts=map(checksum.add, map(_bytes, blocks)))
+                about["arrays"][array] = [str(values.dtype), list(values.shape), checksum.value]
             write_flushed(aside / ABOUT, json.dumps(about).encode())
     except OSError as error:  # nothing can be written there, or another process keeps the same
         logger.debug(f"{folder.parent} keeps no {name}: {error.strerror}.")
+
+
+def copied(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows in memory; what the system read around them no longer counts as memory of this process."""
+    taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for start in range(0, len(rows), ROWS):
+        taken[start : start + ROWS] = array[rows[start : start + ROWS]]
+        if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    return taken
 
 
 def derived_bytes(storage: Storage) -> int:
@@ -217,16 +257,33 @@ def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A file's numbers; None where it has more or fewer of them."""
+def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A file's numbers; ValueError where it has more or fewer of them."""
     if file.stat().st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        return None
+        raise ValueError(f"{file} is not of its size")
     return np.memmap(file, dtype, "r", shape=shape) if np.prod(shape) else np.zeros(shape, dtype)
 
 
-def _checksum(values: np.ndarray) -> int:
-    """CRC-32C of an array's bytes."""
-    data, found = values.reshape(-1).view(np.uint8), 0
-    for start in range(0, len(data), _BLOCK):
-        found = google_crc32c.extend(found, data[start : start + _BLOCK])
-    return int(found)
+def _bytes(values: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+class Checksum:
+    """CRC-32C of the bytes that were added."""
+
+    value = 0
+
+    def add(self, data: memoryview) -> memoryview:
+        """The same bytes."""
+        for start in range(0, len(data), _BLOCK):
+            self.value = int(google_crc32c.extend(self.value, np.frombuffer(data[start : start + _BLOCK], np.uint8)))
+        return data
+
+
+def _checksum(file: Path) -> int:
+    """That of a file, which is not read through its mapping: what was mapped once counts as memory of the process."""
+    checksum = Checksum()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            checksum.add(memoryview(block))
+    return checksum.value

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
@@ -37,15 +38,20 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_flushed(path: Path, data: bytes | memoryview) -> None:
-    """Write a file and flush its bytes; its name is the caller's to make durable (see `folder_aside`)."""
-    _write(path, data, "wb")
+def write_flushed(path: Path, *data: bytes | memoryview, parts: Iterable[bytes | memoryview] = ()) -> None:
+    """Write a file and flush its bytes; its name is the caller's to make durable (see `folder_aside`).
+
+    Args:
+        data: all of it.
+        parts: what follows, made as it is written.
+    """
+    _write(path, chain(data, parts), "wb")
 
 
 def append_durably(path: Path, data: bytes) -> None:
     """Add bytes to the end of a file, which need not exist."""
     new = not path.exists()
-    _write(path, data, "ab")
+    _write(path, [data], "ab")
     if new:
         flush(path.parent)
 
@@ -117,8 +123,8 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _write(path: Path, data: bytes | memoryview, mode: str) -> None:
+def _write(path: Path, parts: Iterable[bytes | memoryview], mode: str) -> None:
     with open(path, mode) as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())

@@ -48,8 +48,7 @@ class Group:
         """(n_cells, 3) perturbation, cell_type and batch (categorical); the index has the original names."""
         return anndata.io.read_elem(self._zarr["obs"])
 
-    @cached_property
-    def labels(self) -> pd.DataFrame:
+    def read_labels(self) -> pd.DataFrame:
         """The columns of `obs` without the cells' names, which take most of its memory."""
         table = self._zarr["obs"]
         columns: Any = table.attrs["column-order"]

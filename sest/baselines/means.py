@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sest.baselines.effects import Effects, Query
+from sest.baselines.effects import Effects, Query, gene_blocks
+
+AT_ONCE = 1024  # feature vectors
 
 
 class Controls:
@@ -30,7 +32,9 @@ class ContextMean:
         self._means = np.zeros((len(effects.controls.names), effects.delta.shape[1]))
         trained = np.unique(effects.context)
         for context in trained.tolist():
-            self._means[context] = effects.delta[effects.context == context].mean(0, dtype=np.float64)
+            pairs = np.flatnonzero(effects.context == context)
+            for genes in gene_blocks(effects.delta.shape[1]):
+                self._means[context, genes] = effects.delta[pairs, genes].mean(0, dtype=np.float64)
         self._overall = self._means[trained].mean(0)
         return self
 
@@ -96,7 +100,11 @@ class Nearest:
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, P) cosines of feature vectors (N, F) and (P, F); 0 with a vector of zeros."""
-    return _unit(a) @ _unit(b).T
+    a, result = _unit(a), np.empty((len(a), len(b)))
+    for start in range(0, len(b), AT_ONCE):  # in float64 one-hot vectors are large
+        some = slice(start, start + AT_ONCE)
+        result[:, some] = a @ _unit(b[some]).T
+    return result
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

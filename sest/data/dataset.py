@@ -33,7 +33,7 @@ class Dataset:
     features: Features
     targets: Targets
     embeddings: np.ndarray  # (controls, E) as stored
-    embedding_row: np.ndarray  # (N,) int64: a cell's row in `embeddings`, -1 for cells that are no controls
+    embedding_row: np.ndarray  # (N,) int32: a cell's row in `embeddings`, -1 for cells that are no controls
     split_file: SplitFile | None
     table: list[SplitRow]  # what each split holds, for people
     sources: str  # of the features, with nothing left to choose: see `with_sources`

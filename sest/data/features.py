@@ -136,9 +136,13 @@ def make_features(vectors: Vectors, names: Sequence[str], missing: str, *, neede
     Raises:
         InputError: vectors missing (listed, with the nearest names).
     """
-    found = {name: vectors.find(name) for name in names}
+    matrix, has = np.zeros((len(names), vectors.width), np.float32), set()
+    for row, name in enumerate(names):
+        if (vector := vectors.find(name)) is not None:
+            matrix[row] = vector
+            has.add(name)
     wanted = [name for name in names[1:] if needed is None or name in needed]
-    absent = [name for name in wanted if found[name] is None]
+    absent = [name for name in wanted if name not in has]
     if absent and missing == "error":
         raise InputError(
             f"{vectors.label} has no features for {len(absent)} of {len(wanted)} perturbations: {shown(absent)}."
@@ -149,12 +153,10 @@ def make_features(vectors: Vectors, names: Sequence[str], missing: str, *, neede
             f"{vectors.label} has features for none of the {len(absent)} perturbations. "
             f"It has, for example: {shown(vectors.names)}; the data has: {shown(absent)}."
         )
-    vectors.say_what_is_made([name for name in wanted if found[name] is not None])
-    zero = np.zeros(vectors.width, np.float32)
-    rows = [found[name] for name in names]
-    matrix = np.stack([zero if row is None else row for row in rows]).astype(np.float32)
-    digest = hashlib.sha256("\n".join(names).encode() + matrix.tobytes()).hexdigest()
-    return Features(tuple(names), matrix, tuple(absent), digest, vectors)
+    vectors.say_what_is_made([name for name in wanted if name in has])
+    digest = hashlib.sha256("\n".join(names).encode())
+    digest.update(matrix.data)
+    return Features(tuple(names), matrix, tuple(absent), digest.hexdigest(), vectors)
 
 
 def gene_loadings(targets: Targets, rows: np.ndarray, context: np.ndarray, seed: int) -> Source:

@@ -47,14 +47,18 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
         InputError: a file has no perturbation column or no control cells.
     """
     groups = list(cache.groups.values())
-    for group in groups:
-        if "perturbation" not in group.labels or not group.attributes["controls"]:
+    columns = [group.read_labels() for group in groups]
+    for group, labelled in zip(groups, columns, strict=True):
+        if "perturbation" not in labelled or not group.attributes["controls"]:
             raise InputError(
                 f"{cache.path}: group {group.path} has no perturbation labels or no controls, so nothing can be "
                 "trained on it. Embed it with --pert-col and --control."
             )
     as_is = any(g.attributes["columns"].get("labels") == AS_IS for g in groups)
-    tables = [group_cells(g.path, g.dataset, g.labels, str(g.attributes["columns"]["control"])) for g in groups]
+    tables = [
+        group_cells(g.path, g.dataset, labelled, str(g.attributes["columns"]["control"]))
+        for g, labelled in zip(groups, columns, strict=True)
+    ]
     tables = tables if as_is else _spelled_alike(tables)
     control = tables[0].control
     names = sorted({name for t in tables for name in t.perturbations if name != t.control})
@@ -67,13 +71,13 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
     contexts = [(t.path, name) for t in tables for name in t.cell_types]
     context_code = {pair: i for i, pair in enumerate(contexts)}
     perturbation, context, batch, n_batches = [], [], [], 0
-    for t, g in zip(tables, groups, strict=True):
+    for t, labelled in zip(tables, columns, strict=True):
         codes = [CONTROL if name == t.control else code[name] for name in t.perturbations]
         to_code = np.array([*codes, NOTHING], np.int32)  # code -1 is the last
         perturbation.append(to_code[t.perturbation])
         to_context = np.array([context_code[t.path, name] for name in t.cell_types], np.int32)
         context.append(to_context[t.cell_type])
-        batches = g.labels["batch"].cat
+        batches = labelled["batch"].cat
         batch.append(batches.codes.to_numpy(np.int32) + n_batches)
         n_batches += len(batches.categories)
     first = np.cumsum([0, *(g.n_cells for g in groups)])
@@ -105,12 +109,12 @@ def read_embeddings(cache: Cache, labels: Labels) -> tuple[np.ndarray, np.ndarra
     """Read the embeddings of the control cells, all that gene-space training needs.
 
     Returns:
-        (controls, E) as stored, and (N,) int64: a cell's row in it, -1 for cells that are no controls.
+        (controls, E) as stored, and (N,) int32: a cell's row in it, -1 for cells that are no controls.
 
     Raises:
         InputError: a control cell was not embedded.
     """
-    row_of = np.full(len(labels), -1, np.int64)
+    row_of = np.full(len(labels), -1, np.int32)
     row_of[labels.is_control] = np.arange(int(labels.is_control.sum()))
     parts = []
     for number, group in enumerate(cache.groups.values()):

@@ -36,7 +36,7 @@ class ResidentCells:
     """
 
     targets: Targets
-    embedding_row: np.ndarray  # (N,) int64
+    embedding_row: np.ndarray  # (N,) int32
     embeddings: Tensor  # (controls, E) as stored
     device: torch.device  # the training device
     on_device: DeviceValues | None  # the targets in its memory; None: in the host's

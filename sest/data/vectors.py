@@ -63,7 +63,7 @@ class Source:
 
     name: str  # onehot, genes, or the file's name
     rows: Mapping[str, int]  # name -> row of `matrix`
-    matrix: np.ndarray  # (n, W) float32
+    matrix: np.ndarray  # (n, W) float32; (0, W) of columns, whose vectors are made from the names
 
     @property
     def width(self) -> int:
@@ -82,15 +82,20 @@ class Source:
         parts = targets_of(name)
         return self._row(name) is None and parts not in ((), (name,)) and all(part in self.rows for part in parts)
 
+    def _rows(self, name: str) -> list[int] | None:
+        """The rows that add up to the vector of a name; None where it has none."""
+        if (row := self._row(name)) is not None:
+            return [row]
+        if self.is_sum(name):
+            return [self.rows[part] for part in targets_of(name)]
+        if self.is_of_drugs(name):
+            return [self.rows[treatment.drug] for treatment in treatments_in(name)]
+        return None
+
     def find(self, name: str) -> np.ndarray | None:
         """(W,): its vector, or of a combination the sum of its targets' vectors; None where there is neither."""
-        if (row := self._row(name)) is not None:
-            return np.asarray(self.matrix[row])
-        if self.is_sum(name):
-            return np.asarray(self.matrix[[self.rows[part] for part in targets_of(name)]].sum(0))
-        if self.is_of_drugs(name):
-            return np.asarray(self.matrix[[self.rows[t.drug] for t in treatments_in(name)]].sum(0))
-        return None
+        rows = self._rows(name)
+        return None if rows is None else np.asarray(self.matrix[rows].sum(0))
 
     def is_of_drugs(self, name: str) -> bool:
         """Whether a drug and its dose have no vector of their own, but the drug has one."""
@@ -100,6 +105,18 @@ class Source:
     def columns_of(self, name: str) -> list[str]:
         """What the columns of a name stand for, of a source of `COLUMNS`."""
         return [name] if name in self.rows else list(targets_of(name))
+
+
+class OneHot(Source):
+    """A column each, whose vectors of ones and zeros are made when they are asked for."""
+
+    def find(self, name: str) -> np.ndarray | None:
+        """(W,), see `Source.find`."""
+        if (rows := self._rows(name)) is None:
+            return None
+        vector = np.zeros(self.width, np.float32)
+        np.add.at(vector, rows, 1.0)
+        return vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +223,7 @@ def one_hot(names: Sequence[str], columns: Sequence[str] | None = None) -> Sourc
     """
     if columns is None:
         columns = list(dict.fromkeys(target for name in names for target in targets_of(name)))
-    return Source(ONE_HOT, {name: i for i, name in enumerate(columns)}, np.eye(len(columns), dtype=np.float32))
+    return OneHot(ONE_HOT, {name: i for i, name in enumerate(columns)}, np.empty((0, len(columns)), np.float32))
 
 
 def treatments_in(name: str) -> tuple[Treatment, ...]:
@@ -238,7 +255,7 @@ def drugs_of(names: Sequence[str]) -> Drugs:
             )
     drugs = list(dict.fromkeys(treatment.drug for treatment in found))
     n_columns = (3 if any(treatment.hours is not None for treatment in found) else 2) * len(drugs)
-    return Drugs(DRUGS, {drug: i for i, drug in enumerate(drugs)}, np.zeros((len(drugs), n_columns), np.float32))
+    return Drugs(DRUGS, {drug: i for i, drug in enumerate(drugs)}, np.empty((0, n_columns), np.float32))
 
 
 def _unit(treatment: Treatment) -> str:

@@ -6,6 +6,7 @@ Shapes: N cells, K pairs, G genes. Space: log1p, as the run's targets.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from sest import progress
 from sest.baselines.effects import Contexts, Effects, Query
-from sest.cache.derived import keep_derived, read_derived
+from sest.cache.derived import Blocks, copied, keep_derived, read_derived
 from sest.cache.disk import sha256
 from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
@@ -23,6 +24,7 @@ from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds
 
 OTHER_PAIRS = 50  # of a context, that help to say whether there is an effect there
 ROWS_AT_ONCE = 256
+BLOCK_BYTES = 2**26  # of means, made at one time
 NAME = "means"  # of what is kept beside the cache
 _MADE: WeakKeyDictionary[Dataset, Means] = WeakKeyDictionary()
 
@@ -60,28 +62,45 @@ def means_of(data: Dataset) -> Means:
         key = {"of": sha256(names.encode()), "target_sum": targets.target_sum}
         found = read_derived(data.cache.storage, NAME, key)
         if found is None:
-            computed = vars(_computed(data))
-            keep_derived(data.cache.storage, NAME, key, computed)
-            found = read_derived(data.cache.storage, NAME, key) or computed  # mapped, the system may drop them
+            made = _made(data)
+            keep_derived(data.cache.storage, NAME, key, made)
+            found = read_derived(data.cache.storage, NAME, key)  # mapped, the system may drop them
+            found = found or {name: part.whole() if isinstance(part, Blocks) else part for name, part in made.items()}
         _MADE[data] = Means(**found)
     return _MADE[data]
 
 
-def _computed(data: Dataset) -> Means:
+def _made(data: Dataset) -> dict[str, np.ndarray | Blocks]:
+    """The arrays of `Means`; the means of all pairs, some GB of many, a block at a time."""
     targets, cell_key = data.all_targets(), keys_of(data.labels)
     key, code = np.unique(cell_key, return_inverse=True)
     code, key = code - int(key[0] < 0), key[key >= 0]
     n_perturbations, n_genes = len(data.labels.perturbations), len(targets.genes)
     values = n_genes, targets.indptr, targets.indices, targets.data, targets.factor
-    progress.begin("Means of all pairs", len(key), "pairs")
-    mean, n_cells, _ = group_sums(code, len(key), *values, mean=True, dtype=np.float32)
+    at_once = max(BLOCK_BYTES // (4 * n_genes), 1)
+
+    def blocks() -> Iterator[np.ndarray]:
+        progress.begin("Means of all pairs", len(key), "pairs")
+        for first in range(0, len(key), at_once):
+            n = min(at_once, len(key) - first)
+            here = np.where((code >= first) & (code < first + n), code - first, -1)
+            yield group_sums(here, n, *values, mean=True, dtype=np.float32)[0]
+            progress.advance(n)
+
     context = key[key % n_perturbations == CONTROL] // n_perturbations
     of_context = np.full(len(data.labels.contexts), -1)
     of_context[context] = np.arange(len(context))
-    code = np.where(data.labels.is_control, of_context[data.labels.context], -1)
-    control, n_controls, squares = group_sums(code, len(context), *values, squared=len(context), mean=True)
-    variance = np.maximum(squares / n_controls[:, None] - control**2, 0.0)
-    return Means(key, n_cells, mean, context, n_controls, control, variance)
+    of_controls = np.where(data.labels.is_control, of_context[data.labels.context], -1)
+    control, n_controls, squares = group_sums(of_controls, len(context), *values, squared=len(context), mean=True)
+    return {
+        "key": key,
+        "n_cells": np.bincount(code[code >= 0], minlength=len(key)),
+        "mean": Blocks((len(key), n_genes), np.dtype(np.float32), blocks),
+        "context": context,
+        "n_controls": n_controls,
+        "control": control,
+        "variance": np.maximum(squares / n_controls[:, None] - control**2, 0.0),
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +134,7 @@ def split_pairs(data: Dataset, bit: int) -> Pairs:
     assert np.array_equal(means.n_controls[own], n_controls), "a split divides the controls of a context"
     names = tuple(context_name(data, int(c)) for c in contexts)
     controls = Contexts(names, means.control[own], means.variance[own], n_controls)
-    return Pairs(context, perturbation, n_cells, means.mean[at], controls, np.searchsorted(contexts, context))
+    return Pairs(context, perturbation, n_cells, copied(means.mean, at), controls, np.searchsorted(contexts, context))
 
 
 def context_name(data: Dataset, context: int) -> str:
@@ -157,7 +176,7 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
         n_groups, cells = 1 + len(pairs), code >= 0
         folds = n_folds(n_groups, len(data.targets.genes))
         code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
-        sums, counts, _ = group_sums(code, n_groups * folds, *values)
+        sums, counts, _ = group_sums(code, n_groups * folds, *values, dtype=np.float32)
         measured, genes = data.measured_in(int(context)), list(data.targets.genes)
         if measured is not None:
             sums, genes = sums[:, measured], np.array(genes)[measured].tolist()

@@ -69,10 +69,9 @@ def discrimination_score(
 
     `perturbations` has N names, `gene_names` G (None: no column is left out).
     """
-    zero = np.zeros(np.shape(observed)[1])
-    predicted_effect, observed_effect = _effects(
-        predicted, observed, zero if control is None else control, predicted_control
-    )
+    predicted_effect, observed_effect = _matrix(predicted), _matrix(observed)
+    if control is not None:
+        predicted_effect, observed_effect = _effects(predicted, observed, control, predicted_control)
     n = len(predicted_effect)
     assert len(perturbations) == n, "one name a row"
     if n < 2:
@@ -94,7 +93,10 @@ def _distances(
     named = np.unique([column[name] for name in map(str, perturbations) if name in column]).astype(int)
     others = np.ones(predicted.shape[1], bool)
     others[named] = False
-    distance = l1_distances(predicted[:, others], observed[:, others])
+    if len(named):
+        distance = l1_distances(*(np.compress(others, effects, axis=1) for effects in (predicted, observed)))
+    else:
+        distance = l1_distances(predicted, observed)
     place = {gene: k for k, gene in enumerate(named.tolist())}
     for i, name in enumerate(map(str, perturbations) if len(named) else ()):
         gap = np.abs(observed[:, named] - predicted[i, named])

@@ -71,15 +71,16 @@ def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
 
 def _is_control(group: Group) -> np.ndarray:
     """(cells,) bool; none in a file without perturbations."""
-    if "perturbation" not in group.labels:
+    labels = group.read_labels()
+    if "perturbation" not in labels:
         return np.zeros(group.n_cells, bool)
-    mine: np.ndarray = (group.labels["perturbation"] == str(group.attributes["columns"]["control"])).to_numpy()
+    mine: np.ndarray = (labels["perturbation"] == str(group.attributes["columns"]["control"])).to_numpy()
     return mine
 
 
 def _labels(group: Group, rows: np.ndarray, *, several: bool) -> pd.DataFrame:
     """What some cells (n,) of a file are, in words; batches of several files never have the same name."""
-    obs = group.labels.iloc[rows]
+    obs = group.read_labels().iloc[rows]
     perturbation, cell_type, batch = (
         obs[name].astype(object).where(obs[name].notna(), "-").astype(str) if name in obs else pd.Series("-", obs.index)
         for name in ("perturbation", "cell_type", "batch")

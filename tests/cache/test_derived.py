@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,16 @@ import numpy as np
 import pytest
 
 import sest.cache.derived
-from sest.cache.derived import Unfinished, derived_bytes, keep_derived, lacking_bytes, read_derived, write_once
+from sest.cache.derived import (
+    Blocks,
+    Unfinished,
+    copied,
+    derived_bytes,
+    keep_derived,
+    lacking_bytes,
+    read_derived,
+    write_once,
+)
 from sest.cache.storage import Storage, storage_at
 
 ARRAYS = {"mean": np.arange(6, dtype=np.float32).reshape(2, 3), "key": np.array([5, 7]), "none": np.zeros((0, 4), bool)}
@@ -86,7 +96,7 @@ def test_what_cannot_be_kept_is_no_error_and_leaves_nothing(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**30))
     else:
 
-        def full(*_: Any) -> None:
+        def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("sest.cache.derived.write_flushed", full)
@@ -146,3 +156,20 @@ def test_what_another_left_or_what_is_damaged_is_not_gone_on_with(
         (tmp_path / ".big.new/ends.bin").write_bytes(b"")
     key = KEY if change == "a shorter file" else {**KEY, "target_sum": 5}
     assert write_once(tmp_path / "big", key, TYPES, count_to(3))["values"].tolist() == [0, 1, 2]
+
+
+def test_an_array_made_in_blocks_is_kept_as_if_whole(tmp_path: Path) -> None:
+    """Its bytes and its checksum; rows of it are copied in the order that is asked for."""
+    storage, rows = storage_at(str(tmp_path)), np.arange(600, dtype=np.float32).reshape(200, 3)
+    blocks = Blocks(rows.shape, rows.dtype, lambda: iter([rows[:7], rows[7:7], rows[7:]]))
+    for name, made in (("whole", rows), ("blocks", blocks)):
+        keep_derived(storage, name, KEY, {"mean": made})
+    assert blocks.nbytes == rows.nbytes and np.array_equal(blocks.whole(), rows)
+    found = [read_derived(storage, name, KEY) for name in ("whole", "blocks")]
+    for kept in found:
+        assert kept is not None
+        np.testing.assert_array_equal(kept["mean"], rows)
+        asked = np.array([199, 0, *range(150), 3])
+        np.testing.assert_array_equal(copied(kept["mean"], asked), rows[asked])
+    about = [json.loads(file.read_text())["arrays"] for file in sorted((tmp_path / ".derived").glob("*/about.json"))]
+    assert about[0] == about[1]

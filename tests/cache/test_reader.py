@@ -43,7 +43,7 @@ def test_groups_read_back_what_was_written(finished: Path) -> None:
 
 def test_labels_are_the_columns_of_obs_without_the_names_of_cells(finished: Path) -> None:
     for group in open_cache(finished).groups.values():
-        pd.testing.assert_frame_equal(group.labels, group.obs.reset_index(drop=True), check_index_type=False)
+        pd.testing.assert_frame_equal(group.read_labels(), group.obs.reset_index(drop=True), check_index_type=False)
 
 
 def test_the_hash_of_a_cache_is_that_of_how_it_was_made_wherever_it_lies(finished: Path, path: Path) -> None:
