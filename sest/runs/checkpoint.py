@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,36 +137,39 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor] | None = None,
     projection: Mapping[str, Tensor] | None = None,
     features: Mapping[str, Tensor] | None = None,
+    write: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Write a checkpoint folder: aside, fsynced, renamed. An older folder of that name is replaced.
 
     Args:
-        folder: where it will be.
         state: plain values; `sizes` (see HeadSizes) among them. The hashes of the files are added.
         model: tensors by name; None: a run without a head.
         blend: what else predicts beside it.
         optimizer, projection, features: tensors by name.
+        write: has the writing done later, of copies of everything; None: it is done here and now.
 
     Raises:
         OSError: the disk is full or not writable; the older folder is still there.
     """
     values, of_blend = to_stored(blend) if blend is not None else (None, None)
-    with folder_aside(folder) as aside:
-        files = {
-            name: _bytes_of(tensors)
-            for name, tensors in (
-                (MODEL, model),
-                (OPTIMIZER, optimizer),
-                (PROJECTION, projection),
-                (FEATURES, features),
-                (BLEND, of_blend),
-            )
-            if tensors is not None
-        }
-        for name, data in files.items():
-            write_flushed(aside / name, data)
-        hashes = {name: sha256(data) for name, data in files.items()}
-        _write_state(aside, {**state, **({} if values is None else {"blend": values}), "files": hashes})
+    named = {MODEL: model, OPTIMIZER: optimizer, PROJECTION: projection, FEATURES: features, BLEND: of_blend}
+    files = {name: tensors for name, tensors in named.items() if tensors is not None}
+    content, hashes = {**state, **({} if values is None else {"blend": values})}, {}
+
+    def work() -> None:
+        with folder_aside(folder) as aside:
+            for name in list(files):
+                data = _bytes_of(files.pop(name))
+                hashes[name] = sha256(data)
+                write_flushed(aside / name, data)
+            _write_state(aside, {**content, "files": hashes})
+
+    if write is None:
+        return work()
+    content = json.loads(json.dumps(content))
+    for name, tensors in files.items():
+        files[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+    write(work)
 
 
 def add_blend(folder: Path, blend: Blend) -> None:

@@ -87,7 +87,7 @@ def train(
         if team.leads:
             stack.enter_context(opened_run(run, trainer.config, trainer.data, start, trainer.state.step))
         stop = stack.enter_context(stop_requests())
-        stack.enter_context(closing(trainer.batches))
+        stack.enter_context(closing(trainer))
         sinks = stack.enter_context(open_sinks(run, trainer.config, trainer.state.step)) if team.leads else None
 
         def log(line: Line) -> None:
@@ -200,6 +200,7 @@ def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> s
                 trainer.save_best()
 
         # save
+        trainer.check_saves()
         if state.step % config.checkpoint_every == 0:
             trainer.save_step()
         window.pause()

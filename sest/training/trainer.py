@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sest.head.average import WeightAverage
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
 from sest.head.moments import bytes_of_optimizer, optimizer_to_tensors
+from sest.machine.behind import Behind
 from sest.machine.team import Team
 from sest.runs.checkpoint import (
     BEST,
@@ -98,6 +99,7 @@ class Trainer:
         self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
         self._kept_at = -1  # step of the newest checkpoint-step-N
+        self._saves = Behind()  # checkpoints are copied between steps and written during the next ones
         self._average = WeightAverage(self.model, self.optimizer, self.config.ema) if self.config.ema else None
 
     @property
@@ -244,6 +246,7 @@ class Trainer:
 
     def out_of_memory(self) -> str:
         """What is said where the host has no memory left: what is kept, what goes on with it, what takes less."""
+        self._saves.close()
         saved = resumable(self.run)
         kept = f"The last checkpoint is {saved[0].name} of {self.run}" if saved else "No checkpoint was saved yet"
         again = ": go on with --resume auto, where memory is free or with --data-device disk" if saved else ""
@@ -282,19 +285,38 @@ class Trainer:
         """checkpoint-step-N/, which stays, or with --keep-last until enough newer ones are there."""
         self._save(step_folder(self.state.step))
         self._kept_at = self.state.step
-        self._delete_older()
 
     def save_last(self) -> None:
-        """last/: the present step; it shares the files of the checkpoint kept at this step, where there is one."""
+        """last/: the present step; it shares the files of the checkpoint kept at this step, where there is one.
+
+        All checkpoints are on the disk when this returns.
+        """
         if self._kept_at != self.state.step:
             self._save(LAST)
         elif self.team.leads:
-            copy_checkpoint(self.run / step_folder(self._kept_at), self.run / LAST)
-        self._delete_older()  # what a kill after the newest one left
+            self._write(partial(copy_checkpoint, self.run / step_folder(self._kept_at), self.run / LAST))
+        self._saves.wait()
 
-    def _delete_older(self) -> None:
-        if self.team.leads and self.config.keep_last:
-            delete_older(self.run, self.state.step, self.config.keep_last)
+    def check_saves(self) -> None:
+        """Raise what went wrong in the writing of checkpoints so far; waits for nothing."""
+        self._saves.check()
+
+    def close(self) -> None:
+        """Checkpoints that are copied are written; threads end."""
+        self._saves.close()
+        self.batches.close()
+
+    def _write(self, work: Callable[[], None]) -> None:
+        """Have a checkpoint written while the next steps are taken."""
+        step = self.state.step
+
+        def write() -> None:
+            flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
+            work()
+            if self.config.keep_last:
+                delete_older(self.run, step, self.config.keep_last)
+
+        self._saves.do(write)
 
     def save_blend(self) -> None:
         """Fit what head and baselines are to count in predictions, and put it into best/."""
@@ -310,7 +332,6 @@ class Trainer:
     def _save(self, name: str, *, with_optimizer: bool = True) -> None:
         if not self.team.leads:
             return
-        flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
         names = [parameter for parameter, _ in self.model.named_parameters()]
         save_checkpoint(
             self.run / name,
@@ -331,6 +352,7 @@ class Trainer:
             optimizer=optimizer_to_tensors(self.optimizer, names) if with_optimizer else None,
             projection=projection_to_keep(self.data),
             features=features_to_keep(self.data),
+            write=self._write,
         )
 
 

@@ -5,10 +5,12 @@ Runs are of a head with some thousand parameters on 72 cells (see tests/helpers)
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ import torch
 from helpers.configs import small_config
 from helpers.notes import Notes
 from helpers.runs import CHECKPOINTS, files, metrics, nan_at, same, scripted, signal_after, steps, weights
+from sest.cache.disk import write_flushed
 from sest.cli.main import main
 from sest.config import TrainConfig
 from sest.errors import InputError, TrainingFailed
 from sest.machine.signals import Interrupted
 from sest.progress import Silent, reporting
-from sest.runs.checkpoint import BEST, LAST, MODEL, OPTIMIZER, load_model, open_checkpoint, step_folder
+from sest.runs.checkpoint import BEST, LAST, MODEL, OPTIMIZER, load_model, open_checkpoint, step_folder, step_folders
 from sest.runs.run_folder import CONFIG, METRICS, read_run_config
 from sest.training.train import train
 from sest.training.trainer import Trainer
@@ -439,3 +442,39 @@ def test_the_command_line_says_what_failed_and_exits_with_1_or_143(
     monkeypatch.setattr(Window, "add", add)
     assert sest_train(monkeypatch, *arguments, "--run", tmp_path / "stopped") == 143
     assert "Stopped after step 1, saved in" in capsys.readouterr().err
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(
+    cache: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is of the step it was asked for: its bytes are those of a run that was not held up."""
+    step, later = 4, threading.Event()
+
+    def write_late(path: Path, *data: bytes) -> None:
+        if step_folder(step) in str(path):
+            assert later.wait(60), "training waited for the disk"
+        write_flushed(path, *data)
+
+    def on_log(line: dict[str, Any]) -> None:
+        if line["step"] > step:
+            later.set()
+
+    monkeypatch.setattr("sest.runs.checkpoint.write_flushed", write_late)
+    train(cache, tmp_path / "late", small_config(), on_log=on_log)
+    assert files(tmp_path / "late") == files(whole)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_ends_training(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older checkpoints are still there, and nothing half-written."""
+
+    def full(path: Path, *data: bytes) -> None:
+        if step_folder(8) in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_flushed(path, *data)
+
+    monkeypatch.setattr("sest.runs.checkpoint.write_flushed", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(cache, tmp_path / "run", small_config(checkpoint_every=4))
+    assert [at for at, _ in step_folders(tmp_path / "run")] == [4] and not list((tmp_path / "run").glob(".*"))
