@@ -101,10 +101,10 @@ class Effects:
 
     def most_cells(self, most: int) -> Effects:
         """The same of at most so many pairs, those of most cells, and of their perturbations alone."""
-        if len(self) <= most:
-            return self
-        found = self.some(np.sort(np.argsort(-self.n_cells, kind="stable")[:most]))
+        found = self if len(self) <= most else self.some(np.sort(np.argsort(-self.n_cells, kind="stable")[:most]))
         used, perturbation = np.unique(found.perturbation, return_inverse=True)
+        if len(used) == len(self.perturbations):
+            return found
         names = tuple(self.perturbations[i] for i in used)
         return replace(found, perturbations=names, features=self.features[used], perturbation=perturbation)
 

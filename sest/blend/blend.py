@@ -99,14 +99,14 @@ def to_stored(blend: Blend) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "stack": blend.stack.learned(),
     }
     arrays = {
-        "control_mean": effects.controls.mean.astype(np.float32),
-        "control_variance": effects.controls.variance.astype(np.float32),
-        "n_controls": effects.controls.n_cells.astype(np.int64),
-        "features": effects.features.astype(np.float32),
-        "delta": effects.delta.astype(np.float32),
-        "context": effects.context.astype(np.int64),
-        "perturbation": effects.perturbation.astype(np.int64),
-        "n_cells": effects.n_cells.astype(np.int64),
+        "control_mean": effects.controls.mean.astype(np.float32, copy=False),
+        "control_variance": effects.controls.variance.astype(np.float32, copy=False),
+        "n_controls": effects.controls.n_cells.astype(np.int64, copy=False),
+        "features": effects.features.astype(np.float32, copy=False),
+        "delta": effects.delta.astype(np.float32, copy=False),
+        "context": effects.context.astype(np.int64, copy=False),
+        "perturbation": effects.perturbation.astype(np.int64, copy=False),
+        "n_cells": effects.n_cells.astype(np.int64, copy=False),
     }
     if effects.measured is not None:
         arrays["measured"] = effects.measured

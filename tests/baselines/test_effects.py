@@ -46,3 +46,14 @@ def test_genes_that_are_sampled_are_always_the_same() -> None:
     assert some_genes(5).tolist() == [0, 1, 2, 3, 4]
     chosen = some_genes(18_080)
     assert len(chosen) == 2000 == len(set(chosen.tolist())) and (chosen == some_genes(18_080)).all()
+
+
+def test_some_pairs_keep_their_perturbations_alone() -> None:
+    """Features of the others are not looked at: their number makes nothing slower."""
+    effects = by_hand()
+    few = effects.some(np.array([1])).most_cells(10)
+    (name,) = few.perturbations
+    assert name == effects.perturbations[effects.perturbation[1]] and few.perturbation.tolist() == [0]
+    np.testing.assert_array_equal(few.features, effects.features[effects.perturbation[[1]]])
+    np.testing.assert_array_equal(few.delta, effects.delta[[1]])
+    assert effects.most_cells(len(effects)) is effects
