@@ -8,52 +8,84 @@ tests/data hold them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 
+from sest.errors import InputError
 from sest.machine.jit import compiled
 
 SMALL_COUNTS = 64  # whole numbers below this, most of all counts, take their log1p from a table made once a cell
 
 
-@compiled(nogil=True)
+@compiled(nogil=True, inside=True)
+def _values_of(cell: Any, indptr: Any, indices: Any, data: Any) -> Any:
+    """Where the values of a cell begin and end, which must be among those that are there."""
+    first, last = indptr[cell], indptr[cell + 1]
+    if not 0 <= first <= last <= min(len(indices), len(data)):
+        raise IndexError("a row's values are not there")
+    return first, last
+
+
+@compiled(nogil=True, inside=True)
+def _gene(number: Any, n_genes: int) -> Any:
+    """The number of a gene, which must be there."""
+    if not 0 <= number < n_genes:
+        raise IndexError("a gene is not there")
+    return number
+
+
+@compiled(nogil=True, inside=True)
 def _counts(rows: Any, indptr: Any, indices: Any, data: Any, factor: Any, out: Any) -> None:
-    table = np.empty(SMALL_COUNTS, np.float32)
+    table, n_genes = np.empty(SMALL_COUNTS, np.float32), out.shape[1]
     for i in range(len(rows)):
         cell = rows[i]
         dense, scale = out[i], factor[cell]
         dense[:] = np.float32(0.0)
         for count in range(SMALL_COUNTS):
             table[count] = math.log1p(np.float32(count) * scale) if scale > 0 else np.float32(count)
-        for k in range(indptr[cell], indptr[cell + 1]):
-            count = data[k]
+        first, last = _values_of(cell, indptr, indices, data)
+        for k in range(first, last):
+            count, gene = data[k], _gene(indices[k], n_genes)
             if 0 <= count < SMALL_COUNTS:
-                dense[indices[k]] = table[count]
+                dense[gene] = table[count]
             elif scale > 0:
-                dense[indices[k]] = math.log1p(np.float32(count) * scale)
+                dense[gene] = math.log1p(np.float32(count) * scale)
             else:
-                dense[indices[k]] = np.float32(count)
+                dense[gene] = np.float32(count)
 
 
-@compiled(nogil=True)
+@compiled(nogil=True, inside=True)
 def _values(rows: Any, indptr: Any, indices: Any, data: Any, factor: Any, out: Any) -> None:
     for i in range(len(rows)):
         cell = rows[i]
         dense, scale = out[i], factor[cell]
         dense[:] = np.float32(0.0)
-        for k in range(indptr[cell], indptr[cell + 1]):
+        first, last = _values_of(cell, indptr, indices, data)
+        for k in range(first, last):
             value = np.float32(data[k])
-            dense[indices[k]] = math.log1p(value * scale) if scale > 0 else value
+            dense[_gene(indices[k], out.shape[1])] = math.log1p(value * scale) if scale > 0 else value
 
 
-@compiled(nogil=True)
-def _copy(rows: Any, indptr: Any, indices: Any, data: Any, to_indices: Any, to_data: Any) -> None:
+@compiled(nogil=True, inside=True)
+def _lengths(rows: Any, indptr: Any, indices: Any, data: Any, lengths: Any) -> None:
+    for i in range(len(rows)):
+        first, last = _values_of(rows[i], indptr, indices, data)
+        lengths[i] = last - first
+
+
+@compiled(nogil=True, inside=True)
+def _copy(rows: Any, indptr: Any, indices: Any, data: Any, n_genes: int, to_indices: Any, to_data: Any) -> None:
     place = 0
     for i in range(len(rows)):
-        for k in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            to_indices[place], to_data[place] = indices[k], data[k]
+        first, last = _values_of(rows[i], indptr, indices, data)
+        if place + last - first > len(to_data):  # a mapped file has changed since it was measured
+            raise IndexError("a row's values are not there")
+        for k in range(first, last):
+            to_indices[place], to_data[place] = _gene(indices[k], n_genes), data[k]
             place += 1
 
 
@@ -65,29 +97,40 @@ def dense_log1p(
     Args:
         rows: (n,) int64 cells, each in 0 .. N - 1, as is checked.
         indptr: (N + 1,) int64.
-        indices: (nnz,) unsigned or signed whole numbers below G; a gene at most once a cell.
+        indices: (nnz,) unsigned or signed whole numbers below G, as is checked; a gene at most once a cell.
         data: (nnz,) counts, whole or float32, or log1p values.
         factor: (N,) float32 that counts are multiplied with; 0 marks cells whose values are log1p already.
         out: (n, G) float32.
+
+    Raises:
+        InputError: the CSR names values or genes that are not there: its file is damaged.
     """
     _check_rows(rows, len(indptr) - 1)
+    assert len(factor) >= len(indptr) - 1 and len(out) >= len(rows)
     kernel = _counts if np.issubdtype(data.dtype, np.integer) else _values
-    kernel(rows, indptr, indices, data, factor, out)
+    with _as_files_say():
+        kernel(rows, indptr, indices, data, factor, out)
 
 
 def take_rows(
-    rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray
+    rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_genes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows (n,) of a CSR as a CSR of their own: indptr (n + 1,) int64, indices (m,) int32, data (m,) as stored."""
+    """Rows (n,) of a CSR as a CSR of their own: indptr (n + 1,) int64, indices (m,) int32, data (m,) as stored.
+
+    Raises:
+        InputError: as of `dense_log1p`.
+    """
     _check_rows(rows, len(indptr) - 1)
     of_rows = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(indptr[rows + 1] - indptr[rows], out=of_rows[1:])
-    to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
-    _copy(rows, indptr, indices, data, to_indices, to_data)
+    with _as_files_say():
+        _lengths(rows, indptr, indices, data, of_rows[1:])
+        np.cumsum(of_rows, out=of_rows)
+        to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
+        _copy(rows, indptr, indices, data, n_genes, to_indices, to_data)
     return of_rows, to_indices, to_data
 
 
-@compiled(nogil=True)
+@compiled(nogil=True, inside=True)
 def _sums(
     order: Any,
     ends: Any,
@@ -111,15 +154,16 @@ def _sums(
             if whole:
                 for count in range(SMALL_COUNTS):
                     table[count] = math.log1p(np.float32(count) * scale) if scale > 0 else np.float32(count)
-            for k in range(indptr[cell], indptr[cell + 1]):
-                value = np.float32(data[k])
+            first, last = _values_of(cell, indptr, indices, data)
+            for k in range(first, last):
+                value, gene = np.float32(data[k]), _gene(indices[k], n_genes)
                 if whole and 0 <= value < SMALL_COUNTS:
                     logged = table[int(value)]
                 else:
                     logged = np.float64(math.log1p(value * scale) if scale > 0 else value)
-                total[indices[k]] += logged
+                total[gene] += logged
                 if squared:
-                    square[indices[k]] += logged * logged
+                    square[gene] += logged * logged
         for gene in range(n_genes):
             sums[group, gene] = total[gene] * weight[group]
         if squared:
@@ -150,8 +194,11 @@ def group_sums(
 
     Returns:
         (n_groups, G) sums or means, 0 of a group without cells; (n_groups,) cells; (squared, G) sums of squares.
+
+    Raises:
+        InputError: as of `dense_log1p`.
     """
-    assert code.max(initial=-1) < n_groups and len(code) == len(indptr) - 1
+    assert code.max(initial=-1) < n_groups and len(code) == len(indptr) - 1 <= len(factor) and squared <= n_groups
     order = np.argsort(code, kind="stable")[np.count_nonzero(code < 0) :]
     n_cells = np.bincount(code[order], minlength=n_groups)
     weight = 1.0 / np.maximum(n_cells, 1) if mean else np.ones(n_groups)
@@ -159,15 +206,16 @@ def group_sums(
     squares = np.empty((squared, n_genes))
     whole = bool(np.issubdtype(data.dtype, np.integer))
     ends = np.concatenate([[0], np.cumsum(n_cells)])
-    _sums(order, ends, indptr, indices, data, factor, weight, whole, sums, squares)
+    with _as_files_say():
+        _sums(order, ends, indptr, indices, data, factor, weight, whole, sums, squares)
     return sums, n_cells, squares
 
 
-@compiled(nogil=True)
+@compiled(nogil=True, inside=True)
 def _add(rows: Any, into: Any, indptr: Any, indices: Any, data: Any, column: Any, target_sum: float, sums: Any) -> None:
     table = np.empty(SMALL_COUNTS)
     for i in range(len(rows)):
-        first, last = indptr[rows[i]], indptr[rows[i] + 1]
+        first, last = _values_of(rows[i], indptr, indices, data)
         to, scale = sums[into[i]], 0.0
         if target_sum > 0:
             total = 0.0
@@ -176,7 +224,7 @@ def _add(rows: Any, into: Any, indptr: Any, indices: Any, data: Any, column: Any
             scale = target_sum / total if total > 0 else 0.0
             table[:] = -1.0
         for k in range(first, last):
-            gene = column[indices[k]]
+            gene = column[_gene(indices[k], len(column))]
             if gene < 0:
                 continue
             value = data[k]
@@ -209,14 +257,30 @@ def add_log1p(
         column: (genes of the file,) place in `sums` of every gene, -1 of those that are left out.
         target_sum: counts are normalised to this over all genes of the file; None: values are log1p already.
         sums: (groups, G) float64, which grows.
+
+    Raises:
+        InputError: as of `dense_log1p`.
     """
     _check_rows(rows, block.shape[0])
     _check_rows(into, len(sums))
-    assert len(into) == len(rows) and len(column) == block.shape[1] and column.max() < sums.shape[1]
-    _add(rows, into, block.indptr, block.indices, block.data, column, float(target_sum or 0.0), sums)
+    assert len(into) == len(rows) and len(column) == block.shape[1] and column.max(initial=-1) < sums.shape[1]
+    with _as_files_say():
+        _add(rows, into, block.indptr, block.indices, block.data, column, float(target_sum or 0.0), sums)
 
 
 def _check_rows(rows: np.ndarray, n_cells: int) -> None:
     """The compiled loops would read anywhere."""
     if len(rows) and not 0 <= rows.min() <= rows.max() < n_cells:
         raise IndexError(f"rows {rows.min()} .. {rows.max()} of {n_cells} cells")
+
+
+@contextmanager
+def _as_files_say() -> Iterator[None]:
+    """Around a compiled loop, which stops where a CSR of damaged files would lead it out of its arrays."""
+    try:
+        yield
+    except IndexError as error:
+        raise InputError(
+            f"Values of cells are damaged ({error}). Check the cache with `sest info --verify` and delete the hidden "
+            "folder .derived in it: what is there is made again."
+        ) from error

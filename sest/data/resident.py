@@ -59,7 +59,7 @@ class ResidentCells:
             values = dense.view(len(flat), self.n_genes).numpy()
             dense_log1p(flat, targets.indptr, targets.indices, targets.data, targets.factor, values)
             return dense
-        indptr, indices, data = take_rows(flat, targets.indptr, targets.indices, targets.data)
+        indptr, indices, data = take_rows(flat, targets.indptr, targets.indices, targets.data, self.n_genes)
         lengths = np.diff(indptr)
         dense = _dense(
             self._send(lengths),

@@ -99,7 +99,7 @@ class Targets:
     def values(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
         """Cells (n,) as stored, (n, G) CSR."""
         self.require(rows)
-        indptr, indices, data = take_rows(rows, self.indptr, self.indices, self.data)
+        indptr, indices, data = take_rows(rows, self.indptr, self.indices, self.data, len(self.genes))
         return scipy.sparse.csr_matrix((data, indices, indptr), shape=(len(rows), len(self.genes)))
 
     def log1p(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:

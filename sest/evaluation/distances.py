@@ -21,7 +21,7 @@ PAIRS = 32  # that are scored
 ROWS, GENES = 32, 1024  # of L1 distances that are taken at once, so that they stay in the processor's cache
 
 
-@compiled(nogil=True, reordered=True)
+@compiled(nogil=True, reordered=True, inside=True)  # places follow from the shapes alone
 def _add_l1(a: Any, b: Any, out: Any) -> None:
     n, n_genes = a.shape
     for start in range(0, n_genes, GENES):

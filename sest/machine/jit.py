@@ -8,7 +8,9 @@ from typing import Any
 import numba
 
 
-def compiled(nogil: bool = False, reordered: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(
+    nogil: bool = False, reordered: bool = False, inside: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit`, cached where a folder for it can be written; without one, each process compiles for itself.
 
     The folder is `__pycache__` beside the source, else the user's cache folder, or NUMBA_CACHE_DIR.
@@ -16,8 +18,15 @@ def compiled(nogil: bool = False, reordered: bool = False) -> Callable[[Callable
     Args:
         nogil: other threads run meanwhile.
         reordered: sums may be taken in another order, and so by several lanes of the processor at once.
+        inside: the function stays inside its arrays whatever numbers they hold, by what it checks itself or by how it
+            computes places. Of any other, every place is checked (IndexError): a file's numbers must not decide where
+            memory is written.
     """
-    options: dict[str, Any] = {"nogil": nogil, "fastmath": {"reassoc", "nsz"} if reordered else False}
+    options: dict[str, Any] = {
+        "nogil": nogil,
+        "fastmath": {"reassoc", "nsz"} if reordered else False,
+        "boundscheck": not inside,
+    }
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:

@@ -21,7 +21,7 @@ N_PASSES = 6
 CELLS_A_PART = 16  # at least: longer than another thread takes to wake up
 
 
-@compiled()
+@compiled(inside=True)
 def _mix32(x: Any) -> Any:
     """`sest.head.mix.mix32` of one uint32."""
     x = np.uint32(np.uint32(x ^ np.uint32(x >> 16)) * np.uint32(0x7FEB352D))
@@ -29,9 +29,12 @@ def _mix32(x: Any) -> Any:
     return np.uint32(x ^ np.uint32(x >> 16))
 
 
-@compiled()
+@compiled(inside=True)
 def _sort(keys: Any, items: Any, n: int, other_keys: Any, other_items: Any, counts: Any) -> bool:
-    """Sort the first n uint64 keys and their items, ascending; True where the result lies in the other arrays."""
+    """Sort the first n uint64 keys and their items, ascending; True where the result lies in the other arrays.
+
+    n is at most the length of all four; places are counts of keys, and so below n.
+    """
     counts[:] = 0
     for i in range(n):
         key = keys[i]

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 
 from sest.cells.scale import factors_to, log1p_rows, total_counts
 from sest.data.gather import SMALL_COUNTS, add_log1p, dense_log1p, group_sums, take_rows
+from sest.errors import InputError
 
 # Four cells of four genes: 0 3 0 1 | nothing | 100 0 0 0 | 0 0 2 5
 INDPTR = np.array([0, 2, 2, 3, 5])
@@ -43,11 +44,11 @@ def test_gene_numbers_use_all_of_their_two_bytes() -> None:
 
 
 def test_rows_that_are_taken_form_a_csr_of_their_own() -> None:
-    indptr, indices, data = take_rows(np.array([3, 1, 0, 3]), INDPTR, INDICES, COUNTS.astype(np.int16))
+    indptr, indices, data = take_rows(np.array([3, 1, 0, 3]), INDPTR, INDICES, COUNTS.astype(np.int16), 4)
     assert indptr.tolist() == [0, 2, 2, 4, 6] and indptr.dtype == np.int64
     assert indices.tolist() == [2, 3, 1, 3, 2, 3] and indices.dtype == np.int32
     assert data.tolist() == [2, 5, 3, 1, 2, 5] and data.dtype == np.int16
-    for part in take_rows(np.zeros(0, np.int64), INDPTR, INDICES, COUNTS)[1:]:
+    for part in take_rows(np.zeros(0, np.int64), INDPTR, INDICES, COUNTS, 4)[1:]:
         assert len(part) == 0
 
 
@@ -56,7 +57,7 @@ def test_rows_that_are_not_there_are_refused(row: int) -> None:
     """The compiled loops would read anywhere."""
     rows = np.array([0, row])
     with pytest.raises(IndexError, match="of 4 cells"):
-        take_rows(rows, INDPTR, INDICES, COUNTS)
+        take_rows(rows, INDPTR, INDICES, COUNTS, 4)
     with pytest.raises(IndexError, match="of 4 cells"):
         dense_log1p(rows, INDPTR, INDICES, COUNTS, np.ones(4, np.float32), np.empty((2, 4), np.float32))
 
@@ -108,3 +109,38 @@ def test_rows_and_groups_that_are_not_there_are_refused_when_cells_are_added() -
         with pytest.raises(IndexError, match=message):
             add_log1p(np.array(rows), np.array(into), block, np.arange(3), None, sums)
     assert not sums.any()
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize(
+    ("indptr", "indices"),
+    [
+        ([0, 2, 2, 3, 5], [1, 3, 0, 4, 3]),  # a gene after the last one
+        ([0, 2, 2, 3, 5], [1, 3, 0, 2, 65_535]),
+        ([0, 2, 2, 3, 5], [1, 3, 0, -1, 3]),
+        ([0, 2, 2, 3, 6], [1, 3, 0, 2, 3]),  # values after the last one
+        ([0, 2, 2, 3, 2**62], [1, 3, 0, 2, 3]),
+        ([0, 2, 2, 5, 3], [1, 3, 0, 2, 3]),  # a row that ends before it begins
+        ([0, 2, 2, -3, 5], [1, 3, 0, 2, 3]),
+    ],
+)
+def test_no_loop_leaves_its_arrays_whatever_a_damaged_csr_says(
+    indptr: list[int], indices: list[int], dtype: type
+) -> None:
+    rows: np.ndarray = np.array([0, 1, 2, 3])
+    data: np.ndarray = COUNTS.astype(dtype)
+    csr = np.array(indptr), np.array(indices, np.int32), data
+    out = np.zeros((12, 4), np.float32)  # between what nothing may write to
+    sums = np.zeros((12, 4))
+    damage = pytest.raises(InputError, match=r"are damaged \((a gene is|a row's values are) not there\)")
+    with damage:
+        dense_log1p(rows, *csr, np.ones(4, np.float32), out[4:8])
+    with damage:
+        take_rows(rows, *csr, 4)
+    with damage:
+        group_sums(np.zeros(4, np.int64), 1, 4, *csr, np.ones(4, np.float32))
+    block = sp.csr_matrix((4, 4), dtype=np.float32)
+    block.indptr, block.indices, block.data = csr[0], csr[1], data.astype(np.float32)
+    with damage:
+        add_log1p(rows, np.array([0, 1, 2, 3]), block, np.arange(4), 1e4, sums[4:8])
+    assert not out[:4].any() and not out[8:].any() and not sums[:4].any() and not sums[8:].any()

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from sest.machine.jit import compiled
+
 MODULE = """
 from sest.machine.jit import compiled
 
@@ -48,3 +53,15 @@ def test_where_no_folder_takes_the_result_every_process_compiles_for_itself(tmp_
     for _ in range(2):
         assert run(tmp_path, NO_FOLDER + MODULE) == "30 0\n"
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("place", [3, 2**40, -4])
+def test_a_place_that_is_not_in_an_array_is_an_error_and_no_access(place: int) -> None:
+    @compiled()
+    def write(values: np.ndarray, place: int) -> None:
+        values[place] = 7.0
+
+    values = np.zeros(9)
+    with pytest.raises(IndexError):
+        write(values[3:6], place)
+    assert not values.any()
