@@ -18,7 +18,7 @@ _TRIES = 10
 
 @contextmanager
 def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
-    """Hold the locks of one process that writes.
+    """Hold the locks of one process that writes. A finished cache is left without their files.
 
     Raises:
         CacheError: another process writes the cache, as this rank, or as one of another number of ranks.
@@ -26,7 +26,7 @@ def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
     alone = world_size == 1
     with ExitStack() as locks:
         try:
-            locks.callback(storage.hold(schema.LOCK, alone=alone, text=str(os.getpid())).close)
+            locks.callback(_let_go, storage, storage.hold(schema.LOCK, alone=alone, text=str(os.getpid())))
         except Held as held:
             raise CacheError(f"{storage} is being written by process {held}. Wait for it or stop it.") from held
         if not alone:
@@ -38,6 +38,14 @@ def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
                 ) from held
             _refuse_other_size(storage, rank, world_size)
         yield
+
+
+def _let_go(storage: Storage, lock: Lock) -> None:
+    """Let go of a cache; the last process of a finished one takes the files of locks with it."""
+    if isinstance(storage, LocalStorage) and schema.COMPLETE in storage.here() and lock.is_alone():
+        storage.remove_folder(schema.SPOOL)
+        storage.remove([schema.LOCK])
+    lock.close()
 
 
 def other_ranks(storage: Storage, rank: int) -> list[int]:

@@ -1,4 +1,9 @@
-"""Read a finished cache. A cache without COMPLETE, or with a file of another size, is refused."""
+"""Read a finished cache, none of whose files is trusted.
+
+On opening: COMPLETE, the journal's sha256, the size of every file, the sha256 of all files but shards, and all that
+metadata says (sest.cache.schema). On reading: the checksum of every chunk of a shard, and that row starts, gene numbers
+and values are such as sest writes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from sest.cache.disk import sha256
 from sest.cache.journal import Entries
 from sest.cache.schema import CacheError
 from sest.cache.shards import Shards, shards_of
-from sest.cache.storage import LocalStorage, Storage, open_group, storage_at
+from sest.cache.storage import LocalStorage, Storage, open_group, reading, storage_at, unlike
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,32 @@ class Group:
     @cached_property
     def obs(self) -> pd.DataFrame:
         """(n_cells, 3) perturbation, cell_type and batch (categorical); the index has the original names."""
-        return anndata.io.read_elem(self._zarr["obs"])
+        with reading(self.storage, f"{self.path}/obs"):
+            return anndata.io.read_elem(self._zarr["obs"])
 
     def read_labels(self) -> pd.DataFrame:
         """The columns of `obs` without the cells' names, which take most of its memory."""
-        table = self._zarr["obs"]
-        columns: Any = table.attrs["column-order"]
-        return pd.DataFrame({name: anndata.io.read_elem(table[name]) for name in columns}, range(self.n_cells))
+        with reading(self.storage, f"{self.path}/obs"):
+            table = self._zarr["obs"]
+            columns: Any = table.attrs["column-order"]
+            return pd.DataFrame({name: anndata.io.read_elem(table[name]) for name in columns}, range(self.n_cells))
 
     @cached_property
     def genes(self) -> list[str]:
         """(n_genes,) gene names, in the order of the columns of the targets."""
-        return [str(name) for name in anndata.io.read_elem(self._zarr["var"]).index]
+        with reading(self.storage, f"{self.path}/var"):
+            return [str(name) for name in anndata.io.read_elem(self._zarr["var"]).index]
 
     @cached_property
     def indptr(self) -> np.ndarray:
-        """(n_cells + 1,) int64 row starts of the targets."""
-        return self._read("X/indptr", 0, self.n_cells + 1)
+        """(n_cells + 1,) int64 row starts of the targets, which follow each other from 0 to n_values."""
+        indptr = self._read("X/indptr", 0, self.n_cells + 1)
+        lengths = np.diff(indptr)
+        if indptr[0] != 0 or indptr[-1] != self.n_values or lengths.min(initial=0) < 0:
+            raise unlike(self.storage, f"{self.path}/X/indptr does not go up from 0 to {self.n_values:,}")
+        if lengths.max(initial=0) > self.n_genes:
+            raise unlike(self.storage, f"{self.path}/X/indptr has a cell with more values than genes")
+        return indptr
 
     @cached_property
     def target_dtype(self) -> np.dtype:
@@ -80,22 +94,41 @@ class Group:
 
     @cached_property
     def _zarr(self) -> zarr.Group:
-        return open_group(self.storage, self.path)
+        with reading(self.storage, self.path):
+            return open_group(self.storage, self.path)
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of obsm/X_sest: (rows, dim), float16 or float32 as stored; NaN rows were not embedded."""
         return self._read(f"obsm/{schema.EMBEDDING}", start, self.n_cells if stop is None else stop)
 
     def targets(self, start: int = 0, stop: int | None = None) -> scipy.sparse.csr_matrix:
-        """Rows [start, stop) of X: (rows, n_genes) CSR of counts (integers) or log1p values (float32)."""
+        """Rows [start, stop) of X: (rows, n_genes) CSR of counts (integers) or log1p values (float32).
+
+        The genes of a cell are in order, each once.
+        """
         indptr = self.indptr[start : (self.n_cells if stop is None else stop) + 1]
         data, indices = (self._read(f"X/{name}", int(indptr[0]), int(indptr[-1])) for name in ("data", "indices"))
         ends = indptr - indptr[0]
         ends = ends.astype(np.int32) if ends[-1] < 2**31 else ends  # of the indices' type: SciPy copies both else
-        return scipy.sparse.csr_matrix((data, indices, ends), shape=(len(ends) - 1, self.n_genes))
+        rows = scipy.sparse.csr_matrix((data, indices, ends), shape=(len(ends) - 1, self.n_genes))
+        self._check_values(rows)
+        return rows
+
+    def _check_values(self, rows: scipy.sparse.csr_matrix) -> None:
+        """Raise CacheError where gene numbers or values are not such as sest writes."""
+        if not rows.nnz:
+            return
+        first, last = rows.indptr[:-1], rows.indptr[1:]
+        some = last > first
+        in_order = rows.has_canonical_format  # and no gene twice, so that each row's ends say the rest
+        if not in_order or rows.indices[first[some]].min() < 0 or rows.indices[last[some] - 1].max() >= self.n_genes:
+            raise unlike(self.storage, f"{self.path}/X/indices has genes out of order, twice, or that are not there")
+        lowest, highest, scale = rows.data.min(), rows.data.max(), self.attributes["scale"]
+        if not (np.isfinite(lowest) and np.isfinite(highest)) or (scale == schema.COUNTS and lowest < 0):
+            raise unlike(self.storage, f"{self.path}/X/data has values that are no {scale}")
 
     def _shards(self, name: str) -> Shards | None:
-        """An array of the targets, if it is stored as sest does."""
+        """An array, if it lies in shards as sest writes them."""
         if name not in self._opened:
             self._opened[name] = shards_of(self.storage, f"{self.path}/{name}")
         return self._opened[name]
@@ -111,20 +144,12 @@ class Group:
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Entries of one array. Raises CacheError where a chunk is not what its checksum says."""
-        try:
-            if (shards := self._shards(name)) is not None:
-                return shards.read(start, stop)
-            array = self._zarr[name]
-            assert isinstance(array, zarr.Array)
-            with self.storage.reached():
-                return np.asarray(array[start:stop])
-        except CacheError:
-            raise
-        except ValueError as error:
-            raise CacheError(
-                f"{self.storage} is damaged: {self.path}/{name} cannot be read ({error}). "
-                "`sest info --verify` names the file; delete that, and the same `sest embed` command writes it again."
-            ) from error
+        if (shards := self._shards(name)) is not None:
+            return shards.read(start, stop)
+        array = self._zarr[name]
+        assert isinstance(array, zarr.Array)
+        with reading(self.storage, f"{self.path}/{name}"):
+            return np.asarray(array[start:stop])
 
 
 @dataclass(frozen=True)
@@ -174,15 +199,13 @@ class Cache:
     @cached_property
     def projection(self) -> dict[str, np.ndarray] | None:
         """The PCA that made the embeddings (mean, basis, explained_variance), or None."""
-        if f"{schema.PROJECTION}/zarr.json" not in self._entries:
-            return None
-        group = open_group(self.storage, schema.PROJECTION)
-        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+        return read_projection(self.storage) if f"{schema.PROJECTION}/{schema.ROOT}" in self._entries else None
 
     @cached_property
     def projection_attributes(self) -> dict[str, Any]:
         """What the projection says of itself (for the pca encoder: its genes)."""
-        return dict(open_group(self.storage, schema.PROJECTION).attrs)
+        with reading(self.storage, schema.PROJECTION):
+            return dict(open_group(self.storage, schema.PROJECTION).attrs)
 
     def to_anndata(self, group: str | None = None) -> anndata.AnnData:
         """A group in memory, or all of them under each other, over the genes that all have.
@@ -209,7 +232,7 @@ class Cache:
 
     def verify(self) -> list[str]:
         """Read every file and list those that are missing or whose sha256 is not the journal's (empty: sound)."""
-        return journal.damaged_files(self.storage, self._entries.values(), every_byte=True)
+        return journal.damaged_files(self.storage, self._entries.values(), self.storage.sizes(), every_byte=True)
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -242,16 +265,32 @@ def open_cache(path: str | Path) -> Cache:
             "Run the same `sest embed` command to check every file and write again what is wrong."
         )
     entries, _ = journal.read_journal(storage, schema.JOURNAL)
-    damaged = journal.damaged_files(storage, entries.values())
+    sizes = storage.sizes()
+    damaged = journal.damaged_files(storage, entries.values(), sizes)
     if damaged:
         raise CacheError(
             f"{storage} is damaged: {len(damaged)} of {len(entries)} files are missing or are not as they were written "
             f"(first: {damaged[0]}). Run the same `sest embed` command to write them again."
         )
-    groups = {name: _group(storage, name) for name in attributes["groups"]}
-    return Cache(storage, attributes, groups, entries)
+    try:
+        schema.check_attributes(attributes)
+        groups = schema.check_metadata(attributes, {name: sizes[name] for name in entries}, storage.read)
+    except (ValueError, FileNotFoundError) as error:
+        raise unlike(storage, str(error)) from error
+    for name in sizes.keys() - entries.keys():
+        if "/c/" in name and f"{name.rpartition('/c/')[0]}/{schema.ROOT}" in entries:  # zarr would read it
+            raise CacheError(f"{storage} has a chunk that is not in its journal, {name}. Delete that file.")
+    return Cache(storage, attributes, {name: Group(storage, name, about) for name, about in groups.items()}, entries)
 
 
-def _group(storage: Storage, path: str) -> Group:
-    attributes: Any = open_group(storage, path).attrs["sest"]
-    return Group(storage, path, attributes)
+def read_projection(storage: Storage) -> dict[str, np.ndarray]:
+    """The arrays of a cache's projection, by name; the cache need not be finished. Raises CacheError."""
+    names = [name for name in storage.sizes(schema.PROJECTION) if name.startswith(f"{schema.PROJECTION}/")]
+    try:
+        nodes = schema.metadata_of(names, storage.read)
+        schema.check_projection(nodes)
+    except ValueError as error:
+        raise unlike(storage, str(error)) from error
+    with reading(storage, schema.PROJECTION):
+        group = open_group(storage, schema.PROJECTION)
+        return {name: np.asarray(array[:]) for name, array in group.arrays()}

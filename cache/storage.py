@@ -23,6 +23,7 @@ from zarr.abc.store import Store
 
 from sest.cache.disk import PARTIAL, append_durably, flush, sha256_file, write_aside
 from sest.cache.schema import CacheError
+from sest.errors import is_out_of_memory, one_line
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=.)")  # a scheme has two letters or more; pathlib makes s3:// to s3:/
 T = TypeVar("T")
@@ -81,6 +82,16 @@ class Lock:
     def __init__(self, file: IO[str] | None = None) -> None:
         self._file = file
 
+    def is_alone(self) -> bool:
+        """Whether no other process shares it; then none can have it until it is closed."""
+        if self._file is None:
+            return False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def close(self) -> None:
         """Let go."""
         if self._file is not None:
@@ -89,21 +100,33 @@ class Lock:
 
 def lock_file(path: Path, *, alone: bool, text: str) -> Lock:
     """Lock a local file while the result is open. Raises Held if another process has it, and OSError."""
-    file = open(path, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if not _is_there(file, path):  # deleted by the one who held it, since it was opened
+                file.close()
+                continue
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+        except BlockingIOError as error:
+            file.seek(0)
+            held = file.read().strip()
+            file.close()
+            raise Held(held) from error
+        except OSError:
+            file.close()
+            raise
+        return Lock(file)
+
+
+def _is_there(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
     try:
-        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(text)
-        file.flush()
-    except BlockingIOError as error:
-        file.seek(0)
-        held = file.read().strip()
-        file.close()
-        raise Held(held) from error
-    except OSError:
-        file.close()
-        raise
-    return Lock(file)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def is_url(path: str | Path) -> bool:
@@ -127,7 +150,40 @@ def storage_at(path: str | Path) -> Storage:
 def open_group(storage: Storage, name: str) -> zarr.Group:
     """Open a Zarr group of the cache for reading."""
     with storage.reached():
-        return zarr.open_group(storage.zarr_store(), path=name, mode="r", use_consolidated=False)
+        return zarr.open_group(storage.zarr_store(), path=name, mode="r", zarr_format=3, use_consolidated=False)
+
+
+# What zarr, numcodecs and anndata raise where bytes are not what they should be.
+_UNREADABLE = (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, EOFError, OSError)
+
+
+@contextmanager
+def reading(storage: Storage, what: str) -> Iterator[None]:
+    """Around what reads a file, or an array, of a cache: what goes wrong becomes a CacheError of one line."""
+    try:
+        with storage.reached():
+            yield
+    except CacheError:
+        raise
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and is_out_of_memory(error):
+            raise
+        if isinstance(error, FileNotFoundError):
+            why = "it is not there any more"
+        else:
+            why = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise CacheError(
+            f"{storage} is damaged: {what} cannot be read ({why}). Delete that, and the same `sest embed` command "
+            "writes it again."
+        ) from error
+
+
+def unlike(storage: Storage, why: str) -> CacheError:
+    """The error of a cache whose hashes are right and whose content is not."""
+    return CacheError(
+        f"{storage} is not a cache as sest writes it: {why}. Its checksums fit, so this is how it was made: get it "
+        "again from where it comes from, or embed again."
+    )
 
 
 class LocalStorage:

@@ -140,7 +140,9 @@ class CacheWriter:
         """Take damaged files out of the journal: they will be written again."""
         finished = schema.COMPLETE in self.storage.here()
         promised = not finished or journal.is_promised(self.storage)
-        damaged = journal.damaged_files(self.storage, self._entries.values(), every_byte=not promised)
+        damaged = journal.damaged_files(
+            self.storage, self._entries.values(), self.storage.sizes(), every_byte=not promised
+        )
         if damaged:
             if others := locks.other_ranks(self.storage, self.rank):
                 raise CacheError(
@@ -165,8 +167,7 @@ class CacheWriter:
 
         The "ready" marks of the groups they belong to; with a damaged projection, all embeddings that it made.
         """
-        shards = {name for name, entry in self._entries.items() if "rows" in entry or "entries" in entry}
-        others = [name for name in damaged if name not in shards and name != schema.ROOT]
+        others = [name for name in damaged if journal.is_small(self._entries[name]) and name != schema.ROOT]
         again = []
         for mark in (name for name, entry in self._entries.items() if entry.get("ready")):
             folder = mark.removesuffix(schema.ROOT)

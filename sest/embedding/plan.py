@@ -17,6 +17,7 @@ import numpy as np
 from sest import __version__
 from sest.cache import schema
 from sest.cache.layout import GroupPlan
+from sest.cache.reader import read_projection
 from sest.cache.storage import Storage, open_group
 from sest.cells.inputs import Cells
 from sest.cells.scale import differing_scales
@@ -346,4 +347,4 @@ def _target_dtype(cells: Cells) -> str:
 
 def stored_projection(storage: Storage) -> Projection:
     """The projection of a cache, which all its shards share."""
-    return Projection(**{name: np.asarray(array[:]) for name, array in open_group(storage, schema.PROJECTION).arrays()})
+    return Projection(**read_projection(storage))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sest.cache import CacheError, journal, schema
 from sest.cache.storage import LocalStorage
@@ -76,16 +79,66 @@ def test_complete_promises_the_journal_as_it_is(storage: LocalStorage) -> None:
         assert not journal.is_promised(storage)
 
 
-def test_damage_is_another_size_or_other_metadata_or_on_request_any_other_byte(storage: LocalStorage) -> None:
-    entries = [A, B]
-    storage.write({"a": b"1", "b/zarr.json": b"{}"})
-    assert journal.damaged_files(storage, entries) == journal.damaged_files(storage, entries, every_byte=True) == []
-    storage.write({"a": b"2", "b/zarr.json": b"[]"})
-    assert journal.damaged_files(storage, entries) == ["b/zarr.json"]
-    assert journal.damaged_files(storage, entries, every_byte=True) == ["a", "b/zarr.json"]
-    storage.write({"a": b"12"})
+def test_damage_is_another_size_or_any_other_byte_but_of_shards_on_request_alone(storage: LocalStorage) -> None:
+    shard: dict[str, Any] = {"file": "c/0", "size": 1, "sha256": A["sha256"], "rows": [0, 1]}
+
+    def damaged(*, every_byte: bool = False) -> list[str]:
+        return journal.damaged_files(storage, [A, B, shard], storage.sizes(), every_byte=every_byte)
+
+    storage.write({"a": b"1", "b/zarr.json": b"{}", "c/0": b"1"})
+    assert damaged() == damaged(every_byte=True) == []
+    storage.write({"a": b"2", "b/zarr.json": b"[]", "c/0": b"2"})
+    assert damaged() == ["a", "b/zarr.json"]
+    assert damaged(every_byte=True) == ["a", "b/zarr.json", "c/0"]
+    storage.write({"a": b"12", "c/0": b"12"})
     storage.remove(["b/zarr.json"])
-    assert journal.damaged_files(storage, entries) == ["a", "b/zarr.json"]
+    assert damaged() == ["a", "b/zarr.json", "c/0"]
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_damaged(storage: LocalStorage) -> None:
+    storage.write({"a": b"1"})
+    sizes = storage.sizes()
+    storage.remove(["a"])
+    assert journal.damaged_files(storage, [A], sizes) == ["a"]
+
+
+LINES = st.fixed_dictionaries(
+    {},
+    optional={
+        "file": st.one_of(
+            st.text(max_size=12), st.sampled_from(["a", "../a", "/a", "a//b", ".a", "a/zarr.json"]), st.none()
+        ),
+        "size": st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=3), st.booleans()),
+        "sha256": st.one_of(st.text("0123456789abcdef", max_size=64), st.none(), st.integers()),
+        "rows": st.one_of(st.none(), st.lists(st.integers())),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.lists(LINES, max_size=3).map(lambda lines: "\n".join(map(json.dumps, [*lines, {}]))).map(str.encode),
+    )
+)
+def test_whatever_a_journal_holds_is_read_or_refused_in_one_line(storage: LocalStorage, data: bytes) -> None:
+    (storage.root / schema.JOURNAL).write_bytes(data)
+    try:
+        entries, whole = journal.read_journal(storage, schema.JOURNAL)
+    except CacheError as refused:
+        said = str(refused)
+        assert "\n" not in said and "journal.jsonl is damaged" in said
+        return
+    assert data.startswith(whole)
+    for name, entry in entries.items():
+        assert schema.is_file_name(name) and entry["size"] >= 0 and isinstance(entry["sha256"], str)
+
+
+def test_a_journal_nested_without_end_is_refused(storage: LocalStorage) -> None:
+    (storage.root / schema.JOURNAL).write_bytes(b"[" * 200_000 + b"\n")
+    with pytest.raises(CacheError, match=r"journal.jsonl is damaged \(its brackets are nested too deep\)"):
+        journal.read_journal(storage, schema.JOURNAL)
 
 
 def test_a_group_says_what_it_is_and_foreign_ones_say_nothing(storage: LocalStorage) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -100,3 +102,35 @@ def test_one_process_at_a_time_completes_a_cache(storage: LocalStorage) -> None:
     for thread in threads:
         thread.join(20)
     assert most == [1, 1, 1, 1] and storage.here() == []
+
+
+def test_a_finished_cache_is_left_without_the_lock_once_the_last_writer_is_gone(storage: LocalStorage) -> None:
+    file = storage.root / schema.LOCK
+    with locks.writing(storage, 0, 1):
+        pass
+    assert file.exists()  # nothing is finished
+    storage.write({schema.COMPLETE: b"{}"})
+    with locks.writing(storage, 0, 2):
+        with locks.writing(storage, 1, 2):
+            pass
+        assert file.exists()
+        assert refusal(storage, 0, 1).startswith("by process")
+    assert storage.here() == [schema.COMPLETE]
+
+
+def test_of_many_processes_that_lock_a_file_which_each_deletes_one_holds_it_at_a_time(tmp_path: Path) -> None:
+    """One that opened the file before it was deleted must not take the lock of what has no name any more."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom sest.cache.storage import Held, lock_file\n"
+        "lock, mine = Path(sys.argv[1]), Path(sys.argv[2])\nn, until = 0, time.monotonic() + 0.5\n"
+        "while time.monotonic() < until:\n"
+        "    try:\n        held = lock_file(lock, alone=True, text='')\n    except Held:\n        continue\n"
+        "    mine.mkdir()\n    mine.rmdir()\n    lock.unlink()\n    held.close()\n    n += 1\n"
+        "print(n)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lock"), str(tmp_path / "held")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and int(said) > 0  # mkdir fails where another one holds it too
+    assert not (tmp_path / "lock").exists()

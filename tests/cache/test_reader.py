@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import zarr
 
-from helpers.caches import ATTRIBUTES, GROUPS, PROJECTION
+from helpers.caches import ATTRIBUTES, GROUPS, PROJECTION, reseal
 from sest.cache import CacheError, open_cache, schema
+
+
+def flip(file: Path, where: float) -> None:
+    """Change one bit of a file, at a share of its length."""
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * where)] ^= 4
+    file.write_bytes(content)
 
 
 def refusal(path: Path) -> str:
@@ -121,32 +130,124 @@ def test_a_changed_journal_is_refused(path: Path, change: str) -> None:
     assert "is damaged: journal.jsonl is not the one COMPLETE was written for. Run the same" in refusal(path)
 
 
-@pytest.mark.parametrize("file", ["a/obsm/X_sest/c/1/0", "ds/b/X/data/c/0", "a/obs/perturbation/codes/c/0"])
-def test_verify_names_a_file_in_which_one_byte_changed(path: Path, file: str) -> None:
+@pytest.mark.parametrize("file", ["a/obsm/X_sest/c/1/0", "ds/b/X/data/c/0", "ds/b/X/indices/c/0"])
+def test_verify_names_a_shard_in_which_one_byte_changed(path: Path, file: str) -> None:
     assert open_cache(path).verify() == []
-    content = bytearray((path / file).read_bytes())
-    content[len(content) // 3] ^= 4
-    (path / file).write_bytes(content)
+    flip(path / file, 1 / 3)
     cache = open_cache(path)  # sizes are as they were
     assert cache.verify() == [file]
     (path / file).unlink()
     assert cache.verify() == [file]
 
 
-def test_reading_a_chunk_in_which_one_byte_changed_is_refused(path: Path) -> None:
-    for file in ("a/obsm/X_sest/c/1/0", "a/X/data/c/0"):
-        content = bytearray((path / file).read_bytes())
-        content[2] ^= 4
-        (path / file).write_bytes(content)
-    group = open_cache(path).groups["a"]
-    np.testing.assert_array_equal(group.embeddings(0, 8), GROUPS[0].embeddings[:8])  # another shard
-    for read in (group.embeddings, group.targets):
-        with pytest.raises(CacheError, match=r"a/\S+ cannot be read .*`sest info --verify` names the file") as refused:
-            read()
+@pytest.mark.parametrize(
+    "file",
+    [
+        "a/obs/perturbation/codes/c/0",
+        "a/obs/perturbation/categories/c/0",
+        "a/obs/_index/c/0",
+        "ds/b/var/_index/c/0",
+        "ds/b/X/indptr/c/0",
+        "projection/basis/c/0/0",
+        "a/zarr.json",
+        "zarr.json",
+    ],
+)
+def test_a_bit_changed_in_any_file_but_shards_is_refused_on_opening(path: Path, file: str) -> None:
+    for where in (0.1, 0.5, 0.99):
+        flip(path / file, where)
+        said = refusal(path)
+        assert f"(first: {file})" in said or file == schema.ROOT  # of which other things are said too
+        flip(path / file, where)
+    open_cache(path)
+
+
+@pytest.mark.parametrize("file", ["a/obsm/X_sest/c/1/0", "a/X/data/c/0", "a/X/indices/c/0"])
+def test_a_bit_changed_in_a_shard_is_refused_when_it_is_read_in_a_line_that_names_the_file(
+    path: Path, file: str
+) -> None:
+    for where in (0.02, 0.99):  # a chunk, and the index at the end
+        flip(path / file, where)
+        group = open_cache(path).groups["a"]
+        np.testing.assert_array_equal(group.embeddings(0, 8), GROUPS[0].embeddings[:8])  # another shard
+        with pytest.raises(CacheError, match=rf"is damaged: {file} cannot be read \(.*\)\. Delete that") as refused:
+            group.embeddings() if "obsm" in file else group.targets()
         assert "\n" not in str(refused.value)
+        flip(path / file, where)
 
 
-def test_a_byte_changed_in_metadata_is_refused_on_opening(path: Path) -> None:
-    file = path / "a" / "zarr.json"
-    file.write_bytes(file.read_bytes().replace(b'"n_cells": 19', b'"n_cells": 18'))
-    assert "(first: a/zarr.json)" in refusal(path)
+def test_a_shard_deleted_after_opening_is_named(path: Path) -> None:
+    group = open_cache(path).groups["a"]
+    for file in ("a/obsm/X_sest/c/1/0", "a/X/data/c/0"):
+        (path / file).unlink()
+    with pytest.raises(CacheError, match=r"a/X/data/c/0 cannot be read \(it is not there any more\)"):
+        group.targets()
+    with pytest.raises(CacheError, match=r"a/obsm/X_sest/c/1/0 cannot be read"):
+        group.embeddings()
+
+
+# ---- caches whose hashes are right, and whose content is not
+
+
+def forged(path: Path, array: str, values: np.ndarray) -> str:
+    """What is said of a cache, sealed again, with other values in an array of its first group, when all is read."""
+    zarr.open_array(path / "a" / array, mode="r+")[:] = values
+    with pytest.raises(CacheError) as refused:
+        open_cache(reseal(path)).groups["a"].to_anndata()
+    said = str(refused.value)
+    assert "\n" not in said and said.startswith(f"{path} is ") and "embed" in said
+    return said
+
+
+@pytest.mark.parametrize("kind", ["falls", "first", "last", "negative", "huge", "a long row"])
+def test_row_starts_that_lead_elsewhere_are_refused(path: Path, kind: str) -> None:
+    indptr = open_cache(path).groups["a"].indptr.copy()
+    places: dict[str, tuple[Any, int]] = {
+        "falls": (7, indptr[6] - 1),
+        "first": (0, 1),
+        "last": (-1, indptr[-1] + 100),
+        "negative": (3, -5),
+        "huge": (3, 2**62),
+        "a long row": (slice(1, 8), indptr[8]),
+    }
+    place, value = places[kind]
+    indptr[place] = value
+    assert "a/X/indptr " in forged(path, "X/indptr", indptr)
+
+
+@pytest.mark.parametrize("value", [-1, 11, 2**31 - 1, "twice", "out of order"])
+def test_gene_numbers_that_are_not_there_twice_or_out_of_order_are_refused(path: Path, value: int | str) -> None:
+    indices = GROUPS[0].matrix.indices.copy()
+    first = int(GROUPS[0].matrix.indptr[2])
+    if value == "out of order":
+        indices[[first, first + 1]] = indices[[first + 1, first]]
+    else:
+        indices[first] = indices[first + 1] if value == "twice" else value
+    assert "a/X/indices has genes out of order, twice, or that are not there" in forged(path, "X/indices", indices)
+
+
+def test_counts_below_zero_and_values_that_are_not_finite_are_refused(path: Path) -> None:
+    counts = GROUPS[0].matrix.data.copy()
+    counts[5] = -1
+    assert "a/X/data has values that are no counts" in forged(path, "X/data", counts)
+    values = zarr.open_array(path / "ds/b/X/data", mode="r+")
+    for value in (np.nan, np.inf, -np.inf):
+        values[3] = value
+        with pytest.raises(CacheError, match="ds/b/X/data has values that are no log1p"):
+            open_cache(reseal(path)).groups["ds/b"].targets()
+
+
+def test_codes_of_labels_that_are_not_there_are_refused(path: Path) -> None:
+    codes = np.array(zarr.open_array(path / "a/obs/perturbation/codes", mode="r")[:])
+    for value in (3, 127, -2):
+        codes[4] = value
+        said = forged(path, "obs/perturbation/codes", codes)
+        assert "a/obs cannot be read (codes need to be" in said
+
+
+def test_a_chunk_that_the_journal_does_not_have_is_refused(path: Path) -> None:
+    shutil.copy(path / "a/obs/perturbation/codes/c/0", path / "a/obs/perturbation/codes/c/1")
+    assert "has a chunk that is not in its journal, a/obs/perturbation/codes/c/1. Delete that file" in refusal(path)
+    (path / "a/obs/perturbation/codes/c/1").unlink()
+    zarr.open_group(path / "a/obsm", mode="r+").create_array("X_umap", data=np.zeros((19, 2)))  # the user's own
+    open_cache(path)

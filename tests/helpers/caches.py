@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from sest.cache import CacheWriter, schema
+from sest.cache import CacheWriter, journal, schema
 from sest.cache.layout import GroupPlan
 
 GENES = tuple(f"g{i}" for i in range(20))
@@ -207,6 +208,26 @@ def hashes(cache: Path) -> dict[str, str]:
     """The sha256 of every file of a cache but the lock."""
     files = [file for file in sorted(cache.rglob("*")) if file.is_file() and file.name != schema.LOCK]
     return {file.relative_to(cache).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def reseal(cache: Path) -> Path:
+    """Promise a cache as it is now, as whoever gives away a cache of their own making could."""
+    journal_file = cache / schema.JOURNAL
+    before = {line["file"]: line for line in map(json.loads, journal_file.read_text().splitlines())}
+    entries: journal.Entries = {}
+    for file in sorted(cache.rglob("*")):
+        name = file.relative_to(cache).as_posix()
+        if file.is_file() and name not in (schema.JOURNAL, schema.COMPLETE) and schema.is_file_name(name):
+            data = file.read_bytes()
+            entries[name] = {
+                **before.get(name, {}),
+                "file": name,
+                "size": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+    journal_file.write_bytes(journal.merged(entries))
+    (cache / schema.COMPLETE).write_bytes(journal.complete_line(entries))
+    return cache
 
 
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
