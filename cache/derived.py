@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ import numpy as np
 
 from sest.cache.disk import NEW, flush, folder_aside, name_folder, sha256, write_durably, write_flushed
 from sest.cache.locks import in_turn
-from sest.cache.schema import DERIVED
+from sest.cache.schema import DERIVED, parsed
 from sest.cache.storage import LocalStorage, Storage, lock_file
 
 logger = logging.getLogger(__name__)
@@ -70,32 +71,42 @@ def is_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> bool:
     return folder is not None and (folder / ABOUT).is_file()
 
 
-def read_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Arrays that `keep_derived` kept under this name and key, mapped read-only; None where there are none."""
+def read_derived(
+    storage: Storage, name: str, key: Mapping[str, Any], arrays: Collection[str]
+) -> dict[str, np.ndarray] | None:
+    """Arrays that `keep_derived` kept under this name and key, mapped read-only; None where they are not there."""
     folder = folder_of(storage, name, key)
-    return None if folder is None else read_folder(folder, key, clear=True)
+    return None if folder is None else read_folder(folder, key, arrays, clear=True)
 
 
-def read_folder(folder: Path, key: Mapping[str, Any], *, clear: bool = False) -> dict[str, np.ndarray] | None:
+def forget_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> None:
+    """Delete what is kept under this name and key, and say that it is made again."""
+    if (folder := folder_of(storage, name, key)) is not None:
+        _clear(folder)
+
+
+def read_folder(
+    folder: Path, key: Mapping[str, Any], arrays: Collection[str], *, clear: bool = False
+) -> dict[str, np.ndarray] | None:
     """The arrays in a folder, mapped; None where they are not there or not sound. `clear`: say so and delete them."""
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = parsed((folder / ABOUT).read_bytes())
     except (OSError, ValueError):
         return None
-    if about.get("key") != _plain(key):
+    if not isinstance(about, dict) or about.get("key") != _plain(key):
         return None
     found = {}
-    for array, (dtype, shape, checksum) in about["arrays"].items():
+    for array in arrays:
         file = folder / f"{array}.bin"
         try:
-            values = _mapped(file, np.dtype(dtype), tuple(shape))
+            dtype, shape, checksum = about["arrays"][array]
+            values = _mapped(file, dtype, shape)
             sound = checksum is None or _checksum(file) == checksum
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, LookupError):
             sound = False
         if not sound:
             if clear:
-                logger.warning(f"{file} is damaged; it is made again.")
-                shutil.rmtree(folder, ignore_errors=True)
+                _clear(folder, file.name)
             return None
         found[array] = values
     return found
@@ -197,12 +208,12 @@ class Unfinished:
     def _begun(self) -> dict[str, int]:
         """What an earlier process made sure of, if it is all there; else an empty folder."""
         try:
-            about = json.loads((self.folder / ABOUT).read_text())
+            about = parsed((self.folder / ABOUT).read_bytes())
             if about["key"] == self._key:
                 n = {name: int(about["arrays"][name][1][0]) for name in self._types}
                 if all(_size(self.folder, name) >= n[name] * dtype.itemsize for name, dtype in self._types.items()):
                     return n
-        except (OSError, ValueError, LookupError):
+        except (OSError, ValueError, TypeError, LookupError):
             pass
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
@@ -224,13 +235,13 @@ def write_once(
     lock = partial(lock_file, folder.with_name(f".{folder.name}.lock"), alone=True, text=str(os.getpid()))
     wait = "Waiting for {}, which writes {}.".format
     with closing(in_turn(lock, lambda held: logger.info(wait(f"process {held}" if held else "another", folder)))):
-        if (found := read_folder(folder, key, clear=True)) is not None:
+        if (found := read_folder(folder, key, types, clear=True)) is not None:
             return found
         with Unfinished(folder, key, types) as unfinished:
             write(unfinished)
             unfinished.save()
         name_folder(unfinished.folder, folder)
-        found = read_folder(folder, key)
+        found = read_folder(folder, key, types)
     assert found is not None
     return found
 
@@ -242,6 +253,11 @@ def lacking_bytes(folder: Path, needed: int) -> int:
             needed -= file.stat().st_size
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     return max(needed - shutil.disk_usage(there).free, 0)
+
+
+def _clear(folder: Path, file: str = "") -> None:
+    logger.warning(f"{folder / file} is damaged; it is made again.")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _aside(folder: Path) -> Path:
@@ -257,11 +273,13 @@ def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _mapped(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A file's numbers; ValueError where it has more or fewer of them."""
-    if file.stat().st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        raise ValueError(f"{file} is not of its size")
-    return np.memmap(file, dtype, "r", shape=shape) if np.prod(shape) else np.zeros(shape, dtype)
+def _mapped(file: Path, dtype: str, shape: list[int]) -> np.ndarray:
+    """A file's numbers; ValueError where it has more or fewer of them, or they are none."""
+    of = np.dtype(dtype)
+    size = math.prod(shape)
+    if of.kind not in "biuf" or min(shape, default=0) < 0 or file.stat().st_size != size * of.itemsize:
+        raise ValueError(f"{file} is not what is said of it")
+    return np.memmap(file, of, "r", shape=tuple(shape)) if size else np.zeros(shape, of)
 
 
 def _bytes(values: np.ndarray) -> memoryview:

@@ -99,7 +99,8 @@ class Group:
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of obsm/X_sest: (rows, dim), float16 or float32 as stored; NaN rows were not embedded."""
-        return self._read(f"obsm/{schema.EMBEDDING}", start, self.n_cells if stop is None else stop)
+        start, stop, _ = slice(start, stop).indices(self.n_cells)
+        return self._read(f"obsm/{schema.EMBEDDING}", start, max(start, stop))
 
     def targets(self, start: int = 0, stop: int | None = None) -> scipy.sparse.csr_matrix:
         """Rows [start, stop) of X: (rows, n_genes) CSR of counts (integers) or log1p values (float32).
@@ -111,21 +112,11 @@ class Group:
         ends = indptr - indptr[0]
         ends = ends.astype(np.int32) if ends[-1] < 2**31 else ends  # of the indices' type: SciPy copies both else
         rows = scipy.sparse.csr_matrix((data, indices, ends), shape=(len(ends) - 1, self.n_genes))
-        self._check_values(rows)
+        if wrong := wrong_genes(rows):
+            raise unlike(self.storage, f"{self.path}/X/indices has {wrong}")
+        if wrong := wrong_values(rows.data, self.attributes["scale"]):
+            raise unlike(self.storage, f"{self.path}/X/data has {wrong}")
         return rows
-
-    def _check_values(self, rows: scipy.sparse.csr_matrix) -> None:
-        """Raise CacheError where gene numbers or values are not such as sest writes."""
-        if not rows.nnz:
-            return
-        first, last = rows.indptr[:-1], rows.indptr[1:]
-        some = last > first
-        in_order = rows.has_canonical_format  # and no gene twice, so that each row's ends say the rest
-        if not in_order or rows.indices[first[some]].min() < 0 or rows.indices[last[some] - 1].max() >= self.n_genes:
-            raise unlike(self.storage, f"{self.path}/X/indices has genes out of order, twice, or that are not there")
-        lowest, highest, scale = rows.data.min(), rows.data.max(), self.attributes["scale"]
-        if not (np.isfinite(lowest) and np.isfinite(highest)) or (scale == schema.COUNTS and lowest < 0):
-            raise unlike(self.storage, f"{self.path}/X/data has values that are no {scale}")
 
     def _shards(self, name: str) -> Shards | None:
         """An array, if it lies in shards as sest writes them."""
@@ -281,6 +272,28 @@ def open_cache(path: str | Path) -> Cache:
         if "/c/" in name and f"{name.rpartition('/c/')[0]}/{schema.ROOT}" in entries:  # zarr would read it
             raise CacheError(f"{storage} has a chunk that is not in its journal, {name}. Delete that file.")
     return Cache(storage, attributes, {name: Group(storage, name, about) for name, about in groups.items()}, entries)
+
+
+def wrong_genes(rows: scipy.sparse.csr_matrix) -> str | None:
+    """What is wrong with the gene numbers of rows, whose row starts are right; None where nothing is."""
+    first, last = rows.indptr[:-1], rows.indptr[1:]
+    some = last > first
+    if not rows.nnz:
+        return None
+    in_order = rows.has_canonical_format  # and no gene twice, so that the ends of each row say the rest
+    if in_order and rows.indices[first[some]].min() >= 0 and rows.indices[last[some] - 1].max() < rows.shape[1]:
+        return None
+    return "genes out of order, twice, or that are not there"
+
+
+def wrong_values(data: np.ndarray, scale: str) -> str | None:
+    """What is wrong with stored values of a scale; None where nothing is."""
+    if not len(data):
+        return None
+    lowest, highest = data.min(), data.max()
+    if np.isfinite(lowest) and np.isfinite(highest) and (scale != schema.COUNTS or lowest >= 0):
+        return None
+    return f"values that are no {scale}"
 
 
 def read_projection(storage: Storage) -> dict[str, np.ndarray]:

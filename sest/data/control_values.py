@@ -6,6 +6,7 @@ from there. Shapes: N cells of all groups in the cache's order, G genes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import scipy.sparse
 
 from sest.cache import Cache, Group
-from sest.cache.derived import is_derived, keep_derived, read_derived
+from sest.cache.derived import forget_derived, is_derived, keep_derived, read_derived
 from sest.cache.disk import sha256
+from sest.cache.reader import wrong_genes, wrong_values
 
 NAME = "controls"
 MOST_BYTES = 2**32  # of the values, which are gathered in memory before they are kept
@@ -61,9 +63,15 @@ class ControlValues:
         self._totals.clear()
 
     def read(self) -> KeptValues | None:
-        """What was kept of this cache; None where nothing was."""
-        arrays = read_derived(self.cache.storage, NAME, self._key)
-        return None if arrays is None else KeptValues(list(self.cache.groups.values()), self.controls, **arrays)
+        """What was kept of this cache; None where nothing was, or it is not what this cache's controls have."""
+        arrays = read_derived(self.cache.storage, NAME, self._key, ("indices", "data", "totals"))
+        if arrays is None:
+            return None
+        kept = KeptValues(list(self.cache.groups.values()), self.controls, **arrays)
+        if kept.is_sound:
+            return kept
+        forget_derived(self.cache.storage, NAME, self._key)
+        return None
 
     @property
     def _key(self) -> dict[str, Any]:
@@ -80,21 +88,49 @@ class KeptValues:
     data: np.ndarray
     totals: np.ndarray  # (N,) float64 total counts of all cells
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether these are values of the controls: as many, of genes that their groups have, and of their scale."""
+        n_values = sum(int(np.diff(group.indptr)[self.controls[of]].sum()) for group, of in self._groups())
+        if (
+            self.indices.shape != (n_values,)
+            or self.data.shape != (n_values,)
+            or self.totals.shape != self.controls.shape
+        ):
+            return False
+        return not any(
+            wrong_genes(rows) or wrong_values(rows.data, group.attributes["scale"]) for group, _, rows in self._rows()
+        )
+
+    def _groups(self) -> Iterator[tuple[Group, slice]]:
+        """Every group, and where its cells stand among all."""
+        cell = 0
+        for group in self.groups:
+            yield group, slice(cell, cell + group.n_cells)
+            cell += group.n_cells
+
+    def _rows(self) -> Iterator[tuple[Group, slice, scipy.sparse.csr_matrix]]:
+        """Of every group: where its cells stand among all, and the values of its controls over its genes."""
+        value = 0
+        for group, of in self._groups():
+            ends = np.concatenate([[0], np.cumsum(np.diff(group.indptr)[self.controls[of]])])
+            part = slice(value, value + int(ends[-1]))
+            yield (
+                group,
+                of,
+                scipy.sparse.csr_matrix(
+                    (self.data[part], self.indices[part].astype(np.int32), ends), shape=(len(ends) - 1, group.n_genes)
+                ),
+            )
+            value = part.stop
+
     def over(
         self, genes: list[str], index_type: np.dtype, data_type: np.dtype
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Over the genes (G,): indices, data, values a cell (N,) int64, 0 for all but controls, and totals (N,)."""
         lengths, indices, data = np.zeros(len(self.controls), np.int64), [], []
-        cell = value = 0
-        for group in self.groups:
-            of = slice(cell, cell + group.n_cells)
+        for group, of, rows in self._rows():
             mine = self.controls[of]
-            ends = np.concatenate([[0], np.cumsum(np.diff(group.indptr)[mine])])
-            part = slice(value, value + int(ends[-1]))
-            rows = scipy.sparse.csr_matrix(
-                (self.data[part], self.indices[part].astype(np.int32), ends), shape=(len(ends) - 1, group.n_genes)
-            )
-            cell, value = of.stop, part.stop
             if (columns := columns_of(group, genes)) is not None:
                 rows = spread(rows, columns)
             lengths[of][mine] = np.diff(rows.indptr)

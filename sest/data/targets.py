@@ -39,9 +39,8 @@ from sest.machine.memory import SHARE, available_bytes
 
 logger = logging.getLogger(__name__)
 
-VALUES_PER_READ = (
-    2**22
-)  # about: 16 chunks of the cache; of larger blocks each would be new memory for the system to clear
+# About 16 chunks of the cache. Larger blocks would each be new memory, which the system clears first.
+VALUES_PER_READ = 2**22
 PLACES = 4  # of a group, from which its sampled cells are read
 VALUES = "values"  # what their files are called beside a cache, see sest.cache.derived
 
@@ -191,11 +190,6 @@ def normalisations(cache: Cache) -> dict[str, Normalisation]:
     return found
 
 
-def _counted(cache: Cache) -> list[str]:
-    """The groups that hold counts."""
-    return [group.path for group in cache.groups.values() if group.attributes["scale"] == "counts"]
-
-
 def refuse_mixed_scales(cache: Cache, target_sum: float, mixed_scales: str) -> None:
     """Refuse groups that were normalised differently, or only say so.
 
@@ -206,7 +200,8 @@ def refuse_mixed_scales(cache: Cache, target_sum: float, mixed_scales: str) -> N
     Raises:
         InputError: they differ and that is not allowed; it says which target sum would agree, where one does.
     """
-    found, counts = normalisations(cache), _counted(cache)
+    found = normalisations(cache)
+    counts = [group.path for group in cache.groups.values() if group.attributes["scale"] == "counts"]
     for path, normalisation in found.items():
         logger.info(f"{path}: {normalisation}; its values are targets as they are.")
     differing = differing_scales(found, target_sum, counts)
@@ -329,7 +324,7 @@ def _on_disk(
 
         _fill(list(cache.groups.values()), genes, put, None if first else own, first)
 
-    found = read_folder(folder, key)
+    found = read_folder(folder, key, types)
     if found is None and (lacking := lacking_bytes(folder, needed)):
         lacks = f"{lacking / 1e9:.1f} GB more than the disk of {folder.parent} has free"
         raise InputError(f"{_sizes(needed)}, and {lacks}. Name a larger disk with --scratch.")
@@ -343,10 +338,21 @@ def _on_disk(
         except OSError as error:
             why = f"Cannot write to {folder.parent}: {error.strerror}."
             raise InputError(f"{why} Name another folder with --scratch.") from error
-    for values in (found["indices"], found["data"]):
-        if isinstance(values, np.memmap):
-            values._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined] # cells come in any order
-    return _Values(**found)
+    values = _Values(**found)
+    if not _is_csr(values, types, cache.n_cells):
+        raise InputError(f"The values in {folder} are damaged. Delete that folder: it is made again.")
+    for array in (values.indices, values.data):
+        if isinstance(array, np.memmap):
+            array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined] # cells come in any order
+    return values
+
+
+def _is_csr(found: _Values, types: dict[str, np.dtype], n_cells: int) -> bool:
+    """Whether mapped arrays are the rows of so many cells; gene numbers are checked as they are gathered."""
+    ends, n_values, shapes = found.indptr, len(found.data), [values.shape for values in found]
+    known = shapes == [(n_values,), (n_values,), (n_cells + 1,), (n_cells,)]
+    known &= all(getattr(found, name).dtype == dtype for name, dtype in types.items())
+    return known and bool(ends[0] == 0 and ends[-1] == n_values and (ends[1:] >= ends[:-1]).all())
 
 
 def _target_sum(asked: float | str, of_groups: list[np.ndarray]) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -58,13 +58,14 @@ def means_of(data: Dataset) -> Means:
     """Means of all pairs: those kept beside the cache; else computed from all cells, and kept there."""
     if data not in _MADE:
         labels, targets = data.labels, data.targets
-        names = json.dumps([data.cache.sha256, targets.genes, labels.perturbations, labels.contexts])
-        key = {"of": sha256(names.encode()), "target_sum": targets.target_sum}
-        found = read_derived(data.cache.storage, NAME, key)
+        of = json.dumps([data.cache.sha256, targets.genes, labels.perturbations, labels.contexts])
+        key = {"of": sha256(of.encode()), "target_sum": targets.target_sum}
+        names = [field.name for field in fields(Means)]
+        found = read_derived(data.cache.storage, NAME, key, names)
         if found is None:
             made = _made(data)
             keep_derived(data.cache.storage, NAME, key, made)
-            found = read_derived(data.cache.storage, NAME, key)  # mapped, the system may drop them
+            found = read_derived(data.cache.storage, NAME, key, names)  # mapped, the system may drop them
             found = found or {name: part.whole() if isinstance(part, Blocks) else part for name, part in made.items()}
         _MADE[data] = Means(**found)
     return _MADE[data]

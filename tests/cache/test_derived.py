@@ -41,16 +41,16 @@ def folder_of(storage: Storage) -> Path:
 
 
 def test_arrays_are_read_back_mapped_and_by_their_key_alone(storage: Storage) -> None:
-    assert read_derived(storage, "means", KEY) is None and derived_bytes(storage) == 0
+    assert read_derived(storage, "means", KEY, ARRAYS) is None and derived_bytes(storage) == 0
     keep_derived(storage, "means", KEY, ARRAYS)
-    found = read_derived(storage, "means", KEY)
+    found = read_derived(storage, "means", KEY, ARRAYS)
     assert found is not None and list(found) == list(ARRAYS)
     for name, values in ARRAYS.items():
         assert found[name].dtype == values.dtype and found[name].shape == values.shape
         np.testing.assert_array_equal(found[name], values)
     assert isinstance(found["mean"], np.memmap) and not found["mean"].flags.writeable
-    assert read_derived(storage, "means", KEY | {"target_sum": 1e3}) is None
-    assert read_derived(storage, "controls", KEY) is None
+    assert read_derived(storage, "means", KEY | {"target_sum": 1e3}, ARRAYS) is None
+    assert read_derived(storage, "controls", KEY, ARRAYS) is None
     assert derived_bytes(storage) == 24 + 16
 
 
@@ -72,11 +72,37 @@ def test_what_is_damaged_is_not_read_and_can_be_kept_again(
             {"a byte": bytes([data[0] ^ 1]) + data[1:], "shorter": data[1:], "longer": data + b"0"}[damage]
         )
     with caplog.at_level(logging.WARNING):
-        assert read_derived(storage, "means", KEY) is None
+        assert read_derived(storage, "means", KEY, ARRAYS) is None
     assert ("mean.bin is damaged; it is made again." in caplog.text) == (damage not in ("about", "key"))
     keep_derived(storage, "means", KEY, ARRAYS)
-    found = read_derived(storage, "means", KEY)
+    found = read_derived(storage, "means", KEY, ARRAYS)
     assert found is not None and found["mean"].tolist() == ARRAYS["mean"].tolist()
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        [],
+        {"mean": 3},
+        {"mean": ["object", [2, 3], None], "key": ["int64", [2], None], "none": ["bool", [0, 4], None]},
+        {"mean": ["<U6", [1], None]},
+        {"mean": ["float32", [-1, -6], None]},
+        {"mean": ["float32", [2**62, 4], None]},
+        {"mean": ["float32", "23", None]},
+        {"mean": ["no type", [6], None]},
+        {"mean": ["float32", [2, 3], None]},  # and no other
+        {"../../elsewhere": ["float32", [2, 3], None]},
+    ],
+)
+def test_what_says_of_itself_what_sest_never_writes_is_made_again(storage: Storage, about: Any) -> None:
+    keep_derived(storage, "means", KEY, ARRAYS)
+    file = folder_of(storage) / "about.json"
+    file.write_text(json.dumps({"key": KEY, "arrays": about}))
+    assert read_derived(storage, "means", KEY, ARRAYS) is None and not file.exists()
+    for content in (b"[" * 100_000, b"[]", b"null", b"\xff"):
+        keep_derived(storage, "means", KEY, ARRAYS)
+        file.write_bytes(content)
+        assert read_derived(storage, "means", KEY, ARRAYS) is None
 
 
 class Usage(NamedTuple):
@@ -101,7 +127,7 @@ def test_what_cannot_be_kept_is_no_error_and_leaves_nothing(
 
         monkeypatch.setattr("sest.cache.derived.write_flushed", full)
     keep_derived(storage, "means", KEY, ARRAYS)
-    assert read_derived(storage, "means", KEY) is None
+    assert read_derived(storage, "means", KEY, ARRAYS) is None
     assert [path for path in root.rglob("*") if path.is_file() and path.name != ".derived"] == []
 
 

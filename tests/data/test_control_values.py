@@ -9,7 +9,7 @@ import pytest
 
 import sest.data.control_values
 from helpers.datasets import open_three_files
-from sest.cache.derived import read_derived
+from sest.cache.derived import keep_derived, read_derived
 from sest.data.control_values import ControlValues
 from sest.data.labels import read_labels
 from sest.data.targets import read_targets
@@ -49,4 +49,33 @@ def test_more_than_memory_should_gather_is_not_kept(tmp_path: Path, monkeypatch:
     controls = read_labels(cache)[0].is_control
     read_targets(cache, 1e4, controls=controls)
     assert ControlValues(cache, controls).read() is None
-    assert read_derived(cache.storage, "controls", ControlValues(cache, controls)._key) is None
+    assert read_derived(cache.storage, "controls", ControlValues(cache, controls)._key, ["data"]) is None
+
+
+@pytest.mark.parametrize("damage", ["a gene", "order", "a count", "fewer", "another kind"])
+def test_values_that_cannot_be_those_of_the_controls_are_read_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their checksums are right: somebody else wrote them."""
+    cache, _ = open_three_files(tmp_path)
+    controls = read_labels(cache)[0].is_control
+    whole = read_targets(cache, 1e4, controls=controls)
+    own = ControlValues(cache, controls)
+    arrays = read_derived(cache.storage, "controls", own._key, ("indices", "data", "totals"))
+    assert arrays is not None
+    forged = {name: np.array(values) for name, values in arrays.items()}
+    if damage == "a gene":
+        forged["indices"][3] = 40_000
+    elif damage == "order":
+        forged["indices"][:2] = forged["indices"][:2][::-1].copy()
+    elif damage == "a count":
+        forged["data"][5] = -1
+    elif damage == "fewer":
+        forged["data"] = forged["data"][:-1]
+    else:
+        forged["totals"] = forged["totals"][:, None]
+    keep_derived(cache.storage, "controls", own._key, forged)
+    assert own.read() is None and "is damaged; it is made again." in caplog.text
+    again = read_targets(cache, 1e4, controls=controls, only_controls=True)
+    assert again.held is None and (again.values(np.arange(3)) != whole.values(np.arange(3))).nnz == 0
+    assert own.is_kept

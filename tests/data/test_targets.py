@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -360,3 +361,31 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 300_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(tmp_path) > 10**6
+
+
+@pytest.mark.parametrize("damage", ["a gene", "row starts", "fewer", "a row beyond the end"])
+def test_mapped_values_of_somebody_else_end_in_one_line_and_never_outside_of_memory(
+    three_files: Opened, tmp_path: Path, damage: str
+) -> None:
+    """Of arrays that may be larger than memory only the sizes are checked when they are mapped."""
+    cache, _ = three_files
+    folder = read_targets(cache, 1e4, where="disk", scratch=tmp_path).folder
+    assert folder is not None
+    about = json.loads((folder / "about.json").read_text())
+    if damage == "a gene":
+        np.memmap(folder / "indices.bin", about["arrays"]["indices"][0], "r+")[3] = 60_000
+    elif damage == "fewer":
+        about["arrays"]["totals"][1] = [1]
+        os.truncate(folder / "totals.bin", 8)
+        (folder / "about.json").write_text(json.dumps(about))
+    else:
+        indptr = np.memmap(folder / "indptr.bin", np.int64, "r+")
+        indptr[3] = indptr[2] - 1 if damage == "row starts" else 2**40
+
+    def read() -> None:
+        targets = read_targets(cache, 1e4, where="disk", scratch=tmp_path)
+        targets.values(np.arange(len(targets.factor)))
+
+    with pytest.raises(InputError, match="damaged") as refused:
+        read()
+    assert "\n" not in str(refused.value)
