@@ -67,11 +67,14 @@ class Shards:
             self._places[file] = places.astype(np.int64).reshape(-1, 2)
         low, high = start // self.per_chunk, -(-stop // self.per_chunk)
         wanted = self._places[file][low:high]
-        if (wanted < 0).any():  # all bits set
+        if (wanted == -1).any():  # all bits set
             raise ValueError("a chunk was never written")
+        buffer = np.empty((self.per_chunk, *self.row), self.dtype)
+        most = buffer.nbytes + BLOSC + CRC  # bytes of a chunk, however badly it packs
+        if wanted.min() < 0 or wanted[:, 0].max() > most * len(self._places[file]) or wanted[:, 1].max() > most:
+            raise ValueError("the places of chunks are not in it")
         begin = int(wanted[:, 0].min())
         data = np.frombuffer(self.storage.read(file, begin, int(wanted.sum(1).max())), np.uint8)
-        buffer = np.empty((self.per_chunk, *self.row), self.dtype)
         for number, (place, n_bytes) in enumerate(wanted.tolist(), low):
             values = self._unpacked(_checked(data[place - begin : place - begin + n_bytes]), buffer)
             first = number * self.per_chunk
