@@ -231,7 +231,7 @@ def write_once(
     Raises:
         OSError: they cannot be written there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=folder.parent.name != DERIVED, exist_ok=True)  # none in a cache that was deleted
     lock = partial(lock_file, folder.with_name(f".{folder.name}.lock"), alone=True, text=str(os.getpid()))
     wait = "Waiting for {}, which writes {}.".format
     with closing(in_turn(lock, lambda held: logger.info(wait(f"process {held}" if held else "another", folder)))):

@@ -17,8 +17,8 @@ _TRIES = 10
 
 
 @contextmanager
-def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
-    """Hold the locks of one process that writes. A finished cache is left without their files.
+def writing(storage: Storage, rank: int, world_size: int) -> Iterator[Lock]:
+    """Hold the locks of one process that writes; that of the cache is given. A finished cache keeps no files of locks.
 
     Raises:
         CacheError: another process writes the cache, as this rank, or as one of another number of ranks.
@@ -26,9 +26,10 @@ def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
     alone = world_size == 1
     with ExitStack() as locks:
         try:
-            locks.callback(_let_go, storage, storage.hold(schema.LOCK, alone=alone, text=str(os.getpid())))
+            lock = storage.hold(schema.LOCK, alone=alone, text=str(os.getpid()))
         except Held as held:
             raise CacheError(f"{storage} is being written by process {held}. Wait for it or stop it.") from held
+        locks.callback(_let_go, storage, lock)
         if not alone:
             try:
                 locks.callback(_hold_rank(storage, rank, f"{os.getpid()} of {world_size}").close)
@@ -37,7 +38,7 @@ def writing(storage: Storage, rank: int, world_size: int) -> Iterator[None]:
                     f"{storage} is being written by a process with --rank {rank} already ({held})."
                 ) from held
             _refuse_other_size(storage, rank, world_size)
-        yield
+        yield lock
 
 
 def _let_go(storage: Storage, lock: Lock) -> None:

@@ -158,6 +158,11 @@ class Cache:
         return str(self.storage)
 
     @property
+    def is_there(self) -> bool:
+        """Whether its folder has not been deleted or moved since; of a cache on an object store that is not asked."""
+        return not isinstance(self.storage, LocalStorage) or schema.ROOT in self.storage.here()
+
+    @property
     def sha256(self) -> str:
         """Hash of how the cache was made: encoder, options and the content of the inputs. Equal for equal caches."""
         return sha256(json.dumps(self.attributes, sort_keys=True).encode())

@@ -82,6 +82,10 @@ class Lock:
     def __init__(self, file: IO[str] | None = None) -> None:
         self._file = file
 
+    def is_there(self) -> bool:
+        """Whether its file still has its name: not where the cache was deleted or moved meanwhile."""
+        return self._file is None or _is_there(self._file, Path(self._file.name))
+
     def is_alone(self) -> bool:
         """Whether no other process shares it; then none can have it until it is closed."""
         if self._file is None:
@@ -125,7 +129,7 @@ def _is_there(file: IO[str], path: Path) -> bool:
     """Whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -168,6 +172,8 @@ def reading(storage: Storage, what: str) -> Iterator[None]:
     except _UNREADABLE as error:
         if isinstance(error, OSError) and is_out_of_memory(error):
             raise
+        if isinstance(error, FileNotFoundError) and not storage.here():
+            raise CacheError(f"{storage} was deleted or moved while it was read.") from error
         if isinstance(error, FileNotFoundError):
             why = "it is not there any more"
         else:

@@ -26,7 +26,7 @@ from sest.cache.disk import PARTIAL, sha256
 from sest.cache.journal import Entries
 from sest.cache.layout import Files, GroupPlan
 from sest.cache.schema import CacheError
-from sest.cache.storage import LocalStorage, Storage, storage_at
+from sest.cache.storage import LocalStorage, Lock, Storage, storage_at
 from sest.errors import brief
 
 
@@ -60,11 +60,12 @@ class CacheWriter:
         self._journal = journal.journal_name(rank)
         self._entries: Entries = {}
         self._locks = ExitStack()
+        self._lock = Lock()
 
     def __enter__(self) -> Self:
         refuse_foreign(self.storage)
         with ExitStack() as held:
-            held.enter_context(locks.writing(self.storage, self.rank, self.world_size))
+            self._lock = held.enter_context(locks.writing(self.storage, self.rank, self.world_size))
             self._open()
             self._locks = held.pop_all()
         return self
@@ -204,10 +205,18 @@ class CacheWriter:
 
     def _promise(self, files: Files, **about: Any) -> None:
         """Make files durable, then journal them; `about` goes into each line (rows, entries)."""
+        self._require()
         self.storage.write(files)
         lines = [{"file": name, "size": len(data), "sha256": sha256(data), **about} for name, data in files.items()]
         self.storage.append(self._journal, b"".join(map(journal.line_of, lines)))
         self._entries.update({line["file"]: line for line in lines})
+
+    def _require(self) -> None:
+        """Raise CacheError where the cache was deleted or moved: what is written now would be there alone."""
+        if not self._lock.is_there():
+            raise CacheError(
+                f"{self.storage} was deleted or moved while it was written. Nothing more is written there."
+            )
 
     def _promise_ready(self, marker: str, files: Files) -> None:
         """Promise the files of a group; its own metadata last, which says that the group is there whole."""
@@ -279,6 +288,7 @@ class CacheWriter:
             start: number of the first row.
             rows: (n, width).
         """
+        self._require()
         stream = io.BytesIO()
         np.save(stream, rows)
         self.storage.write({f"{schema.SPOOL}/{name}/{start:012d}.npy": stream.getvalue()})
@@ -310,6 +320,7 @@ class CacheWriter:
                 self._finish()
 
     def _finish(self) -> None:
+        self._require()
         self.storage.remove_folder(schema.SPOOL)
         self.storage.sweep()
         root = self.storage.read(schema.ROOT)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +100,13 @@ class Trainer:
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
         self._kept_at = -1  # step of the newest checkpoint-step-N
         self._saves = Behind()  # checkpoints are copied between steps and written during the next ones
+        self._kept_cells = cells_to_keep(self.data) if self.team.leads else {}  # reads some: while the cache is there
         self._average = WeightAverage(self.model, self.optimizer, self.config.ema) if self.config.ema else None
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.state.step >= self.config.max_steps
-
-    @cached_property
-    def _kept_cells(self) -> dict[str, Any]:
-        """What checkpoints say of the cells; reads some of them."""
-        return cells_to_keep(self.data)
 
     # --- step
 
@@ -218,9 +214,15 @@ class Trainer:
         """Validate; returns whether this is the best validation so far, by what the run monitors.
 
         Raises:
-            TrainingFailed: it is not finite.
+            TrainingFailed: it is not finite, or the cache is not there any more.
         """
-        state = self.state
+        state, cache = self.state, self.data.cache
+        if not cache.is_there:
+            self.save_last()
+            raise TrainingFailed(
+                f"{cache.path} was deleted or moved while it was trained on. Step {state.step} is saved in "
+                f"{self.run / LAST}; with the cache back in its place, go on with --resume auto."
+            )
         with self._averaged():
             self.metrics = self.validator.run(self.model, self.autocast)
         loss = state.val_loss = self.metrics["val_loss"]

@@ -191,7 +191,7 @@ def test_an_array_made_in_blocks_is_kept_as_if_whole(tmp_path: Path) -> None:
     for name, made in (("whole", rows), ("blocks", blocks)):
         keep_derived(storage, name, KEY, {"mean": made})
     assert blocks.nbytes == rows.nbytes and np.array_equal(blocks.whole(), rows)
-    found = [read_derived(storage, name, KEY) for name in ("whole", "blocks")]
+    found = [read_derived(storage, name, KEY, ["mean"]) for name in ("whole", "blocks")]
     for kept in found:
         assert kept is not None
         np.testing.assert_array_equal(kept["mean"], rows)

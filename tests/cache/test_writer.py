@@ -344,3 +344,33 @@ def test_a_writer_that_fails_lets_go_of_the_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="made differently"):
         continue_cache(tmp_path / "cache.zarr", {})
     continue_cache(tmp_path / "cache.zarr")
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "another in its place"])
+def test_a_cache_that_goes_while_it_is_written_is_not_begun_again(tmp_path: Path, how: str) -> None:
+    path, plan = tmp_path / "cache.zarr", GROUPS[0].plan
+
+    def write() -> None:
+        with CacheWriter(path, ATTRIBUTES) as writer:
+            writer.add_group(plan, GROUPS[0].obs, GROUPS[0].var)
+            path.rename(tmp_path / "elsewhere.zarr")
+            if how == "deleted":
+                shutil.rmtree(tmp_path / "elsewhere.zarr")
+            elif how == "another in its place":
+                path.mkdir()
+                (path / schema.LOCK).write_text("")
+            attempts = (
+                lambda: writer.spool_rows("a/0", 0, np.zeros((2, 3))),
+                lambda: writer.write_embedding_shard(plan, 0, GROUPS[0].embeddings[:8]),
+                lambda: writer.write_projection(PROJECTION, {}),
+                writer.finish,
+            )
+            for attempt in attempts[:-1]:
+                with pytest.raises((CacheError, FileNotFoundError)):
+                    attempt()
+            attempts[-1]()
+
+    with pytest.raises(CacheError, match=r"was deleted or moved while it was written\. Nothing more"):
+        write()
+    there = [file.name for file in path.rglob("*")] if path.exists() else None
+    assert there == ([schema.LOCK] if how == "another in its place" else None)

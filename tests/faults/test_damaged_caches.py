@@ -6,6 +6,7 @@ does who wants it to be believed: the journal and COMPLETE are written again, an
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,12 +16,17 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import zarr
 
 from helpers.caches import reseal, small_screen, write_cache
-from sest.cache import open_cache, schema
+from helpers.configs import small_config
+from sest.cache import CacheError, open_cache, schema
 from sest.data.labels import read_embeddings, read_labels
 from sest.data.targets import read_targets
-from sest.errors import Error
+from sest.errors import Error, TrainingFailed
+from sest.training.train import train
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("bit", "cut", "empty", "missing")
 ATTEMPTS = 1000  # of each of the two sweeps, in `make faults`
@@ -151,23 +157,46 @@ def test_a_forged_cache_is_read_or_refused(sound: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_thousand_changes_of_a_cache_are_refused_or_change_nothing(
-    sound: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_thousand_changes_of_a_cache_are_refused_or_change_nothing(sound: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(10)
     names = list(rng.choice(names_of(sound), ATTEMPTS))
     kinds = iter(rng.choice(KINDS, ATTEMPTS, p=[0.7, 0.1, 0.1, 0.1]))
     ends = sweep(sound, tmp_path, lambda file: damage(file, str(next(kinds)), rng), names, content(sound))
-    record_property("ends", dict(ends))
+    logger.info(f"{dict(ends)}")  # shown with --log-cli-level=INFO
     assert set(ends) <= {"refused", "harmless"} and ends.total() == ATTEMPTS
 
 
 @pytest.mark.full
-def test_a_thousand_forged_caches_are_read_or_refused(
-    sound: Path, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_thousand_forged_caches_are_read_or_refused(sound: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(11)
     names = [name for name in names_of(sound) if name not in (schema.JOURNAL, schema.COMPLETE)]
     ends = sweep(sound, tmp_path, lambda file: forge(file, rng), list(rng.choice(names, ATTEMPTS)), None)
-    record_property("ends", dict(ends))
+    logger.info(f"{dict(ends)}")  # shown with --log-cli-level=INFO
     assert ends.total() == ATTEMPTS and ends["refused"] > ATTEMPTS // 4
+
+
+def test_training_on_row_starts_that_lead_elsewhere_ends_in_one_line(sound: Path, tmp_path: Path) -> None:
+    """They ended in a double free once: values were written before the beginning of an array."""
+    cache = Path(shutil.copytree(sound, tmp_path / "cache.zarr"))
+    shutil.rmtree(cache / schema.DERIVED)
+    indptr = zarr.open_array(cache / "a/X/indptr", mode="r+")
+    starts = np.array(indptr[:])
+    starts[5], starts[6] = starts[6] + 40, 0
+    indptr[:] = starts
+    with pytest.raises(CacheError, match="a/X/indptr does not go up from 0") as refused:
+        train(reseal(cache), tmp_path / "run", small_config())
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_training_whose_cache_is_deleted_saves_says_so_and_leaves_nothing_there(sound: Path, tmp_path: Path) -> None:
+    cache, run = Path(shutil.copytree(sound, tmp_path / "cache.zarr")), tmp_path / "run"
+    config = small_config(
+        max_steps=4, val_every=2, log_every=1, checkpoint_every=4, target_sum=1e4, mixed_scales="allow"
+    )
+    with pytest.raises(
+        TrainingFailed, match=r"was deleted or moved while it was trained on\. Step 2 is saved in"
+    ) as said:
+        train(cache, run, config, on_start=lambda data, model: shutil.rmtree(cache))
+    assert "\n" not in str(said.value) and not cache.exists()
+    shutil.copytree(sound, cache)
+    assert train(cache, run, config, resume="auto").step == 4
