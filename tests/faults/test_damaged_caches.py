@@ -79,7 +79,8 @@ def damage(file: Path, kind: str, rng: np.random.Generator) -> None:
         return
     if kind == "bit":
         data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    file.write_bytes({"bit": data, "cut": data[: int(rng.integers(1, len(data)))], "empty": b""}[kind])
+    length = {"bit": len(data), "cut": int(rng.integers(1, len(data))), "empty": 0}[kind]
+    file.write_bytes(data[:length])
 
 
 def forge(file: Path, rng: np.random.Generator) -> None:
