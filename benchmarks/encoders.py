@@ -52,9 +52,8 @@ def gene_names(n: int) -> list[str]:
     return [f"GENE{i}" for i in range(n)]
 
 
-def write_encoder(folder: Path, size: Size, seed: int = 0) -> Path:
-    """Write random weights as upstream's trainer does (a Lightning .ckpt), gene vectors beside; returns the .ckpt."""
-    folder.mkdir(parents=True, exist_ok=True)
+def random_tensors(size: Size, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Random tensors of an SE model, as its checkpoints name them, and gene vectors (n_genes, token_dim)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -94,6 +93,14 @@ def write_encoder(folder: Path, size: Size, seed: int = 0) -> Path:
         tensors[f"gene_embedding_layer.{part}"] = tensors[f"encoder.{part}"].clone()
     vectors = normal(size.n_genes, t)
     tensors["pe_embedding.weight"] = vectors
+    return tensors, vectors
+
+
+def write_encoder(folder: Path, size: Size, seed: int = 0) -> Path:
+    """Write random weights as upstream's trainer does (a Lightning .ckpt), gene vectors beside; returns the .ckpt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, vectors = random_tensors(size, seed)
+    d, h, o, t = size.d_model, size.d_hid, size.output_dim, size.token_dim
     arguments = {
         "token_dim": t,
         "d_model": d,
