@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sest.data.resident import Batch, ResidentCells
+from sest.data.resident import Batch, ResidentCells, Staged
 from sest.data.sampler import SetRows, SetSampler
 from sest.machine.ranks import SINGLE, Ranks
 
@@ -22,8 +22,8 @@ from sest.machine.ranks import SINGLE, Ranks
 class BatchSource:
     """The batches of one process; to be closed.
 
-    Where cells are gathered on the host, threads do it ahead, into buffers that are used again: the tensors of a batch
-    are good until the next one is asked for. Where they lie in a GPU's memory, threads draw the sets, the GPU gathers.
+    Threads do ahead what the host does: they draw the sets, and gather the cells or send them to a GPU, which then
+    makes them dense. On a CPU buffers are used again: the tensors of a batch are good until the next one is asked for.
 
     Args:
         size: B, of all processes together.
@@ -36,24 +36,19 @@ class BatchSource:
         self._sampler, self._cells, self._size, self._ranks = sampler, cells, size, ranks
         self._ahead = n_workers
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="batches") if n_workers else None
-        self._queue: dict[int, Future[tuple[SetRows, Batch | None]]] = {}
+        self._queue: dict[int, Future[Staged]] = {}
         self._spare: deque[Tensor] = deque()  # append and pop are safe from several threads
         self._in_use: Tensor | None = None
         self.waited = 0.0  # seconds in `get`
 
-    def _sets(self, number: int) -> SetRows:
+    def _prepare(self, number: int) -> Staged:
         ranks = self._ranks
-        return self._sampler.sets(number * self._size + np.arange(ranks.rank, self._size, ranks.world_size))
-
-    def _prepare(self, number: int) -> tuple[SetRows, Batch | None]:
-        sets = self._sets(number)
-        if self._cells.on_device is not None:
-            return sets, None
-        return sets, self._cells.batch(sets, self._buffer(sets))
+        sets = self._sampler.sets(number * self._size + np.arange(ranks.rank, self._size, ranks.world_size))
+        return self._cells.stage(sets, self._buffer(sets))
 
     def _buffer(self, sets: SetRows) -> Tensor | None:
         """A target tensor to fill, on the CPU only."""
-        if self._cells.device.type != "cpu":
+        if self._cells.device.type != "cpu" or self._cells.on_device is not None:
             return None
         try:
             return self._spare.pop()
@@ -65,18 +60,15 @@ class BatchSource:
         began = time.perf_counter()
         if self._in_use is not None:
             self._spare.append(self._in_use)
-            self._in_use = None
         if self._pool is None:
-            sets, batch = self._prepare(number)
+            staged = self._prepare(number)
         else:
             for ahead in range(number, number + self._ahead + 1):
                 if ahead not in self._queue:
                     self._queue[ahead] = self._pool.submit(self._prepare, ahead)
-            sets, batch = self._queue.pop(number).result()
-        if batch is None:
-            batch = self._cells.batch(sets)
-        elif self._cells.device.type == "cpu":
-            self._in_use = batch["target"]
+            staged = self._queue.pop(number).result()
+        self._in_use = staged.dense
+        batch = self._cells.finish(staged)
         self.waited += time.perf_counter() - began
         return batch
 

@@ -78,14 +78,16 @@ def _lengths(rows: Any, indptr: Any, indices: Any, data: Any, lengths: Any) -> N
 
 
 @compiled(nogil=True, inside=True)
-def _copy(rows: Any, indptr: Any, indices: Any, data: Any, n_genes: int, to_indices: Any, to_data: Any) -> None:
+def _copy(rows: Any, indptr: Any, values: Any, below: Any, out: Any) -> None:
     place = 0
     for i in range(len(rows)):
-        first, last = _values_of(rows[i], indptr, indices, data)
-        if place + last - first > len(to_data):  # a mapped file has changed since it was measured
+        first, last = _values_of(rows[i], indptr, values, values)
+        if place + last - first > len(out):  # a mapped file has changed since it was measured
             raise IndexError("a row's values are not there")
         for k in range(first, last):
-            to_indices[place], to_data[place] = _gene(indices[k], n_genes), data[k]
+            if below:
+                _gene(values[k], below)
+            out[place] = values[k]
             place += 1
 
 
@@ -105,7 +107,7 @@ def dense_log1p(
     Raises:
         InputError: the CSR names values or genes that are not there: its file is damaged.
     """
-    _check_rows(rows, len(indptr) - 1)
+    check_rows(rows, len(indptr) - 1)
     assert len(factor) >= len(indptr) - 1 and len(out) >= len(rows)
     kernel = _counts if np.issubdtype(data.dtype, np.integer) else _values
     with _as_files_say():
@@ -120,14 +122,29 @@ def take_rows(
     Raises:
         InputError: as of `dense_log1p`.
     """
-    _check_rows(rows, len(indptr) - 1)
+    check_rows(rows, len(indptr) - 1)
     of_rows = np.zeros(len(rows) + 1, np.int64)
     with _as_files_say():
         _lengths(rows, indptr, indices, data, of_rows[1:])
-        np.cumsum(of_rows, out=of_rows)
-        to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
-        _copy(rows, indptr, indices, data, n_genes, to_indices, to_data)
+    np.cumsum(of_rows, out=of_rows)
+    to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
+    copy_rows(rows, indptr, indices, to_indices, below=n_genes)
+    copy_rows(rows, indptr, data, to_data)
     return of_rows, to_indices, to_data
+
+
+def copy_rows(rows: np.ndarray, indptr: np.ndarray, values: np.ndarray, out: np.ndarray, *, below: int = 0) -> None:
+    """Write the values (nnz,) of rows (n,) one after the other into `out` (m,), without the interpreter's lock.
+
+    Args:
+        below: whole numbers that must be below this, as gene numbers are; 0: any values.
+
+    Raises:
+        InputError: as of `dense_log1p`.
+    """
+    check_rows(rows, len(indptr) - 1)
+    with _as_files_say():
+        _copy(rows, indptr, values, below, out)
 
 
 @compiled(nogil=True, inside=True)
@@ -261,15 +278,19 @@ def add_log1p(
     Raises:
         InputError: as of `dense_log1p`.
     """
-    _check_rows(rows, block.shape[0])
-    _check_rows(into, len(sums))
+    check_rows(rows, block.shape[0])
+    check_rows(into, len(sums))
     assert len(into) == len(rows) and len(column) == block.shape[1] and column.max(initial=-1) < sums.shape[1]
     with _as_files_say():
         _add(rows, into, block.indptr, block.indices, block.data, column, float(target_sum or 0.0), sums)
 
 
-def _check_rows(rows: np.ndarray, n_cells: int) -> None:
-    """The compiled loops would read anywhere."""
+def check_rows(rows: np.ndarray, n_cells: int) -> None:
+    """Refuse rows that are not among 0 .. n_cells - 1: the compiled loops would read anywhere.
+
+    Raises:
+        IndexError: such rows.
+    """
     if len(rows) and not 0 <= rows.min() <= rows.max() < n_cells:
         raise IndexError(f"rows {rows.min()} .. {rows.max()} of {n_cells} cells")
 

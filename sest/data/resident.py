@@ -6,15 +6,17 @@ Shapes: B sets, S cells a set, E embedding width, G genes, N cells.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sest.data.gather import dense_log1p, take_rows
+from sest.data.gather import check_rows, copy_rows, dense_log1p
 from sest.data.sampler import SetRows
 from sest.data.targets import Targets
+from sest.machine.transfer import Gathered, Sender, Sent
 
 
 class Batch(TypedDict):
@@ -28,11 +30,21 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True, eq=False)
+class Staged:
+    """A batch on its way: all that the host does for it is done."""
+
+    sent: Sent
+    shape: tuple[int, ...]  # of the cells whose expression is asked for
+    n_values: int  # of them together, on a GPU
+    dense: Tensor | None  # (..., G) log1p, on a CPU
+
+
+@dataclass(frozen=True, eq=False)
 class ResidentCells:
     """Embeddings and targets, gathered from host memory to the CPU or a GPU, or within a GPU's memory.
 
     To a CPU, rows become dense in one compiled pass (sest.data.gather). To a GPU only stored values travel, four bytes
-    an expressed gene, and become dense there.
+    an expressed gene, and become dense there. What a batch sends is one copy, and nothing here waits for the GPU.
     """
 
     targets: Targets
@@ -40,6 +52,7 @@ class ResidentCells:
     embeddings: Tensor  # (controls, E) as stored
     device: torch.device  # the training device
     on_device: DeviceValues | None  # the targets in its memory; None: in the host's
+    sender: Sender  # to the training device
 
     @property
     def n_genes(self) -> int:
@@ -50,106 +63,135 @@ class ResidentCells:
 
         `out`, of the result's shape, is filled where the training device is the CPU.
         """
-        flat, targets = rows.ravel(), self.targets
-        targets.require(flat)
-        if self.on_device is not None:
-            return self.on_device.expression(flat, self.n_genes).view(*rows.shape, self.n_genes)
-        if self.device.type == "cpu":
-            dense = torch.empty(*rows.shape, self.n_genes) if out is None else out
-            values = dense.view(len(flat), self.n_genes).numpy()
-            dense_log1p(flat, targets.indptr, targets.indices, targets.data, targets.factor, values)
-            return dense
-        indptr, indices, data = take_rows(flat, targets.indptr, targets.indices, targets.data, self.n_genes)
-        lengths = np.diff(indptr)
-        dense = _dense(
-            self._send(lengths),
-            len(data),
-            self._send(indices),
-            self._send(data),
-            self._send(targets.factor[flat]),
-            self.n_genes,
-        )
-        return dense.view(*rows.shape, self.n_genes)
-
-    def _send(self, values: np.ndarray) -> Tensor:
-        """To the training device; from pinned memory, so that nothing waits for the copy."""
-        tensor = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return self._dense(self._stage(rows, {}, out))
 
     def basal(self, controls: np.ndarray) -> Tensor:
         """Embeddings of control cells: (...,) row numbers -> (..., E) float32 on the training device."""
-        rows = self.embedding_row[controls]
-        assert (rows >= 0).all(), "a control without an embedding row"
-        if self.embeddings.device.type == "cpu":
-            return self._send(self.embeddings.numpy()[rows]).float()
-        return self.embeddings[self._send(rows)].float()
+        return self._embedded(self.sender.send({"basal": self._embeddings_of(controls)}).tensors()["basal"])
 
     def measured(self, targets: np.ndarray) -> Tensor | None:
         """(B, 1, G) float32: 1 for the genes that the file of a set (B, S) has, else 0; None: all files have all."""
-        genes = self.targets.measured_by(targets[:, 0])
-        return None if genes is None else self._send(genes[:, None].astype(np.float32))
+        return self._measured(self.sender.send(self._measured_by(targets)).tensors())
 
     def batch(self, sets: SetRows, out: Tensor | None = None) -> Batch:
-        """Gather sets."""
+        """Gather sets: `stage`, then `finish`."""
+        return self.finish(self.stage(sets, out))
+
+    def stage(self, sets: SetRows, out: Tensor | None = None) -> Staged:
+        """What the host does for a batch; any thread may, while the training uses another. `out`: see `expression`."""
+        arrays = {
+            "basal": self._embeddings_of(sets["controls"]),
+            "perturbation": sets["perturbation"],
+            "number": sets["number"],
+            **self._measured_by(sets["targets"]),
+        }
+        return self._stage(sets["targets"], arrays, out)
+
+    def finish(self, staged: Staged) -> Batch:
+        """What the training device does for a batch."""
+        there = staged.sent.tensors()
         batch = Batch(
-            basal=self.basal(sets["controls"]),
-            perturbation=self._send(sets["perturbation"]),
-            target=self.expression(sets["targets"], out),
-            number=self._send(sets["number"]),
+            basal=self._embedded(there["basal"]),
+            perturbation=there["perturbation"],
+            target=self._dense(staged),
+            number=there["number"],
         )
-        measured = self.measured(sets["targets"])
+        measured = self._measured(there)
         if measured is not None:
             batch["measured"] = measured
         return batch
 
+    def _embeddings_of(self, controls: np.ndarray) -> np.ndarray | Gathered:
+        """What is sent of control cells: their embeddings, or the rows of those that are there."""
+        rows = self.embedding_row[controls]
+        assert (rows >= 0).all(), "a control without an embedding row"
+        if self.on_device is not None:
+            return rows
+        embeddings = self.embeddings.numpy()
+        return Gathered(
+            (*rows.shape, embeddings.shape[1]),
+            embeddings.dtype,
+            lambda out: np.take(embeddings, rows, axis=0, out=out, mode="clip"),  # else NumPy makes a copy first
+        )
+
+    def _embedded(self, sent: Tensor) -> Tensor:
+        return (sent if self.on_device is None else self.embeddings[sent]).float()
+
+    def _measured_by(self, targets: np.ndarray) -> dict[str, np.ndarray | Gathered]:
+        genes = self.targets.measured_by(targets[:, 0])
+        return {} if genes is None else {"measured": genes[:, None]}
+
+    @staticmethod
+    def _measured(there: dict[str, Tensor]) -> Tensor | None:
+        return there["measured"].float() if "measured" in there else None
+
+    def _stage(self, rows: np.ndarray, arrays: dict[str, np.ndarray | Gathered], out: Tensor | None = None) -> Staged:
+        """Send `arrays`, and to a GPU what its cells (...,) become dense from; on a CPU make them dense."""
+        flat, targets = rows.ravel(), self.targets
+        targets.require(flat)
+        if self.device.type == "cpu" and self.on_device is None:
+            dense = torch.empty(*rows.shape, self.n_genes) if out is None else out
+            values = dense.view(len(flat), self.n_genes).numpy()
+            dense_log1p(flat, targets.indptr, targets.indices, targets.data, targets.factor, values)
+            return Staged(self.sender.send(arrays), rows.shape, 0, dense)
+        check_rows(flat, len(targets.factor))
+        begin, length = targets.indptr[flat], targets.indptr[flat + 1] - targets.indptr[flat]
+        n_values = int(length.sum())
+        if self.on_device is None:
+            begin = length.cumsum() - length
+            for name, values in (("indices", targets.indices), ("data", targets.data)):
+                below = self.n_genes if name == "indices" else 0
+                write = partial(copy_rows, flat, targets.indptr, values, below=below)
+                arrays[name] = Gathered((n_values,), values.dtype, write)
+        arrays |= {"begin": begin, "length": length, "factor": targets.factor[flat]}
+        return Staged(self.sender.send(arrays), rows.shape, n_values, None)
+
+    def _dense(self, staged: Staged) -> Tensor:
+        if staged.dense is not None:
+            return staged.dense
+        there, kept = staged.sent.tensors(), self.on_device
+        indices, data = (there["indices"], there["data"]) if kept is None else (kept.indices, kept.data)
+        rows = CsrRows(there["begin"], there["length"], there["factor"], indices, data, staged.n_values)
+        return densify(rows, self.n_genes).view(*staged.shape, self.n_genes)
+
 
 @dataclass(frozen=True, eq=False)
 class DeviceValues:
-    """The targets in the memory of a device."""
+    """The values of the targets in the memory of a device; where each cell's begin the host knows."""
 
-    indptr: np.ndarray  # (N + 1,) int64, on the host: sizes are known without asking the device
-    starts: Tensor  # (N,) int64
     indices: Tensor  # (nnz,) int32, or int16 that holds uint16
     data: Tensor  # (nnz,)
-    factor: Tensor  # (N,) float32
-
-    def expression(self, rows: np.ndarray, n_genes: int) -> Tensor:
-        """Cells (n,) -> (n, G) float32 on the device."""
-        device = self.data.device
-        lengths = self.indptr[rows + 1] - self.indptr[rows]
-        where, length = torch.as_tensor(rows, device=device), torch.as_tensor(lengths, device=device)
-        n_values = int(lengths.sum())
-        # value v of the batch stands at `at[v]` here
-        offset = self.starts[where] - (length.cumsum(0) - length)  # (n,)
-        at = torch.arange(n_values, device=device) + torch.repeat_interleave(offset, length, output_size=n_values)
-        return _dense(length, n_values, self.indices[at], self.data[at], self.factor[where], n_genes)
 
 
-def _dense(length: Tensor, n_values: int, indices: Tensor, data: Tensor, factor: Tensor, n_genes: int) -> Tensor:
-    """CSR values as dense log1p rows: values a row (n,), values (m,), factors (n,) -> (n, G) float32.
+@dataclass(frozen=True, eq=False)
+class CsrRows:
+    """n cells among stored values, on one device."""
+
+    begin: Tensor  # (n,) int64: where each cell's values begin
+    length: Tensor  # (n,) int64: how many they are
+    factor: Tensor  # (n,) float32 that counts are multiplied with; 0: the values are log1p already
+    indices: Tensor  # (nnz,) int32, or int16 that holds uint16
+    data: Tensor  # (nnz,)
+    n_values: int  # of all n cells, so that sizes are known without asking the device
+
+
+def densify(rows: CsrRows, n_genes: int) -> Tensor:
+    """Cells as dense log1p values, (n, G) float32.
 
     The formula of `sest.cells.scale.log1p_rows`, against which tests/data hold it.
     """
-    row = torch.repeat_interleave(torch.arange(len(length), device=data.device), length, output_size=n_values)
-    genes = indices.long() & 0xFFFF if indices.dtype == torch.int16 else indices.long()
-    values, scale = data.float(), factor[row]
-    dense = torch.zeros(len(length) * n_genes, device=data.device)
+    device, n = rows.data.device, len(rows.length)
+    # value v of the batch stands at `at[v]` and belongs to cell `row[v]`
+    row = torch.repeat_interleave(torch.arange(n, device=device), rows.length, output_size=rows.n_values)
+    ahead = rows.begin - (rows.length.cumsum(0) - rows.length)
+    at = torch.arange(rows.n_values, device=device) + ahead[row]
+    genes = rows.indices[at].long()
+    if rows.indices.dtype == torch.int16:
+        genes &= 0xFFFF
+    values, scale = rows.data[at].float(), rows.factor[row]
+    dense = torch.zeros(n * n_genes, device=device)
     dense[row * n_genes + genes] = torch.where(scale > 0, torch.log1p(values * scale), values)
-    return dense.view(len(length), n_genes)
-
-
-def _device_values(targets: Targets, device: torch.device) -> DeviceValues:
-    """Copy the targets into the memory of a device."""
-    wide = targets.indices.dtype != np.uint16
-    return DeviceValues(
-        targets.indptr,
-        torch.from_numpy(targets.indptr[:-1].copy()).to(device),
-        torch.from_numpy(targets.indices if wide else targets.indices.view(np.int16)).to(device),
-        torch.from_numpy(targets.data).to(device),
-        torch.from_numpy(targets.factor).to(device),
-    )
+    return dense.view(n, n_genes)
 
 
 def resident_cells(
@@ -161,11 +203,9 @@ def resident_cells(
     on_device: bool = False,
 ) -> ResidentCells:
     """All cells, ready for training on `device`; `on_device`: in its memory, else in the host's."""
-    tensor = torch.from_numpy(embeddings)
-    return ResidentCells(
-        targets,
-        embedding_row,
-        tensor.to(device) if on_device else tensor,
-        device,
-        _device_values(targets, device) if on_device else None,
-    )
+    kept = torch.from_numpy(embeddings)
+    if on_device:
+        kept = kept.to(device)
+        indices = targets.indices.view(np.int16) if targets.indices.dtype == np.uint16 else targets.indices
+        there = DeviceValues(torch.from_numpy(indices).to(device), torch.from_numpy(targets.data).to(device))
+    return ResidentCells(targets, embedding_row, kept, device, there if on_device else None, Sender(device))

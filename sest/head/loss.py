@@ -31,7 +31,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
     A GPU multiplies halves so; a CPU would round the result to a half, and multiplies the same numbers as float32.
     """
-    if a.dtype != torch.float32 and a.is_cuda:
+    if a.dtype != torch.float32 and a.device.type != "cpu":
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sest.errors import InputError
+from sest.machine.transfer import Sender, Sent
 from sest.se import fp8
 from sest.se.tokenize import cell_keys, tokenize
 from sest.se.weights import EncoderWeights
@@ -59,34 +60,25 @@ class Sentences:
 class SparseRows:
     """A batch on its way to a GPU, which tokenises it: CSR of the file's columns."""
 
-    indptr: np.ndarray  # (B + 1,) int64, on the host
-    genes: Tensor  # (nnz,) int32 columns
-    values: Tensor  # (nnz,) float32
-    keys: Tensor  # (B,) int32 of `cell_keys`
+    sent: Sent  # genes (nnz,) int32 columns, values (nnz,) float32, lengths (B,) int64, keys (B,) int32 of `cell_keys`
     scale: str
-    copied: torch.cuda.Event  # recorded after the copies, on a stream of their own
+    indptr: np.ndarray  # (B + 1,) int64 of these cells, on the host: where their values are among those sent
+    first: int = 0  # of these cells among those sent
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.indptr) - 1
 
-    def wait(self) -> None:
-        """Let the current stream wait for the copies."""
-        now = torch.cuda.current_stream(self.values.device)
-        now.wait_event(self.copied)
-        for tensor in (self.genes, self.values, self.keys):
-            tensor.record_stream(now)  # allocated on the other stream, which must not reuse them too soon
+    def tensors(self) -> dict[str, Tensor]:
+        """What was sent of these cells, on the device."""
+        cells, values = slice(self.first, self.first + len(self)), slice(int(self.indptr[0]), int(self.indptr[-1]))
+        return {
+            name: tensor[cells if name in ("lengths", "keys") else values]
+            for name, tensor in self.sent.tensors().items()
+        }
 
     def part(self, start: int, stop: int) -> SparseRows:
         """Cells start to stop, or to the last."""
-        stop = min(stop, len(self))
-        a, b = int(self.indptr[start]), int(self.indptr[stop])
-        return replace(
-            self,
-            indptr=self.indptr[start : stop + 1] - a,
-            genes=self.genes[a:b],
-            values=self.values[a:b],
-            keys=self.keys[start:stop],
-        )
+        return replace(self, indptr=self.indptr[start : min(stop, len(self)) + 1], first=self.first + start)
 
 
 Staged = Sentences | SparseRows
@@ -125,7 +117,7 @@ class StateEncoder:
         self.cls_count_gene = weights.cls_count_gene
         self.device, self.dtype, self.seed = device, dtype, seed
         if device.type == "cuda":
-            self._copies = torch.cuda.Stream(device)  # so that copies overlap with computing
+            self._sender = Sender(device)
         else:
             self._n_threads = torch.get_num_threads()
             self._tokenizers = ThreadPoolExecutor(self._n_threads, "tokenize")
@@ -184,10 +176,8 @@ class StateEncoder:
         values = torch.as_tensor(rows.data.astype(np.float32, copy=False))
         if self.device.type == "cpu":
             return self._tokenized(indptr, genes, values, keys, scale, kept)
-        with torch.cuda.stream(self._copies):
-            genes, values, keys = (t.pin_memory().to(self.device, non_blocking=True) for t in (genes, values, keys))
-            copied = self._copies.record_event()
-        return SparseRows(indptr, genes, values, keys, scale, copied)
+        arrays = {"genes": genes.numpy(), "values": values.numpy(), "lengths": np.diff(indptr), "keys": keys.numpy()}
+        return SparseRows(self._sender.send(arrays), scale, indptr)
 
     def _tokenized(
         self, indptr: np.ndarray, genes: Tensor, values: Tensor, keys: Tensor, scale: str, kept: KeptGenes
@@ -220,10 +210,10 @@ class StateEncoder:
             (B, O + 10) float32 on the device: the L2-normalised CLS embedding and the 10 dataset columns.
         """
         if isinstance(staged, SparseRows):
-            staged.wait()
-            values = densify(staged.indptr, staged.genes, staged.values, kept.place, len(kept.tokens))
+            there = staged.tensors()
+            values = densify(there["lengths"], there["genes"], there["values"], kept.place, len(kept.tokens))
             staged = Sentences(
-                *tokenize(values, kept.tokens, staged.keys, self.pad_length, self.cls_count_gene, scale=staged.scale)
+                *tokenize(values, kept.tokens, there["keys"], self.pad_length, self.cls_count_gene, scale=staged.scale)
             )
         x = self._rows(kept.table, staged.positions, staged.counts)
         for layer in range(self.n_layers - 1):
@@ -331,11 +321,11 @@ def _needed(name: str) -> bool:
     return name.startswith((*wanted, "count_encoder.", "dataset_embedder."))
 
 
-def densify(indptr: np.ndarray, genes: Tensor, values: Tensor, place: Tensor, n_kept: int) -> Tensor:
-    """The kept genes of CSR rows, dense.
+def densify(lengths: Tensor, genes: Tensor, values: Tensor, place: Tensor, n_kept: int) -> Tensor:
+    """The kept genes of CSR rows, dense; all tensors are on one device.
 
     Args:
-        indptr: (B + 1,) int64, on the host; the other tensors are on one device.
+        lengths: (B,) int64 values of every row.
         genes: (nnz,) int32 columns of the file.
         values: (nnz,) float32.
         place: (genes of the file,) int32 position of a column among the kept genes, or -1.
@@ -344,8 +334,7 @@ def densify(indptr: np.ndarray, genes: Tensor, values: Tensor, place: Tensor, n_
     Returns:
         (B, K) float32, a part of a wider tensor.
     """
-    device, n_cells = values.device, len(indptr) - 1
-    lengths = torch.as_tensor(np.diff(indptr)).to(device)
+    device, n_cells = values.device, len(lengths)
     ends = torch.arange(1, n_cells + 1, device=device) * (n_kept + 1)  # a row's column -1 is the spare one at its end
     dense = torch.zeros(n_cells * (n_kept + 1), device=device)
     columns = torch.where(place < 0, -1, place - (n_kept + 1))[genes]

@@ -18,6 +18,7 @@ from helpers.plain_tokenizer import plain_counts, plain_sentence
 from helpers.se_model import HEADS, OUT, write_se
 from sest.errors import InputError
 from sest.files.cell_file import CellFile
+from sest.machine.transfer import Sender
 from sest.se.model import SparseRows, StateEncoder, densify, sizes
 from sest.se.tokenize import cell_keys
 from sest.se.weights import EncoderWeights, load_encoder
@@ -168,22 +169,14 @@ def test_staging_in_threads_while_another_batch_runs_changes_nothing(small: Enco
 
 
 @pytest.mark.parametrize("scale", ["counts", "log1p"])
-def test_a_batch_that_is_tokenised_where_it_runs_gives_the_same_embeddings(
-    small: EncoderWeights, monkeypatch: pytest.MonkeyPatch, scale: str
-) -> None:
+def test_a_batch_that_is_tokenised_where_it_runs_gives_the_same_embeddings(small: EncoderWeights, scale: str) -> None:
     encoder, cells = encoder_of(small), np.arange(12) * 2**31
     rows = scipy.sparse.csr_matrix(counts(12, 30) - np.float32(0.5))  # some are negative
     kept = encoder.keep(KEPT, TOKENS, 30)
     expected = encoder.encode(rows, cells, scale, kept)
-    monkeypatch.setattr(SparseRows, "wait", lambda self: None)  # as on a GPU, but without its streams
-    staged = SparseRows(
-        rows.indptr.astype(np.int64),
-        torch.as_tensor(rows.indices),
-        torch.as_tensor(rows.data),
-        cell_keys(SEED, torch.as_tensor(cells)),
-        scale,
-        copied=None,  # type: ignore[arg-type]
-    )
+    arrays = {"genes": rows.indices, "values": rows.data, "lengths": np.diff(rows.indptr).astype(np.int64)}
+    arrays["keys"] = cell_keys(SEED, torch.as_tensor(cells)).numpy()
+    staged = SparseRows(Sender(torch.device("cpu")).send(arrays), scale, rows.indptr.astype(np.int64))  # as on a GPU
     whole = encoder.run(staged, kept)
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-6)  # NumPy and torch round log1p apart
     parts = torch.cat([encoder.run(staged.part(start, start + 5), kept) for start in (0, 5, 10)])
@@ -260,6 +253,7 @@ def test_densify_puts_every_value_of_a_kept_gene_in_its_place() -> None:
     place[torch.as_tensor(columns)] = torch.arange(4, dtype=torch.int32)
     for cells in (values, np.zeros((3, 13), np.float32)):
         rows = scipy.sparse.csr_matrix(cells)
-        dense = densify(rows.indptr, torch.as_tensor(rows.indices), torch.as_tensor(rows.data), place, 4)
+        lengths = torch.as_tensor(np.diff(rows.indptr).astype(np.int64))
+        dense = densify(lengths, torch.as_tensor(rows.indices), torch.as_tensor(rows.data), place, 4)
         assert dense.dtype == torch.float32
         np.testing.assert_array_equal(dense.numpy(), cells[:, columns])
