@@ -27,6 +27,7 @@ from torch import Tensor
 from sest.config import TrainConfig
 from sest.data.dataset import read_dataset
 from sest.evaluation.means import training_effects
+from sest.head.loss import HeadLoss
 from sest.report.run_facts import read_runs
 from sest.training.train import train
 from sest.training.trainer import Trainer
@@ -97,7 +98,8 @@ def run(
 
         def with_loss(trainer: Trainer) -> None:
             begun(trainer)
-            trainer.criterion = LOSSES[variant](trainer.criterion, cache, data_config)
+            assert isinstance(trainer.ddp, HeadLoss)  # of one process
+            trainer.ddp.criterion = LOSSES[variant](trainer.ddp.criterion, cache, data_config)
 
         with mock.patch.object(Trainer, "__post_init__", with_loss):
             return run(cache, folder, fold, config, in_one_go)

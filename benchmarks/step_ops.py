@@ -34,7 +34,7 @@ from sest.config import TrainConfig
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
 from sest.data.targets import Targets
-from sest.head.loss import make_loss
+from sest.head.loss import HeadLoss, make_loss
 from sest.head.model import HeadSizes, StateTransition
 from sest.machine.devices import DTYPES
 from sest.machine.team import ALONE
@@ -208,6 +208,7 @@ def trace_step(
             model = StateTransition(sizes).train()
         optimizer, scaler = sest.training.prepare._optimizer(model, config, META, config.precision, None)
         gram = torch.float32 if config.precision == "fp32" else torch.float16
+        criterion = begins("loss", make_loss(config.loss, gram))
         batches = _Batches(_cells(config, sizes, n_values, on_device), sets)
         data = SimpleNamespace(
             features=SimpleNamespace(matrix=np.zeros((n_perturbations, sizes.n_features), np.float32))
@@ -215,8 +216,8 @@ def trace_step(
         batches.get = begins("data", batches.get)  # type: ignore[method-assign]
         parts: dict[str, Any] = {  # of a training; those that no step reads are left out
             "run": Path(), "config": config, "team": ALONE, "device": META, "data": data, "model": model,
-            "network": begins("forward", model), "ddp": model, "optimizer": optimizer, "scaler": scaler,
-            "criterion": begins("loss", make_loss(config.loss, gram)), "autocast": partial(_Casts, config.precision),
+            "ddp": HeadLoss(begins("forward", model), criterion, partial(_Casts, config.precision)),
+            "optimizer": optimizer, "scaler": scaler, "autocast": nullcontext,
             "batches": batches, "validator": None, "limit": None, "identity": {}, "state": RunState(),
         }  # fmt: skip
         trainer = Trainer(**parts)

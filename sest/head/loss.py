@@ -7,12 +7,13 @@ would round away what an energy distance is, a small difference of large numbers
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sest.errors import InputError
@@ -47,9 +48,12 @@ def _power_of_two(largest: Tensor, gram: torch.dtype) -> Tensor:
     return torch.exp2((14 - exponent).clamp(-60, 60).float()).view(-1, 1, 1)  # 60: its square is a float32 as well
 
 
-def _place(cells: Tensor, centre: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+def _place(cells: Tensor, centre: Tensor, scale: Tensor, out: Tensor) -> None:
     """Write scale * (cells - centre) into `out`, rounded once to its type; exact but for that, as scale is 2^k."""
-    return torch.addcmul(-scale * centre, cells, scale, out=out)
+    if torch.compiler.is_compiling():  # which takes no part of a tensor as `out`, and makes one pass of this
+        out.copy_(torch.addcmul(-scale * centre, cells, scale))
+    else:
+        torch.addcmul(-scale * centre, cells, scale, out=out)
 
 
 def _squared_norms(cells: Tensor) -> Tensor:
@@ -207,6 +211,42 @@ def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
 def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference cell by cell (row i against row i): (B, S, G), (B, S, G) -> (B,) float32."""
     return F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2))
+
+
+class HeadLoss(nn.Module):
+    """A head and its loss as one network: what is compiled, and what is averaged over processes.
+
+    Args:
+        criterion: of `make_loss`.
+        autocast: makes the context in which the head predicts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        super().__init__()
+        self.model, self.criterion, self._autocast = model, criterion, autocast
+
+    def forward(
+        self, basal: Tensor, features: Tensor, keys: Tensor, target: Tensor, measured: Tensor | None = None
+    ) -> Tensor:
+        """The loss of every set, (B,) float32.
+
+        Args:
+            basal: (B, S, E) embeddings of control cells.
+            features: (B, P) vectors of the perturbations.
+            keys: (B,) int32 of `sest.head.dropout.dropout_keys`.
+            target: (B, T, G) observed cells, log1p.
+            measured: (B, 1, G) 1 for genes that have a target, else 0; None: all have.
+        """
+        with self._autocast():
+            predicted = self.model(basal, features, keys)
+        if measured is not None:  # of a gene that its file lacks a set has no target
+            predicted = predicted * measured
+        return self.criterion(predicted, target)
 
 
 def make_loss(name: str, gram: torch.dtype = torch.float32) -> Callable[[Tensor, Tensor], Tensor]:

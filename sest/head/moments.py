@@ -18,6 +18,23 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> 
     }
 
 
+def new_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give a new AdamW the state that its first step would make: zeros for all that trains."""
+    if optimizer.state:
+        return
+    state = {
+        parameter: {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    optimizer.state.update(state)  # all of it or none, where memory runs out
+
+
 def bytes_of_optimizer(parameters: Iterable[nn.Parameter], *, averaged: bool) -> int:
     """Bytes of `optimizer_to_tensors` from the first step on: of what trains two moments and a float32 step.
 

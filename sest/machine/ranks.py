@@ -44,8 +44,8 @@ def ranks_of(rank: int | None, world_size: int | None, environment: Mapping[str,
 
 
 def device_of_rank(device: str, environment: Mapping[str, str]) -> str:
-    """With torchrun and --device auto every process takes a GPU of its own, where there are any."""
-    if device == "auto" and "TORCHELASTIC_RUN_ID" in environment:
+    """With torchrun and --device auto or cuda every process takes a GPU of its own, where there are any."""
+    if device in ("auto", "cuda") and "TORCHELASTIC_RUN_ID" in environment:
         import torch
 
         if torch.cuda.is_available():

@@ -6,7 +6,8 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sest.errors import InputError
 from sest.machine.ranks import SINGLE, Ranks
 
 LONGEST_WAIT = timedelta(
@@ -43,7 +45,7 @@ class Team:
         """The model, with gradients averaged over the team after every backward pass; `gradients`: fp32 or bf16."""
         if self.size == 1:
             return model
-        network = nn.parallel.DistributedDataParallel(model)
+        network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)  # one copy of them
         if gradients == "bf16":
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -80,12 +82,22 @@ ALONE = Team(SINGLE)
 
 
 @contextmanager
-def join_team(ranks: Ranks, device: torch.device) -> Iterator[Team]:
-    """Join the processes that torchrun started (its environment says where they meet)."""
+def join_team(ranks: Ranks, device: torch.device, environment: Mapping[str, str] = os.environ) -> Iterator[Team]:
+    """Join the processes that torchrun started (its environment says where they meet).
+
+    Raises:
+        InputError: fewer GPUs than processes on this machine.
+    """
     if ranks.world_size == 1:
         yield ALONE
         return
     if device.type == "cuda":
+        here, gpus = int(environment.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus and "CUDA_VISIBLE_DEVICES" not in environment:  # else each process may be shown its own
+            raise InputError(
+                f"{here} processes, but this machine has {gpus} CUDA GPUs: each needs its own. Start {gpus} "
+                f"(torchrun --nproc-per-node {gpus}), or train with --device cpu."
+            )
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=ranks.rank, world_size=ranks.world_size)
     try:

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sest.cache import open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
@@ -27,7 +26,7 @@ from sest.data.sampler import SetSampler, fitting_set_size
 from sest.data.targets import refuse_mixed_scales
 from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, shown
-from sest.head.loss import make_loss
+from sest.head.loss import HeadLoss, make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.head.moments import tensors_to_optimizer
 from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
@@ -107,7 +106,7 @@ def prepare(
         rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
         logger.info(f"Batches from {data.targets.folder}: {rate:.3g} a second.")
     validator = _validator(data, cells, config, device, criterion, team, start)
-    ddp = team.ddp(model, config.gradients)
+    ddp = team.ddp(HeadLoss(model, criterion, cast), config.gradients)
     team.wait()  # all have read what is in the folder
     n_sets = config.batch_size // team.size * config.accumulate
     return Trainer(
@@ -117,11 +116,9 @@ def prepare(
         device=device,
         data=data,
         model=model,
-        network=_compiled(ddp, device) if config.compile else ddp,
         ddp=ddp,
         optimizer=optimizer,
         scaler=scaler,
-        criterion=criterion,
         autocast=cast,
         batches=BatchSource(sampler, cells, config.batch_size, config.num_workers, team.ranks),
         validator=validator,
@@ -349,8 +346,3 @@ def _batches_per_second(sampler: SetSampler, cells: ResidentCells, size: int, n_
         for number in range(2 * n):
             batches.get(number)
         return 2 * n / (time.perf_counter() - began)
-
-
-def _compiled(network: nn.Module, device: torch.device) -> Any:
-    """On a GPU compiled into CUDA graphs, which static shapes allow."""
-    return torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)

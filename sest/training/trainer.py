@@ -27,7 +27,7 @@ from sest.errors import InputError, TrainingFailed, one_line
 from sest.head.average import WeightAverage
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
-from sest.head.moments import bytes_of_optimizer, optimizer_to_tensors
+from sest.head.moments import bytes_of_optimizer, new_moments, optimizer_to_tensors
 from sest.machine.behind import Behind
 from sest.machine.team import Team
 from sest.runs.checkpoint import (
@@ -77,11 +77,9 @@ class Trainer:
     device: torch.device
     data: Dataset
     model: StateTransition
-    network: nn.Module  # the model, in DistributedDataParallel and compiled where that was asked for
-    ddp: nn.Module  # the model, in DistributedDataParallel where there are several processes
+    ddp: nn.Module  # the model with its loss, in DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    criterion: Callable[[Tensor, Tensor], Tensor]  # (B, S, G), (B, T, G) -> (B,)
     autocast: Callable[[], AbstractContextManager[Any]]
     batches: BatchSource
     validator: Validator
@@ -98,6 +96,7 @@ class Trainer:
         self._features = torch.from_numpy(self.data.features.matrix).to(self.device)  # (perturbations, P)
         self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
+        self._network = self._compiled()
         self._kept_at = -1  # step of the newest checkpoint-step-N
         self._saves = Behind()  # checkpoints are copied between steps and written during the next ones
         self._kept_cells = cells_to_keep(self.data) if self.team.leads else {}  # reads some: while the cache is there
@@ -107,6 +106,20 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.state.step >= self.config.max_steps
+
+    def _compiled(self) -> Any:
+        """The model with its loss, compiled where that was asked for.
+
+        On a GPU into CUDA graphs, where one of them makes all gradients of a step: the next one would write over them.
+        """
+        if not self.config.compile:
+            return self.ddp
+        return torch.compile(self.ddp, mode="reduce-overhead" if self._graphs else None, dynamic=False)
+
+    @property
+    def _graphs(self) -> bool:
+        one = self.team.size == self.config.accumulate == 1 and self._micro_size == self._n_sets
+        return self.config.compile and self.device.type == "cuda" and one
 
     # --- step
 
@@ -118,6 +131,8 @@ class Trainer:
         Raises:
             InputError: not even one set fits the GPU's memory, or --compile does not work here.
         """
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         loss = self._accumulate(self.state.step)
         self.team.sum(loss)
         self.scaler.unscale_(self.optimizer)
@@ -142,6 +157,7 @@ class Trainer:
         while True:
             loss = torch.zeros((), device=self.device)
             try:
+                new_moments(self.optimizer)  # before a batch takes the memory that they need
                 for number in range(step * n, (step + 1) * n):
                     loss += self._forward_backward(number, last=number == (step + 1) * n - 1) / n
                 return loss
@@ -159,11 +175,9 @@ class Trainer:
             part = slice(i, i + self._micro_size)
             with self.team.no_sync(self.ddp, last=last and i + self._micro_size >= self._n_sets):
                 features = self._features[batch["perturbation"][part]]
-                with self.autocast():
-                    predicted = self.network(batch["basal"][part], features, keys[part])
-                if "measured" in batch:  # of a gene that its file lacks a set has no target
-                    predicted = predicted * batch["measured"][part]
-                loss = self.criterion(predicted, batch["target"][part]).sum() / self.config.batch_size
+                measured = batch["measured"][part] if "measured" in batch else None
+                losses = self._network(batch["basal"][part], features, keys[part], batch["target"][part], measured)
+                loss = losses.sum() / self.config.batch_size
                 # gradients are averaged over the team
                 self.scaler.scale(loss * (self.team.size / self.config.accumulate)).backward()
             total += loss.detach()
@@ -187,6 +201,7 @@ class Trainer:
             "stays the same."
         )
         self._micro_size //= 2
+        self._network = self._compiled()
 
     # --- log and evaluate
 

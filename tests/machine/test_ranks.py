@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sest.errors import InputError
 from sest.machine.ranks import SINGLE, Ranks, device_of_rank, ranks_of
@@ -29,6 +30,15 @@ def test_every_piece_of_work_has_exactly_one_owner() -> None:
     for world_size in (1, 2, 3, 7):
         owners = [[Ranks(rank, world_size).owns(n) for rank in range(world_size)] for n in range(20)]
         assert all(sum(row) == 1 for row in owners)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_with_torchrun_every_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device_of_rank(device, TORCHRUN) == "cuda:2"
+    assert device_of_rank("cuda:1", TORCHRUN) == "cuda:1"
+    assert device_of_rank(device, {}) == device
 
 
 def test_a_device_that_was_named_is_kept_and_without_gpus_auto_stays_auto() -> None:

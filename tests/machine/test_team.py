@@ -19,6 +19,8 @@ from torch import Tensor
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from sest.errors import InputError
+from sest.machine.ranks import Ranks
+from sest.machine.team import join_team
 from sest.runs.checkpoint import BEST, LAST, open_checkpoint, step_folder
 from sest.runs.run_folder import METRICS
 from sest.training.train import train
@@ -181,3 +183,13 @@ def test_sigterm_to_torchrun_saves_and_stops_all(store: Path, tmp_path: Path) ->
     process.wait(timeout=60)
     step = open_checkpoint(run / LAST).state["step"]
     assert step >= 1 and metrics(run)[-1]["step"] <= step
+
+
+def test_more_processes_than_gpus_are_refused_with_what_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu, two = torch.device("cuda:0"), Ranks(0, 2)
+    with (
+        pytest.raises(InputError, match=r"^2 processes, but this machine has 1 CUDA GPUs: .*--nproc-per-node 1"),
+        join_team(two, gpu, {"LOCAL_WORLD_SIZE": "2"}),
+    ):
+        pass

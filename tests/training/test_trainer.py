@@ -30,9 +30,12 @@ from sest.errors import InputError, TrainingFailed
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means
 from sest.head.loss import energy_distance, make_loss
 from sest.head.model import StateTransition, new_model
+from sest.head.moments import new_moments
 from sest.machine.signals import Interrupted
+from sest.machine.team import ALONE
 from sest.progress import reporting
 from sest.runs.checkpoint import LAST, MODEL, OPTIMIZER, open_checkpoint, step_folder
+from sest.training.prepare import prepare
 from sest.training.train import train
 
 
@@ -463,12 +466,82 @@ def test_a_head_that_cannot_be_compiled_is_one_line(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own modules, on import
-def test_the_compiled_head_takes_the_same_steps_to_rounding(cache: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"max_steps": 4, "dropout": 0.2, "accumulate": 2}
-    for name, compile_ in (("eager", False), ("compiled", True)):
-        train(cache, tmp_path / name, small_config(compile=compile_, **changes))
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")
+def test_the_compiled_head_and_loss_take_the_same_steps_to_rounding(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two batches a step, each of whose four sets come in two parts, as after running out of memory."""
+    changes: dict[str, Any] = {"max_steps": 4, "dropout": 0.2, "accumulate": 2, "batch_size": 4}
+    train(cache, tmp_path / "eager", small_config(**changes))
+    monkeypatch.setattr(sest.training.trainer.Trainer, "__post_init__", in_parts_of(2))
+    torch._dynamo.utils.counters.clear()
+    train(cache, tmp_path / "compiled", small_config(compile=True, **changes))
+    assert torch._dynamo.utils.counters["graph_break"] == {} and torch._dynamo.utils.counters["stats"]["unique_graphs"]
     # sums in another order; Adam turns a gradient's relative error into one of lr
     assert_close(weights(tmp_path / "compiled" / LAST), weights(tmp_path / "eager" / LAST), atol=2e-5)
     losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("eager", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert not same(weights(tmp_path / "compiled" / LAST), weights(tmp_path / "eager" / LAST))  # it was compiled
+
+
+def in_parts_of(n_sets: int) -> Callable[[Any], None]:
+    """`Trainer.__post_init__`, as if more than so many sets did not fit the memory."""
+    original = sest.training.trainer.Trainer.__post_init__
+
+    def post_init(self: Any) -> None:
+        original(self)
+        self._micro_size = n_sets
+        self._network = self._compiled()
+
+    return post_init
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_sets", "mode"),
+    [({}, 3, "reduce-overhead"), ({"accumulate": 2}, 3, None), ({}, 2, None)],
+    ids=["one backward pass", "two batches", "parts"],
+)
+def test_a_gpu_makes_graphs_only_where_one_of_them_makes_all_gradients_of_a_step(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    n_sets: int,
+    mode: str | None,
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def compile_(network: Any, **options: Any) -> Any:
+        made.append(options)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    config = small_config(compile=True, **changes)
+    trainer = prepare(cache, tmp_path / "run", config, torch.device("cpu"), ALONE, None)
+    trainer.device, trainer._micro_size = torch.device("cuda"), n_sets
+    trainer._compiled()
+    assert made[-1] == {"mode": mode, "dynamic": False}
+
+
+def test_moments_are_there_before_a_batch_takes_their_memory(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without memory for them the sets are halved, as without memory for a batch, and nothing is half there."""
+    calls = 0
+    original = new_moments
+
+    def moments(optimizer: torch.optim.Optimizer) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise torch.OutOfMemoryError
+        original(optimizer)
+        if calls == 2:
+            seen.append({kind: v.clone() for state in optimizer.state.values() for kind, v in state.items()})
+
+    seen: list[dict[str, Tensor]] = []
+    train(cache, tmp_path / "whole", small_config())
+    monkeypatch.setattr(sest.training.trainer, "new_moments", moments)
+    train(cache, tmp_path / "parts", small_config())
+    assert not any(tensor.any() for tensor in seen[0].values())
+    assert_close(weights(tmp_path / "parts" / LAST), weights(tmp_path / "whole" / LAST), atol=2e-5)
