@@ -91,7 +91,8 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         places = {t.device.type for t in (*inputs, *outputs)}
         if name in FREE or "meta" not in places:
@@ -225,7 +226,7 @@ def trace_step(
         with (
             trace,
             mock.patch.object(Tensor, "backward", begins("backward", Tensor.backward)),
-            mock.patch("sest.training.trainer._clip", begins("update", sest.training.trainer._clip)),
+            mock.patch.object(Trainer, "_clip", begins("update", Trainer._clip)),
         ):
             trainer.step()
     return trace.ops

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sest.config import TrainConfig
-from sest.head.model import HeadSizes
+from sest.head.model import HeadSizes, StateTransition
+from sest.training.limit import step_cost
 
 if TYPE_CHECKING:
     from step_ops import Op
@@ -33,6 +34,24 @@ def trace_step(monkeypatch: pytest.MonkeyPatch) -> Tracer:
 
 def small(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"batch_size": 4, "set_size": 8, "precision": "bf16", **changes})
+
+
+def test_a_step_of_the_default_sizes_launches_and_moves_no_more_than_it_did(trace_step: Tracer) -> None:
+    """Upper bounds are what benchmarks/README.md says, rounded up: a change that adds to a phase has a reason."""
+    sizes, config = HeadSizes(512, 5120, 18_080), TrainConfig(set_size=128, precision="bf16")
+    ops = trace_step(sizes, config, n_values=3700)
+    found = {
+        phase: (len(of), sum(op.n_bytes for op in of) / 1e9)
+        for phase in dict.fromkeys(op.phase for op in ops)
+        for of in ([op for op in ops if op.phase == phase],)
+    }
+    most = {"data": (45, 1.85), "forward": (310, 2.95), "loss": (85, 1.6), "backward": (450, 5.0), "update": (35, 1.8)}
+    assert found.keys() == most.keys()
+    for phase, (n, gb) in most.items():
+        assert found[phase][0] <= n and found[phase][1] <= gb, (phase, found[phase])
+    assert sum(op.flops for op in ops) == pytest.approx(step_cost(StateTransition(sizes), 16, 128)[0], rel=0.02)
+    hashed = [op for op in ops if op.phase == "forward" and op.out.startswith("int32")]
+    assert len(hashed) <= 60  # of the dropout masks; 234 when each layer made its own
 
 
 @pytest.mark.parametrize("on_device", [True, False])

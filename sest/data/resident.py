@@ -137,13 +137,14 @@ class ResidentCells:
         check_rows(flat, len(targets.factor))
         begin, length = targets.indptr[flat], targets.indptr[flat + 1] - targets.indptr[flat]
         n_values = int(length.sum())
-        if self.on_device is None:
-            begin = length.cumsum() - length
+        if self.on_device is not None:
+            arrays["ahead"] = begin - (length.cumsum() - length)
+        else:
             for name, values in (("indices", targets.indices), ("data", targets.data)):
                 below = self.n_genes if name == "indices" else 0
                 write = partial(copy_rows, flat, targets.indptr, values, below=below)
                 arrays[name] = Gathered((n_values,), values.dtype, write)
-        arrays |= {"begin": begin, "length": length, "factor": targets.factor[flat]}
+        arrays |= {"length": length, "factor": targets.factor[flat]}
         return Staged(self.sender.send(arrays), rows.shape, n_values, None)
 
     def _dense(self, staged: Staged) -> Tensor:
@@ -151,7 +152,7 @@ class ResidentCells:
             return staged.dense
         there, kept = staged.sent.tensors(), self.on_device
         indices, data = (there["indices"], there["data"]) if kept is None else (kept.indices, kept.data)
-        rows = CsrRows(there["begin"], there["length"], there["factor"], indices, data, staged.n_values)
+        rows = CsrRows(there["length"], there["factor"], there.get("ahead"), indices, data, staged.n_values)
         return densify(rows, self.n_genes).view(*staged.shape, self.n_genes)
 
 
@@ -167,9 +168,9 @@ class DeviceValues:
 class CsrRows:
     """n cells among stored values, on one device."""
 
-    begin: Tensor  # (n,) int64: where each cell's values begin
-    length: Tensor  # (n,) int64: how many they are
+    length: Tensor  # (n,) int64: how many values each cell has
     factor: Tensor  # (n,) float32 that counts are multiplied with; 0: the values are log1p already
+    ahead: Tensor | None  # (n,) int64: by how much a cell's values stand further on there than here; None: no others
     indices: Tensor  # (nnz,) int32, or int16 that holds uint16
     data: Tensor  # (nnz,)
     n_values: int  # of all n cells, so that sizes are known without asking the device
@@ -180,18 +181,19 @@ def densify(rows: CsrRows, n_genes: int) -> Tensor:
 
     The formula of `sest.cells.scale.log1p_rows`, against which tests/data hold it.
     """
-    device, n = rows.data.device, len(rows.length)
-    # value v of the batch stands at `at[v]` and belongs to cell `row[v]`
-    row = torch.repeat_interleave(torch.arange(n, device=device), rows.length, output_size=rows.n_values)
-    ahead = rows.begin - (rows.length.cumsum(0) - rows.length)
-    at = torch.arange(rows.n_values, device=device) + ahead[row]
-    genes = rows.indices[at].long()
-    if rows.indices.dtype == torch.int16:
-        genes &= 0xFFFF
-    values, scale = rows.data[at].float(), rows.factor[row]
-    dense = torch.zeros(n * n_genes, device=device)
-    dense[row * n_genes + genes] = torch.where(scale > 0, torch.log1p(values * scale), values)
-    return dense.view(n, n_genes)
+    device, indices, data = rows.data.device, rows.indices, rows.data
+    row = torch.repeat_interleave(rows.length, output_size=rows.n_values)  # of each value
+    if rows.ahead is not None:
+        at = torch.arange(rows.n_values, device=device).add_(rows.ahead[row])
+        indices, data = indices[at], data[at]
+    place = indices.long()
+    if indices.dtype == torch.int16 and n_genes > 2**15:
+        place &= 0xFFFF
+    place.add_(row, alpha=n_genes)
+    values, scale = data.float(), rows.factor[row]
+    dense = torch.zeros(len(rows.length) * n_genes, device=device)
+    dense[place] = torch.where(scale > 0, (values * scale).log1p_(), values)
+    return dense.view(len(rows.length), n_genes)
 
 
 def resident_cells(

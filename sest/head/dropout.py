@@ -8,6 +8,9 @@ Shapes: B sets, S cells a set, H units.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -34,19 +37,37 @@ class SetDropout(nn.Module):
         super().__init__()
         self.p, self.number = p, number
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Drop units of (B, S, H) or (B, H) by the keys (B,) of `dropout_keys`.
+
+        Args:
+            kept: this layer's of `kept_units`, where it is known.
 
         Raises:
             ValueError: no keys in training.
         """
         if not self.training or self.p == 0:
             return x
-        if keys is None:
-            raise ValueError("a head in training mode needs dropout keys (see dropout_keys), or call .eval()")
-        shape = x.shape[1:]
-        places = torch.arange(shape.numel(), dtype=torch.int32, device=x.device).view(shape)
-        of_layer = mix32(keys + self.number * 0x3C6EF372).view(-1, *[1] * len(shape))
-        kept = (mix32(places ^ of_layer) & (_RANGE - 1)) >= round(self.p * _RANGE)
+        if kept is None:
+            kept = kept_units([self], keys, x.shape[1:])[0]
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0
         return torch.where(kept, x * scale, 0.0)
+
+
+def kept_units(layers: Sequence[SetDropout], keys: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Which units layers keep, hashed for all of them at once: (layers, B, *shape) bool from keys (B,).
+
+    Args:
+        layers: of one rate, numbered one after the other.
+        shape: (S, H) or (H,) of what they drop from.
+
+    Raises:
+        ValueError: no keys.
+    """
+    if keys is None:
+        raise ValueError("a head in training mode needs dropout keys (see dropout_keys), or call .eval()")
+    numbers = torch.arange(layers[0].number, layers[0].number + len(layers), dtype=torch.int32, device=keys.device)
+    of_layer = mix32(keys + (numbers * 0x3C6EF372).unsqueeze(1))  # (layers, B)
+    places = torch.arange(math.prod(shape), dtype=torch.int32, device=keys.device).view(*shape)
+    hashes = mix32(places ^ of_layer.view(*of_layer.shape, *[1] * len(shape))).bitwise_and_(_RANGE - 1)
+    return hashes >= round(layers[0].p * _RANGE)

@@ -112,7 +112,7 @@ class _EnergyDistance(torch.autograd.Function):
 
         weight_xy /= n_x * n_y
         weight_xx /= n_x * n_x
-        ctx.save_for_backward(predicted, cells, centre_x, centre_x - centre_y, scale, weight_xy, weight_xx)
+        ctx.save_for_backward(predicted, cells, centre_x - centre_y, scale, weight_xy, weight_xx)
         return d_xy.mean((1, 2)) - 0.5 * d_xx.mean((1, 2)) - 0.5 * d_yy.mean((1, 2))
 
     @staticmethod
@@ -123,28 +123,30 @@ class _EnergyDistance(torch.autograd.Function):
         With a_i = sum_j w_ij and b_i = sum_j v_ij, and both sets centred, it is
         (a_i - b_i) x_i + a_i (mean x - mean y) - sum_j w_ij y_j + sum_j v_ij x_j.
         """
-        predicted, cells, centre_x, shift, scale, w, v = ctx.saved_tensors
+        predicted, cells, shift, scale, w, v = ctx.saved_tensors
         n_y, gram = w.shape[2], cells.dtype
         factor = gradients[0].float().view(-1, 1, 1)
         with torch.autocast(predicted.device.type, enabled=False):  # `backward` may be called inside autocast
-            a, b = w.sum(2, keepdim=True), v.sum(2, keepdim=True)
             if gram == torch.float32:
+                a, b = w.sum(2, keepdim=True), v.sum(2, keepdim=True)
                 pull = torch.cat([-w, v], dim=2) * factor  # (B, S, T + S)
                 pull[:, :, n_y:].diagonal(dim1=1, dim2=2).copy_(((a - b) * factor).squeeze(2))  # v_ii is 0
                 gradient = _product(pull, cells)
-            else:
-                # Centred cells sum to 0, so a constant may be taken off each row of weights. Off comes the mean: what
-                # all cells' rounding has in common (that of an unexpressed gene, say) is then weighted by about 0.
-                pull = torch.cat([w.mean(2, keepdim=True) - w, v - v.mean(2, keepdim=True)], dim=2)
-                weight_scale = _power_of_two(pull.abs().amax((1, 2)), gram)
-                pull = (pull * weight_scale).to(gram)
-                # the weights' rounding goes into a and b too: x_i - y_j of a near pair must not be torn apart
-                rounded = pull.float() / weight_scale
-                a, b = a - rounded[:, :, :n_y].sum(2, keepdim=True), b + rounded[:, :, n_y:].sum(2, keepdim=True)
-                gradient = _product(pull, cells).mul_(factor / (scale * weight_scale))
-                gradient.addcmul_(predicted - centre_x, (a - b) * factor)
-            gradient.addcmul_(a * factor, shift)
-        return gradient.to(predicted.dtype), None, None
+                gradient.addcmul_(a * factor, shift)
+                return gradient.to(predicted.dtype), None, None
+            w, v = w * factor, v * factor
+            # Centred cells sum to 0, so a constant may be taken off each row of weights. Off comes the mean: what
+            # all cells' rounding has in common (that of an unexpressed gene, say) is then weighted by about 0.
+            pull = torch.cat([w.mean(2, keepdim=True) - w, v - v.mean(2, keepdim=True)], dim=2)
+            weight_scale = _power_of_two(pull.abs().amax((1, 2)), gram)
+            pull = (pull * weight_scale).to(gram)
+            # the weights' rounding goes into a and b too: x_i - y_j of a near pair must not be torn apart
+            rounded = pull.float()
+            a = w.sum(2, keepdim=True) * weight_scale - rounded[:, :, :n_y].sum(2, keepdim=True)
+            b = v.sum(2, keepdim=True) * weight_scale + rounded[:, :, n_y:].sum(2, keepdim=True)
+            # the passes over all cells: in units of scaled weights and cells, until the last one
+            gradient = _product(pull, cells).addcmul_(cells[:, n_y:], a - b).addcmul_(a, shift * scale)
+            return torch.mul(gradient, 1.0 / (scale * weight_scale), out=torch.empty_like(predicted)), None, None
 
 
 def energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32) -> Tensor:

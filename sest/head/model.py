@@ -9,6 +9,7 @@ with State"; the sizes of the default configuration are in docs/design.md, The h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sest.head.dropout import SetDropout
+from sest.head.dropout import SetDropout, kept_units
 
 RMS_NORM_EPS = 1e-6
 BACKBONE_INIT_STD = 0.02  # Llama's initializer_range
@@ -58,9 +59,15 @@ class Mlp(nn.Sequential):
             layers.append(nn.Linear(a, b))
         super().__init__(*layers)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:  # (B, ..., n_in) -> (B, ..., n_out)
+    @property
+    def dropouts(self) -> list[SetDropout]:
+        return [layer for layer in self if isinstance(layer, SetDropout)]
+
+    def forward(self, x: Tensor, kept: Sequence[Tensor] = ()) -> Tensor:
+        """(B, ..., n_in) -> (B, ..., n_out); `kept` of `kept_units`, one for each dropout, where they drop."""
+        masks = iter(kept)
         for layer in self:
-            x = layer(x, keys) if isinstance(layer, SetDropout) else layer(x)
+            x = layer(x, None, next(masks, None)) if isinstance(layer, SetDropout) else layer(x)
         return x
 
 
@@ -143,8 +150,21 @@ class StateTransition(nn.Module):
         self.basal_encoder = Mlp(sizes.dim, hidden, hidden, sizes.n_encoder_layers, dropout)
         self.transformer_backbone = Backbone(sizes)
         self.project_out = Mlp(hidden, hidden, sizes.n_genes, sizes.n_decoder_layers, dropout)
-        for number, layer in enumerate(part for part in self.modules() if isinstance(part, SetDropout)):
+        for number, layer in enumerate(layer for mlp in self._mlps for layer in mlp.dropouts):
             layer.number = number
+
+    @property
+    def _mlps(self) -> tuple[Mlp, Mlp, Mlp]:
+        return self.pert_encoder, self.basal_encoder, self.project_out
+
+    def _kept(self, keys: Tensor | None, set_size: int) -> list[Sequence[Tensor]]:
+        """Which units the dropouts of each MLP keep: of a perturbation (H,), of cells (S, H)."""
+        of_pert, *of_cells = ([] if not self.training or self.sizes.dropout == 0 else m.dropouts for m in self._mlps)
+        cells = [layer for layers in of_cells for layer in layers]
+        first = len(of_cells[0])
+        pert = kept_units(of_pert, keys, (self.sizes.hidden,)).unbind() if of_pert else ()
+        kept = kept_units(cells, keys, (set_size, self.sizes.hidden)).unbind() if cells else ()
+        return [pert, kept[:first], kept[first:]]
 
     def forward(self, basal: Tensor, perturbation: Tensor, keys: Tensor | None = None) -> Tensor:
         """Predict perturbed cells.
@@ -157,9 +177,10 @@ class StateTransition(nn.Module):
         Returns:
             (B, S, G) log1p expression, not negative.
         """
-        controls = self.basal_encoder(basal, keys)  # (B, S, H)
-        shift = self.pert_encoder(perturbation, keys).unsqueeze(-2)  # (B, 1, H)
-        return F.relu(self.project_out(self.transformer_backbone(controls + shift) + controls, keys))
+        of_pert, of_basal, of_out = self._kept(keys, basal.shape[-2])
+        controls = self.basal_encoder(basal, of_basal)  # (B, S, H)
+        shift = self.pert_encoder(perturbation, of_pert).unsqueeze(-2)  # (B, 1, H)
+        return F.relu(self.project_out(self.transformer_backbone(controls + shift) + controls, of_out))
 
 
 def new_model(sizes: HeadSizes, seed: int) -> StateTransition:

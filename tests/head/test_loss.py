@@ -223,7 +223,7 @@ def different_sets(n_cells: int, kind: str) -> tuple[Tensor, Tensor]:
 
 HALVES = (torch.float16, torch.bfloat16)
 # float16 holds 1e-4 of the norm with room; bfloat16 does not, see the head of this file
-GRADIENT_TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-4, 1e-4), torch.bfloat16: (5e-4, 1.5e-4)}
+GRADIENT_TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-4, 1e-4), torch.bfloat16: (5e-4, 2e-4)}
 
 
 @pytest.mark.parametrize("gram", GRAMS)

@@ -30,13 +30,14 @@ from sest.errors import InputError, TrainingFailed
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means
 from sest.head.loss import energy_distance, make_loss
 from sest.head.model import StateTransition, new_model
-from sest.head.moments import new_moments
+from sest.head.moments import new_moments, optimizer_to_tensors
 from sest.machine.signals import Interrupted
 from sest.machine.team import ALONE
 from sest.progress import reporting
 from sest.runs.checkpoint import LAST, MODEL, OPTIMIZER, open_checkpoint, step_folder
 from sest.training.prepare import prepare
 from sest.training.train import train
+from sest.training.trainer import Trainer
 
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float) -> None:
@@ -331,6 +332,32 @@ def test_clip_bounds_the_gradient_and_the_logged_norm_is_the_one_before(
     assert min(logged) > 0.3
     expected = [0.3] * 12 if clip == 0.3 else logged
     assert norms == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])  # far below the gradients' norms, and far above them
+def test_clipping_within_adamw_is_clipping_before_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float
+) -> None:
+    def moments(folder: str) -> dict[str, Tensor]:
+        trainer = prepare(cache, tmp_path / folder, small_config(clip=clip), torch.device("cpu"), ALONE, None)
+        for _ in range(5):
+            trainer.step()
+        names = [name for name, _ in trainer.model.named_parameters()]
+        return optimizer_to_tensors(trainer.optimizer, names) | dict(trainer.model.state_dict())
+
+    before, original = moments("before"), Trainer._clip
+
+    def as_on_a_gpu(self: Trainer) -> Tensor:
+        here, self.device = self.device, torch.device("cuda")
+        norm = original(self)
+        self.device = here
+        assert hasattr(self.optimizer, "grad_scale")
+        return norm
+
+    monkeypatch.setattr(Trainer, "_clip", as_on_a_gpu)
+    within = moments("within")
+    for name, value in before.items():  # a division for a product: rounding, which Adam's root may enlarge
+        torch.testing.assert_close(within[name], value, rtol=1e-4, atol=1e-9 if name.startswith("exp_avg") else 1e-6)
 
 
 def test_weight_decay_shrinks_weights_by_lr_times_it(cache: Path, tmp_path: Path) -> None:
