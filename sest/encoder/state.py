@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +59,7 @@ class SeEncoder:
         )
         self.max_tokens = self._model.pad_length if self._model.pad_length < weights.pad_length else None
         self._weights = weights
-        self._most = sys.maxsize  # cells a forward pass that the memory has held
+        self._most = self._model.largest_pass()  # cells a forward pass; fewer once the memory did not hold them
         self.name, self.sha256, self.native_dim = self._model.name, self._model.sha256, self._model.native_dim
         self._genes = {c.group: unique_names(c, matches[c.group].names) for c in cells}
         self._kept: dict[str, KeptGenes] = {
@@ -126,7 +125,7 @@ class SeEncoder:
             return asked
         device, a_cell = self._model.device, self._model.activation_bytes()
         budget = int(torch.cuda.mem_get_info(device)[0] * 0.5) if device.type == "cuda" else ACTIVATION_BUDGET
-        return int(np.clip(budget // a_cell, 1, 256))
+        return int(np.clip(budget // a_cell, 1, min(256, self._model.largest_pass())))
 
 
 def _run_in_parts(model: StateEncoder, staged: Staged, kept: KeptGenes, most: int) -> tuple[np.ndarray, int]:

@@ -72,10 +72,14 @@ class Mlp(nn.Sequential):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight. PyTorch's fused kernel wants both in one dtype, which they are not under autocast."""
+    """x / rms(x) * weight, in the type of x: PyTorch's fused kernel wants both in one, and sums in float32.
+
+    Not under autocast, which on GPUs makes it float32 from PyTorch 2.12 on and left it alone before.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SetAttention(nn.Module):

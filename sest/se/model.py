@@ -302,6 +302,14 @@ class StateEncoder:
         """Sizes in words."""
         return f"{self.n_layers} layers, width {self.width}, {self.pad_length} slots, {len(self.genes):,} genes"
 
+    def largest_pass(self) -> int:
+        """Cells of a forward pass that has no tensor of 2^31 numbers: some kernels count in 32 bits."""
+        ffn, counts = (
+            len(self._w[f"{name}.bias"]) for name in ("transformer_encoder.layers.0.linear1", "count_encoder.0")
+        )
+        a_cell = max((self.pad_length + 1) * max(3 * self.width, ffn, counts), len(self.genes) + 1)
+        return max((2**31 - 1) // a_cell, 1)
+
     def activation_bytes(self) -> int:
         """The memory a cell of a large batch needs in a forward pass; small ones have what the allocator keeps."""
         ffn = len(self._w["transformer_encoder.layers.0.linear1.bias"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sest.head.dropout import SetDropout, dropout_keys
 from sest.head.loss import energy_distance
-from sest.head.model import HeadSizes, StateTransition, n_parameters, new_model
+from sest.head.model import HeadSizes, RMSNorm, StateTransition, n_parameters, new_model
 
 SMALL = HeadSizes(
     dim=6, n_features=5, n_genes=9, hidden=16, n_layers=2, n_heads=4, ffn=24, n_encoder_layers=2, n_decoder_layers=3
@@ -237,3 +238,20 @@ def test_bf16_autocast_gives_the_float32_prediction_to_bf16_rounding_and_warns_o
         predicted = model(basal, perturbation)  # warnings are errors: one kernel for each norm
     assert predicted.dtype == torch.bfloat16
     torch.testing.assert_close(predicted.float(), exact, rtol=0, atol=8 * 2.0**-8 * float(exact.detach().max()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_norm_keeps_the_type_of_its_input_whatever_autocast_does_to_norms(device: str) -> None:
+    """On a GPU too, by tensors without numbers: PyTorch's own rule there changed with 2.12."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        FakeTensorMode(),
+        torch.no_grad(),
+        torch.device(device),
+    ):
+        norm, x = RMSNorm(672, 1e-6), torch.empty(4, 672, dtype=torch.bfloat16)
+        with torch.autocast(device, torch.bfloat16):
+            assert norm(x).dtype == torch.bfloat16 and norm(x.float()).dtype == torch.float32

@@ -257,3 +257,14 @@ def test_densify_puts_every_value_of_a_kept_gene_in_its_place() -> None:
         dense = densify(lengths, torch.as_tensor(rows.indices), torch.as_tensor(rows.data), place, 4)
         assert dense.dtype == torch.float32
         np.testing.assert_array_equal(dense.numpy(), cells[:, columns])
+
+
+def test_no_tensor_of_a_pass_has_numbers_beyond_32_bits(small: EncoderWeights) -> None:
+    encoder = encoder_of(small)
+    most = encoder.largest_pass()
+    # the widest of a cell are the count embedding's 512 numbers a row here; a slot more, and the dataset token
+    row = max(3 * encoder.width, 24, len(small.tensors["count_encoder.0.bias"]))
+    assert most * (small.pad_length + 1) * row < 2**31 <= (most + 1) * (small.pad_length + 1) * row
+    large = encoder.with_slots(2048)
+    large.width = 2048  # SE-600M's: 2,049 rows of 3 x 2,048
+    assert large.largest_pass() == 170
