@@ -1,4 +1,7 @@
-"""All printing: sentences, tables and JSON on standard output; notes and errors, a line each, on standard error."""
+"""All printing: sentences, tables and JSON on standard output; notes and errors, a line each, on standard error.
+
+Names and labels in them are from files: nothing is markup, and what a terminal would obey is shown (`visible`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sest.errors import visible
+
 
 def _console(stream: str) -> Console:
     """A notebook (`!sest ...`) passes for a terminal, and FORCE_COLOR calls a log file one: both get plain lines."""
@@ -25,18 +30,23 @@ def _console(stream: str) -> Console:
 out, err = _console("stdout"), _console("stderr")
 
 
+def _text(words: str) -> Text:
+    return Text(visible(words))
+
+
 def error(message: str) -> None:
     """Print an error as one line on standard error (a terminal wraps it between words)."""
-    err.print(Text.assemble(("Error: ", "bold red"), " ".join(message.split())), soft_wrap=not err.is_terminal)
+    err.print(Text.assemble(("Error: ", "bold red"), _text(" ".join(message.split()))), soft_wrap=not err.is_terminal)
 
 
 def note(message: str) -> None:
     """Print a sentence on standard error, where it does not mix with what a command answers."""
-    err.print(Text(message), soft_wrap=not err.is_terminal)
+    err.print(_text(message), soft_wrap=not err.is_terminal)
 
 
 def command(text: str) -> None:
     """Print a command line that is about to be carried out; a terminal shows it in lines that can be copied."""
+    text = visible(text)
     lines = [text]
     if err.is_terminal and "'" not in text:
         lines = wrap(text, err.width - 6, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
@@ -45,7 +55,7 @@ def command(text: str) -> None:
 
 def say(message: str) -> None:
     """Print a sentence on standard output."""
-    out.print(Text(message), soft_wrap=not out.is_terminal)
+    out.print(_text(message), soft_wrap=not out.is_terminal)
 
 
 def say_json(value: Any) -> None:
@@ -55,12 +65,12 @@ def say_json(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; columns of numbers are aligned to the right."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn = Table(title=_text(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         is_number = all(re.fullmatch(r"[-+.,e0-9]+|nan", row[i]) for row in rows)
-        drawn.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        drawn.add_column(_text(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(_text, row))
     out.print(drawn)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sest.cli import console
 from sest.cli.console import duration
+from sest.errors import visible
 from sest.progress import STEPS, reporting
 from sest.runs.curves import is_no_measure, judged_by, strongest
 
@@ -44,7 +45,7 @@ class _DetailColumn(ProgressColumn):
 
 def _new_bars() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.percentage:.0f}%"),
         _RateColumn(),
@@ -114,7 +115,7 @@ class ConsoleProgress:
             if self._bars is None:
                 self._bars = _new_bars()
                 self._bars.start()
-            self._task = self._bars.add_task(task, total=total, completed=done, unit=unit, detail=self._detail)
+            self._task = self._bars.add_task(visible(task), total=total, completed=done, unit=unit, detail=self._detail)
 
     def advance(self, n: int = 1) -> None:
         self._done += n

@@ -6,8 +6,6 @@ import os
 import shlex
 import sys
 
-from rich.markup import escape
-
 from sest.cli import console
 from sest.cli.embed import embed
 from sest.cli.main import EXIT_BAD_INPUT, run_command
@@ -92,15 +90,20 @@ def embed_and_train(request: Request) -> None:
 
 def show_help() -> None:
     """Print every key, the option it stands for and what it says, a table for each part of the configuration."""
-    console.say(USAGE)
+    _say_lines(USAGE)
     sections: dict[str, list[Key]] = {}
     for key in KEYS.values():
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
     for section, keys in sections.items():
         title = f"++{section}.KEY=VALUE" if section else "++KEY=VALUE"
-        rows = [[key.name.rpartition(".")[2], _option_of(key), escape(_meaning(key))] for key in keys]
+        rows = [[key.name.rpartition(".")[2], _option_of(key), _meaning(key)] for key in keys]
         console.table(title, ["key", "of sest", "meaning"], rows)
-    console.say(EXAMPLE)
+    _say_lines(EXAMPLE)
+
+
+def _say_lines(text: str) -> None:
+    for line in text.split("\n"):
+        console.say(line)
 
 
 def _option_of(key: Key) -> str:

@@ -35,6 +35,23 @@ def shown(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
+# Characters that take no visible place although Unicode counts them as letters or marks: Hangul fillers, variation
+# selectors and the like.
+UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {chr(n) for n in range(0xFE00, 0xFE10)}
+UNSEEN |= {chr(n) for n in range(0xE0100, 0xE01F0)}
+
+
+def visible(text: str) -> str:
+    """Text that may be from a file as people can be shown it, on one line.
+
+    Control characters, which a terminal obeys, and what is invisible or turns the direction of writing stand as
+    `\\x1b` or `\\u202e`; nothing else changes.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() and c not in UNSEEN else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The first line of what another library's error says, without a full stop, cut at `limit` characters."""
     lines = (" ".join(line.split()).strip(" .") for line in str(error).splitlines())

@@ -1,4 +1,4 @@
-"""Where a command may write: one rule for all of them.
+"""Where a command may write, and what tables for other programs are like: one rule for all of them.
 
 What exists is refused unless it is to be replaced; what the command reads is refused always, whatever name it goes by.
 """
@@ -8,10 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sest.errors import InputError, shown
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Place = str | os.PathLike[str]
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how text begins that spreadsheets compute (OWASP)
 
 
 def check_output(
@@ -44,6 +49,20 @@ def check_output(
         _check_file(path, force)
     else:
         _check_folder(path, force, made)
+
+
+def to_csv(table: pd.DataFrame, path: Place | None = None) -> str | None:
+    """Write a table without its index; as text where there is no `path`.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
+    table = table.copy(deep=False)
+    for name in table.columns:
+        if table[name].dtype.kind not in "biuf":
+            plain = {text: f"'{text}" for text in table[name].unique() if str(text).startswith(FORMULA)}
+            if plain:
+                table[name] = table[name].astype(object).map(lambda text, plain=plain: plain.get(text, text))
+    return table.to_csv(path, index=False)
 
 
 def is_same(path: Place, other: Place) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sest.errors import Error, InputError, brief, is_out_of_memory, one_line, shown
+from sest.errors import Error, InputError, brief, is_out_of_memory, one_line, shown, visible
 
 
 def test_the_first_line_of_what_an_error_says_is_cut_at_a_limit() -> None:
@@ -21,6 +21,14 @@ def test_a_value_is_shown_as_json_of_at_most_60_characters() -> None:
     assert brief({"b": None, "a": [1, "x"]}) == '{"a": [1, "x"], "b": null}'
     assert len(brief("x" * 100)) == 60 and brief("x" * 100).endswith("x...")
     assert brief("x" * 58) == f'"{"x" * 58}"'
+
+
+def test_what_a_terminal_obeys_and_what_is_unseen_is_shown_and_the_rest_stays() -> None:
+    for text in ("STAT1 + JAK2 [red]", "k562-β", "Ünï 細胞 café 🧬", ""):
+        assert visible(text) == text
+    assert visible("\x1b]0;x\x07\n\t\x9b") == r"\x1b]0;x\x07\n\t\x9b"  # title, bell, new line, one-byte CSI
+    assert visible("A\u202eB\u2066C\u200bD\xa0E\ufeff") == r"A\u202eB\u2066C\u200bD\xa0E\ufeff"
+    assert visible("a\u3164\ufe0f\U000e0101\ud800") == r"a\u3164\ufe0f\U000e0101\ud800"
 
 
 def test_a_list_of_names_says_how_many_it_leaves_out() -> None:

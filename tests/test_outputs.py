@@ -1,14 +1,19 @@
-"""Where a command may write."""
+"""Where a command may write, and what its tables are like."""
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
+import sest.outputs
 from sest.errors import InputError
-from sest.outputs import check_output, is_same
+from sest.outputs import check_output, is_same, to_csv
 
 
 def refused(path: Path, **options: object) -> str:
@@ -100,3 +105,24 @@ def test_places_where_nothing_can_be_made_are_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))  # root may all
     assert f"Cannot write to {tmp_path}. Choose another place for x." in refused(tmp_path / "x")
     assert f"Cannot write to {tmp_path}. Choose another place for x." in refused(tmp_path / "x", made=())
+
+
+def test_no_cell_of_a_csv_starts_a_formula_and_numbers_and_other_names_stay(tmp_path: Path) -> None:
+    names = ["=HYPERLINK(1)", "+A", "-1", "@x", "\tx", "A+B", "null", "NA", "", 'x,"y"\n=1']
+    table = pd.DataFrame({"perturbation": names, "kind": pd.Categorical(names), "delta": np.arange(10.0) - 5})
+    before = table.copy()
+    to_csv(table, tmp_path / "t.csv")
+    assert table.equals(before) and to_csv(table) == (tmp_path / "t.csv").read_text()
+    with open(tmp_path / "t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["perturbation"] for row in rows] == [f"'{name}" for name in names[:5]] + names[5:]
+    assert [row["kind"] for row in rows] == [row["perturbation"] for row in rows]
+    assert [float(row["delta"]) for row in rows] == table["delta"].tolist()
+    back = pd.read_csv(tmp_path / "t.csv", keep_default_na=False)
+    assert back["perturbation"].tolist() == [row["perturbation"] for row in rows]
+
+
+def test_one_place_writes_csv() -> None:
+    root = Path(sest.outputs.__file__).parent
+    found = [file for file in root.rglob("*.py") if re.search(r"\w\.to_csv\(|csv\.(Dict)?[wW]riter", file.read_text())]
+    assert [file.relative_to(root).as_posix() for file in found] == ["outputs.py"]

@@ -27,6 +27,7 @@ from sest.config import VCC2025, VCC2026, EvaluateConfig
 from sest.errors import InputError, shown
 from sest.evaluation.evaluate import evaluate
 from sest.evaluation.results import Evaluation
+from sest.outputs import to_csv
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def score_suite(predicted: Path, real: Path, suite: str, out: Path, config: Eval
     order = ["context", *COLUMNS]
     tables = [result.table.assign(context=result.context)[order] for result in results if not result.failed]
     whole = pd.concat(tables) if tables else pd.DataFrame(columns=order)
-    whole.to_csv(out / SCORES, index=False)
+    to_csv(whole, out / SCORES)
     return results
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from sest.cache.disk import folder_aside, write_flushed
 from sest.evaluation.ceiling import Ceiling
 from sest.evaluation.metrics import mean_score
-from sest.outputs import check_output
+from sest.outputs import check_output, to_csv
 
 FILES = RESULTS, SUMMARY = "results.csv", "summary.json"
 
@@ -62,7 +62,7 @@ class Evaluation:
         }
         text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n"
         with folder_aside(Path(folder).resolve()) as aside:
-            write_flushed(aside / RESULTS, self.table.to_csv(index=False).encode())
+            write_flushed(aside / RESULTS, str(to_csv(self.table)).encode())
             write_flushed(aside / SUMMARY, text.encode())
 
 

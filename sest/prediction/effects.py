@@ -20,6 +20,7 @@ from sest.cache.disk import file_aside
 from sest.cells.columns import Columns
 from sest.cells.scale import factors_to, log1p_rows, total_counts
 from sest.errors import InputError
+from sest.outputs import to_csv
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def write_effects(path: Path, prediction: Path, columns: Columns, target_sum: fl
     table = pd.concat(tables, ignore_index=True)
     with file_aside(path) as aside:
         if path.suffix == ".csv":
-            table.to_csv(aside, index=False)
+            to_csv(table, aside)
         else:
             table.to_parquet(aside, index=False)
 

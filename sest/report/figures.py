@@ -6,15 +6,16 @@ reads a subset of HTML in texts, so names given by users are escaped here.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from sest.errors import visible
 from sest.report.cache_facts import PairResults
 from sest.report.embedding_map import CONTROL, EmbeddingMap
 from sest.report.run_facts import RunFacts
@@ -30,6 +31,11 @@ COLOURS = ("var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)", 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "cross")
 INK, QUIET, LINE = "var(--ink)", "var(--quiet)", "var(--line)"
+
+
+def escape(text: str) -> str:
+    """Text from files as HTML that shows it, what is invisible too."""
+    return html.escape(visible(text))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib import resources
 from typing import Any
 
-from sest.report.figures import Figure
+from sest.errors import visible
+from sest.report.figures import Figure, escape
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 GENERATOR = '<meta name="generator" content="sest report">'
@@ -94,7 +94,8 @@ class Page:
 
     def _add(self, figure: Figure, *, with_rows: bool = False) -> str:
         key = f"f{len(self._figures)}"
-        self._figures[key] = figure.plot | ({"columns": figure.columns, "rows": figure.rows} if with_rows else {})
+        rows = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in figure.rows]
+        self._figures[key] = figure.plot | ({"columns": figure.columns, "rows": rows} if with_rows else {})
         return key
 
     def plot(self, title: str, figure: Figure | None) -> Html:

@@ -14,6 +14,7 @@ import pytest
 from conftest import Demo
 
 from helpers.commands import Done
+from sest.cli import console
 from sest.cli.console import duration
 
 
@@ -57,3 +58,38 @@ def test_a_log_file_gets_plain_lines_even_where_colour_is_forced(tmp_path: Path)
 def test_durations_are_in_the_unit_a_person_would_use() -> None:
     seconds = [0.4, 59.4, 60, 3540, 3600, 11_100, math.inf]
     assert [duration(s) for s in seconds] == ["0 s", "59 s", "1 min", "59 min", "1 h 00 min", "3 h 05 min", "?"]
+
+
+HOSTILE = "[/nope][red]a[/red] :smile: \x1b]0;title\x07\x1b[2J \u202egnp.exe\nError: forged"
+SHOWN = r"[/nope][red]a[/red] :smile: \x1b]0;title\x07\x1b[2J \u202egnp.exe\nError: forged"
+
+
+def test_names_from_files_are_text_wherever_they_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for print_line in (console.say, console.note, console.command):
+        print_line(HOSTILE)
+    console.table(HOSTILE, ["what", HOSTILE], [[HOSTILE, "1"]])
+    console.error(HOSTILE)
+    captured = capsys.readouterr()
+    assert not {"\x1b", "\x07", "\u202e"} & set(captured.out + captured.err)
+    assert captured.out.count(SHOWN) == 4 and captured.err.count(SHOWN) == 2  # say; title, column, cell; note, command
+    assert captured.err.splitlines()[-1] == "Error: " + SHOWN.replace(r"\n", " ")  # always one line
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("h5ad-markup-labels/escape_labels.h5ad", "[/nope]"),
+        ("h5ad-markup-labels/escape_columns.h5ad", "[/bold]"),
+        ("h5ad-escape-gene/escape_layer.h5ad", r"\x1b[31mlayer["),
+        ("h5ad-escape-gene/escape_gene_dup.h5ad", r"\x1b]0;pwned"),
+    ],
+)
+def test_names_in_cells_of_others_reach_the_terminal_as_text(
+    sest: Callable[..., Done], shared_cases: Path, file: str, expected: str
+) -> None:
+    done = sest("info", shared_cases / "faults" / file)
+    assert done.code in (0, 2) and "\x1b" not in done.out + done.err
+    assert expected in (done.out + done.err).replace("\n", "")

@@ -206,6 +206,8 @@ def test_a_browser_draws_every_plot_without_an_error(
     write_report([trained.run], tmp_path / "r.html")
     done = chromium(tmp_path / "r.html", tmp_path / "profile")
     plots = re.findall(r'<div class="plot( tall)?( js-plotly-plot)?"', done.stdout)
-    assert len(plots) == 11 and all(drawn for _, drawn in plots)
+    assert len(plots) == 13 and all(drawn for _, drawn in plots)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not console, console
+    assert "&lt;img src=x" in done.stdout  # the names are there, as text: no element came of one
+    assert not re.search(r"<img[^>]*onerror|<script>alert", done.stdout.split("</style>")[1].split("<script")[0])
