@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 from sest.cache import schema
@@ -14,6 +14,8 @@ from sest.cache.storage import Held, LocalStorage, Lock, Storage
 
 _BETWEEN_TRIES, _LONGEST_PAUSE = 0.05, 1.0  # seconds
 _TRIES = 10
+LOOKS = 3  # in a row, at which a process is not there that was: a look by others holds a lock for an instant
+LONGEST_WAIT = 3600.0  # seconds in which nobody writes anything
 
 
 @contextmanager
@@ -52,6 +54,47 @@ def _let_go(storage: Storage, lock: Lock) -> None:
 def other_ranks(storage: Storage, rank: int) -> list[int]:
     """Ranks but `rank` whose processes write the cache now; unknown on object stores."""
     return [other for other, _ in _held_by_others(storage, rank)]
+
+
+class Watch:
+    """Tells a process that waits for others whether that can still end.
+
+    Args:
+        storage: of the cache.
+        rank: of this process.
+    """
+
+    def __init__(self, storage: Storage, rank: int) -> None:
+        self._storage, self._rank = storage, rank
+        self._seen: set[int] = set()
+        self._missed = 0  # looks in a row at which one that was seen was not there
+        self._bytes, self._changed = -1, time.monotonic()
+
+    def look(self, ranks: Collection[int]) -> list[int]:
+        """Those of the `ranks` that are waited for which do not write now; unknown (none) on object stores.
+
+        Raises:
+            CacheError: one of them wrote during this wait, and does no longer; or nothing was written for an hour.
+        """
+        now = set(other_ranks(self._storage, self._rank))
+        self._seen |= now
+        gone = sorted(self._seen.intersection(ranks) - now)
+        self._missed = self._missed + 1 if gone else 0
+        if self._missed >= LOOKS:
+            raise CacheError(
+                f"Rank {gone[0]} has ended before its part of {self._storage} was done. Run its command again, then "
+                "this one; what is finished is kept."
+            )
+        n_bytes = sum(self._storage.sizes().values())
+        if n_bytes != self._bytes:
+            self._bytes, self._changed = n_bytes, time.monotonic()
+        if time.monotonic() - self._changed > LONGEST_WAIT:
+            raise CacheError(
+                f"Nothing was written to {self._storage} for {LONGEST_WAIT / 60:.0f} minutes: the processes that this "
+                "one waits for do not run. Start them, then this one; what is finished is kept."
+            )
+        is_local = isinstance(self._storage, LocalStorage)
+        return sorted(set(ranks) - now) if is_local else []
 
 
 @contextmanager

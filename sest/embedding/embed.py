@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ import pandas as pd
 from sest import progress
 from sest.cache import CacheWriter, journal, schema
 from sest.cache.layout import GroupPlan
+from sest.cache.locks import Watch
 from sest.cache.storage import storage_at
 from sest.cache.writer import refuse_foreign
 from sest.cells.inputs import ROWS_PER_READ, open_cells, resolve_inputs
@@ -54,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_PIECE = 1024  # cells of the PCA's sample that one process encodes at a time
 WAIT_SECONDS = 30.0  # between notes of a process that waits for another
+LOOK_SECONDS = 5.0  # between looks whether that one runs
 
 
 def embed(
@@ -159,13 +162,21 @@ class _Work:
         self._groups = [group_plan(plan, c, rows) for c, rows in zip(plan.cells, plan.selected, strict=True)]
         self._sampled = [np.zeros((0, plan.encoder.native_dim), np.float32)] * len(plan.cells)
 
-    def _wait(self, until: Callable[[], bool], what: str) -> None:
-        """Wait for another process's work; it is found in its journal, or in the spool."""
-        said = time.monotonic()
+    def _wait(self, until: Callable[[], bool], what: str, whose: Callable[[], set[int]] = lambda: {0}) -> None:
+        """Wait for another process's work; it is found in its journal, or in the spool.
+
+        Raises:
+            CacheError: one of the ranks `whose` work it is has died, or none goes on.
+        """
+        watch, idle = Watch(self._writer.storage, self._ranks.rank), list[int]()
+        said, looked = time.monotonic(), -math.inf
         while not until():
             self._stop.check()
+            if time.monotonic() - looked > LOOK_SECONDS:
+                idle, looked = watch.look(whose()), time.monotonic()
             if time.monotonic() - said > WAIT_SECONDS:
-                logger.info(f"Waiting for {what}.")
+                who = f"; rank {idle[0]} does not write yet, or no longer" if idle else ""
+                logger.info(f"Waiting for {what}{who}.")
                 said = time.monotonic()
             time.sleep(0.2)
             self._writer.refresh()
@@ -245,7 +256,11 @@ class _Work:
                 del waiting[0]
             return not waiting
 
-        self._wait(all_there, "the other processes' part of the PCA's sample")
+        self._wait(
+            all_there,
+            "the other processes' part of the PCA's sample",
+            lambda: {flat.index(waiting[0]) % self._ranks.world_size},
+        )
         self._sampled = [
             np.concatenate([np.zeros((0, native), np.float32), *(run.spooled(piece) for piece in part)])
             for part in pieces

@@ -134,3 +134,23 @@ def test_of_many_processes_that_lock_a_file_which_each_deletes_one_holds_it_at_a
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and int(said) > 0  # mkdir fails where another one holds it too
     assert not (tmp_path / "lock").exists()
+
+
+def test_a_wait_ends_when_a_rank_dies_or_nobody_writes(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = locks.Watch(storage, 1)
+    with locks.writing(storage, 1, 3):
+        assert watch.look([0]) == [0]  # not begun: that may still come
+        with locks.writing(storage, 0, 3), locks.writing(storage, 2, 3):
+            assert watch.look([0]) == []
+        for _ in range(locks.LOOKS - 1):
+            assert watch.look([0]) == [0]
+        with pytest.raises(CacheError, match=r"Rank 0 has ended before its part of .* Run its command again"):
+            watch.look([0])
+        monkeypatch.setattr(locks, "LONGEST_WAIT", 0.05)
+        other = locks.Watch(storage, 1)
+        for number in range(3):  # somebody writes: that lasts as long as it lasts
+            (storage.root / f"{number}").write_text("x" * number)
+            other.look([0])
+            time.sleep(0.06)
+        with pytest.raises(CacheError, match=r"Nothing was written to .* Start them"):
+            other.look([0])

@@ -93,13 +93,31 @@ def test_a_rank_waits_for_rank_0_and_says_so(inputs: list[Path], config: EmbedCo
     cache = tmp_path / "s.zarr"
     second = EmbedRank(inputs, cache, config, Ranks(1, 2))
     deadline = time.monotonic() + 30
-    while "Waiting for rank 0 to create the cache." not in second.notes.notes:
+    said = "Waiting for rank 0 to create the cache; rank 0 does not write yet, or no longer."
+    while said not in second.notes.notes:
         assert time.monotonic() < deadline and second.is_alive()
         time.sleep(0.05)
     assert not (cache / schema.ROOT).exists()
     first = EmbedRank(inputs, cache, config, Ranks(0, 2))
     assert first.done().error is second.done().error is None
     assert first.complete or second.complete
+
+
+def test_a_rank_whose_peer_died_ends_and_says_which(
+    inputs: list[Path], config: EmbedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sest.embedding.embed, "LOOK_SECONDS", 0.05)
+    cache = tmp_path / "s.zarr"
+    plan = embed(inputs, cache, config, dry_run=True)
+    with CacheWriter(cache, plan.attributes, rank=0, world_size=2):  # makes the root, and dies before any group
+        second = EmbedRank(inputs, cache, config, Ranks(1, 2))
+        deadline = time.monotonic() + 30
+        while "Waiting for rank 0 to create the cache." not in second.notes.notes:
+            assert time.monotonic() < deadline and second.is_alive()
+            time.sleep(0.05)
+    error = second.done().error
+    assert str(error).startswith(f"Rank 0 has ended before its part of {cache} was done. Run its command again")
+    assert embed(inputs, cache, config).complete  # nothing is in the way
 
 
 def test_two_processes_of_one_rank_or_of_different_world_sizes_are_refused(
