@@ -86,9 +86,9 @@ def made_by(path: PathLike) -> Made:
         sest.Error: there is none of these.
     """
     from sest.embedding.plan import made_of_cache
+    from sest.hub import repository_of
     from sest.prediction.controls import made_of
     from sest.runs.checkpoint import find_checkpoint, sound_checkpoint
-    from sest.runs.from_hub import repository_of
 
     where = os.fspath(path)
     if repository_of(where) is None and (is_url(where) or (Path(where) / ROOT).is_file()):

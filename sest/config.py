@@ -128,12 +128,18 @@ class TrainConfig(Config):
     )
     max_steps: int = option(40_000, "optimizer steps in all, a resumed run's earlier ones included", least=1)
     batch_size: int = option(
-        16, "sets a forward pass, of all processes together; auto (0): as many as memory holds, at most 64", least=0
+        16,
+        "sets a forward pass, of all processes together; auto (0): as many as memory holds, at most 64",
+        least=0,
+        most=2**20,
     )
     set_size: int = option(
-        128, "cells a set; auto (0): about as many as half of the training pairs have, from 8 to 128", least=0
+        128,
+        "cells a set; auto (0): about as many as half of the training pairs have, from 8 to 128",
+        least=0,
+        most=2**20,
     )
-    accumulate: int = option(1, "forward passes an optimizer step", least=1)
+    accumulate: int = option(1, "forward passes an optimizer step", least=1, most=2**20)
     lr: float = option(1e-4, "learning rate of AdamW; with a schedule the highest", least=0.0)
     schedule: str = option(
         "constant",
@@ -173,12 +179,12 @@ class TrainConfig(Config):
         "may be given several times; default: all parts train",
     )
     head: str = option("st", "State Transition, or none: the stack of baselines alone", choices=("st", "none"))
-    hidden: int = option(672, "hidden width of the head", least=1)
-    n_layers: int = option(4, "transformer layers", least=1)
-    n_heads: int = option(8, "attention heads", least=1)
-    ffn: int = option(0, "SwiGLU width; 0: 4 x hidden", least=0)
-    n_encoder_layers: int = option(4, "linear layers of each input MLP", least=1)
-    n_decoder_layers: int = option(4, "linear layers of the output MLP", least=1)
+    hidden: int = option(672, "hidden width of the head", least=1, most=2**16)
+    n_layers: int = option(4, "transformer layers", least=1, most=512)
+    n_heads: int = option(8, "attention heads", least=1, most=4096)
+    ffn: int = option(0, "SwiGLU width; 0: 4 x hidden", least=0, most=2**20)
+    n_encoder_layers: int = option(4, "linear layers of each input MLP", least=1, most=512)
+    n_decoder_layers: int = option(4, "linear layers of the output MLP", least=1, most=512)
     dropout: float = option(0.1, "share of values dropped in the MLPs", least=0.0, most=1.0)
     val_every: int = option(500, "steps between validations", least=1)
     val_sets: int = option(
@@ -200,7 +206,9 @@ class TrainConfig(Config):
     )
     compile: bool = option(False, "compile the head (CUDA graphs on GPUs): a slower start, then faster steps")
     gradients: str = option("fp32", "number format in which GPUs exchange gradients", choices=("fp32", "bf16"))
-    num_workers: int = option(2, "threads that prepare batches ahead, each holding one; 0: in the loop", least=0)
+    num_workers: int = option(
+        2, "threads that prepare batches ahead, each holding one; 0: in the loop", least=0, most=1024
+    )
     data_device: str = option(
         "auto",
         "where cells are kept: GPU memory, host memory, or files that are mapped; auto: the first they fit",

@@ -22,8 +22,8 @@ from sest.files.cell_file import CellFile
 from sest.files.containers import SUFFIXES
 from sest.files.formats import is_zarr, of_folder
 from sest.files.remote import located
+from sest.hub import fetched, repository_of
 from sest.runs.curves import read_lines
-from sest.runs.from_hub import fetched, repository_of
 
 if TYPE_CHECKING:
     from sest.cells.labels import DecidedLabels
@@ -151,8 +151,8 @@ def _unfinished_cache(storage: Storage, attributes: Facts) -> Facts:
 
 
 def _run_or_checkpoint(path: Path, verify: bool) -> Facts | None:
-    from sest.runs.checkpoint import STATE  # imports torch, which caches and cells do not need
     from sest.runs.run_folder import CONFIG, METRICS
+    from sest.runs.schema import STATE  # imports torch, which caches and cells do not need
 
     if (path / STATE).exists():
         return _checkpoint(path, verify)
@@ -194,7 +194,7 @@ def _checkpoint(path: Path, verify: bool) -> Facts:
 def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     """The furthest checkpoint of a run, and where it stands."""
     from sest.runs.checkpoint import checkpoints, find_checkpoint, open_checkpoint
-    from sest.runs.run_folder import read_run_config
+    from sest.runs.run_folder import own_cache, read_run_config
 
     config, provenance = read_run_config(path)
     found = [folder for folder in checkpoints(path) if not folder.name.startswith(".")]
@@ -211,8 +211,8 @@ def _run(path: Path, metrics: Path, verify: bool) -> Facts:
     facts["metrics"] = next((line for line in reversed(read_lines(metrics)) if "val_loss" in line), None)
     try:
         used = TrainConfig.from_values(config, str(path))
-        facts |= _splits(provenance["cache"], used, used.splits)
-    except (KeyError, Error) as error:  # the cache is elsewhere by now
+        facts |= _splits(own_cache(path, provenance), used, used.splits)
+    except Error as error:  # the cache is elsewhere by now
         facts["split_notes"] = [f"No table of its cells: {error}"]
     return facts
 

@@ -1,4 +1,4 @@
-"""Repositories of models on the Hugging Face hub: what is in one, fetched once, or pushed.
+"""Repositories on the Hugging Face hub: what is in one, fetched once, or pushed; heads there are `hf://owner/name`.
 
 HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 """
@@ -6,6 +6,7 @@ HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to hugging
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from sest.errors import InputError
+from sest.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # owner/name, or owner/name@revision
+HEAD = "state.json"  # of a repository that `sest push` wrote
+_ADDRESS = re.compile(rf"hf:/{{1,2}}{NAME.pattern}")  # a Path has one slash left
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,30 @@ class Repository:
                 "write access: set HF_TOKEN, or run `hf auth login`."
             ) from error
         return str(made)
+
+
+def repository_of(path: str | os.PathLike[str]) -> Repository | None:
+    """The repository that a path names as hf://owner/name or hf://owner/name@revision; None: it names no such one."""
+    found = _ADDRESS.fullmatch(os.fspath(path))
+    return Repository(found[1], found[2], "pass FOLDER") if found else None
+
+
+def fetched(path: Path) -> Path:
+    """A path as it is, or of hf://owner/name the folder of its checkpoint, downloaded where it is not there yet.
+
+    Raises:
+        InputError: no such repository, none of a checkpoint, no access or no connection.
+    """
+    repository = repository_of(path)
+    if repository is None:
+        return path
+    folder, names = repository.files(HEAD)
+    if HEAD not in names:
+        raise InputError(f"{repository.name} is no head that `sest push` wrote: it has {shown(names)}.")
+    if folder is None:
+        folder = repository.download([name for name in names if name.endswith((".safetensors", HEAD))])
+        logger.info(f"{repository.name}: revision {folder.name[:12]}, in {folder}.")
+    return folder
 
 
 def _reason(error: Exception) -> str:

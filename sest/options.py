@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +22,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 EMBED_PRECISIONS = (*PRECISIONS, "fp8")
 COUNTS = ("auto", "raw", "log1p")
 LARGEST_SEED = 2**63 - 1
+MAX_TOML = 1_000_000  # bytes of a file
+MAX_BARE_DOTS = 8  # dots of a line outside quotes: tomllib takes quadratic time over a dotted key
+_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|' + r"'[^'\n]*+'?|#[^\n]*+")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
 KINDS[type(None)] = "nothing"
 RENAMED = {  # options that have another name now, by configuration
@@ -147,6 +151,48 @@ def plain(value: Any, kinds: tuple[type, ...]) -> Any:
     return value
 
 
+def toml_bytes(path: Path) -> bytes:
+    """The bytes of a TOML file.
+
+    Raises:
+        InputError: it cannot be read, or is larger than any of ours; without its name.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_TOML + 1)
+    except OSError as error:
+        raise InputError(f"cannot read it: {error.strerror}.") from None
+    if len(raw) > MAX_TOML:
+        raise InputError(f"larger than {MAX_TOML:,} bytes, which no such file needs. Is it the right file?")
+    return raw
+
+
+def parse_toml(raw: bytes) -> dict[str, Any]:
+    """What a TOML file says, which may be anybody's.
+
+    Raises:
+        InputError: it is no TOML, or what would take long; without the name of the file.
+    """
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad_line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"not UTF-8 text (at line {bad_line}).") from None
+    if '"""' in text or "'''" in text:
+        raise InputError("multi-line strings are not used here: put names and paths in plain quotes.")
+    for number, line in enumerate(_STRING_OR_COMMENT.sub("", text).split("\n"), start=1):
+        if line.count(".") > MAX_BARE_DOTS:
+            raise InputError(f"too many dots outside quotes (at line {number}). Put names with dots in quotes.")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise InputError("brackets are nested too deeply.") from None
+    except ValueError as error:  # TOMLDecodeError, or an integer of more than 4,300 digits
+        last = text.rstrip("\n").count("\n") + 1
+        why = str(error).replace("at end of document", f"at the end, line {last}")
+        raise InputError(f"not valid TOML: {why}.") from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a configuration file's keys. Dashes in keys are underscores.
 
@@ -154,15 +200,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: no such file, over 1 MB, or not TOML.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    if len(data) > 1_000_000:
-        raise InputError(f"{path} is larger than 1 MB; that is no configuration file.")
-    try:
-        values = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
+        values = parse_toml(toml_bytes(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     names = [key.replace("-", "_") for key in values]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{path} has {twice[0]} twice, with dashes and with underscores. Keep one.")

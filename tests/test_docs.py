@@ -61,7 +61,7 @@ FORM_ONLY = {
     "hf download": "downloads SE-600M",
     "sbatch": "needs SLURM; the script must be a block of the page",
     "tensorboard --logdir": "a server that runs until it is stopped",
-    "sest push competition": "needs a token; tests/runs/test_from_hub.py pushes to a server on this machine",
+    "sest push competition": "needs a token; tests/test_hub_heads.py pushes to a server on this machine",
     "sest predict hf://": "downloads; the same test predicts from there",
     "sest evaluate submission.h5ad": "runs cell-eval2; tests/compat/test_suite.py does where it is installed",
     "cell-eval2 run": "not among what tests install; tests/prediction/test_submission.py runs it where it is",

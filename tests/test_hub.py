@@ -1,4 +1,4 @@
-"""Names of repositories, and what is said where huggingface_hub is not there; the rest: tests/se and tests/runs."""
+"""Names of repositories, and what is said where huggingface_hub is not there; the rest: tests/se and test_hub_heads."""
 
 from __future__ import annotations
 

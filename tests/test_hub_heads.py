@@ -18,9 +18,9 @@ from conftest import Demo
 
 from helpers.hub import COMMIT, NO_SERVER, TOKEN, Hub, hub_environment
 from sest.config import PredictConfig
+from sest.hub import fetched, repository_of
 from sest.prediction.predict import predict
 from sest.runs.checkpoint import open_checkpoint
-from sest.runs.from_hub import fetched, repository_of
 from sest.runs.known import known_without_cells
 
 

@@ -113,9 +113,35 @@ def to_stored(blend: Blend) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return values, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def _check_stored(values: Mapping[str, Any], a: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays of a wrong shape or type, and codes without a name: C contexts, R perturbations."""
+    n_contexts, n_names, genes = len(values["contexts"]), len(values["perturbations"]), a["delta"].shape[1:]
+    shapes = {
+        **dict.fromkeys(("control_mean", "control_variance"), (n_contexts, *genes)),
+        "n_controls": (n_contexts,),
+        "features": (n_names, *a["features"].shape[1:]),
+        "delta": (len(a["delta"]), *genes),
+        **dict.fromkeys(("context", "perturbation", "n_cells"), (len(a["delta"]),)),
+        **({"measured": (n_contexts, *genes)} if "measured" in a else {}),
+    }
+    whole = {"n_controls", "context", "perturbation", "n_cells"}
+    for name, shape in shapes.items():
+        kinds = "iub" if name in whole else "fb" if name == "measured" else "f"
+        if a[name].shape != shape or a[name].dtype.kind not in kinds or not np.isfinite(a[name]).all():
+            raise ValueError(f"{name} has shape {a[name].shape} of {a[name].dtype}, not finite numbers {shape}")
+    for name, n in (("context", n_contexts), ("perturbation", n_names)):
+        if len(a[name]) and not (a[name].min() >= 0 and a[name].max() < n):
+            raise ValueError(f"{name} has codes that are not among {n}")
+
+
 def from_stored(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Blend:
-    """What `to_stored` made."""
+    """What `to_stored` made.
+
+    Raises:
+        KeyError, ValueError: what is not there, or does not fit the rest.
+    """
     a = {name: tensor.numpy() for name, tensor in tensors.items()}
+    _check_stored(values, a)
     mean, variance = (a[name].astype(np.float64) for name in ("control_mean", "control_variance"))
     effects = Effects(
         controls=Contexts(tuple(values["contexts"]), mean, variance, a["n_controls"]),

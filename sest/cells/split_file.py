@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import reprlib
-import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -26,19 +25,17 @@ from typing import Any
 from sest.errors import InputError, nearest, shown
 from sest.files.containers import SUFFIXES
 from sest.files.formats import is_zarr
+from sest.options import parse_toml, toml_bytes
 
 TRAIN, VAL, TEST = 1, 2, 4  # bits of a split mask
 SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test"}
 
-MAX_BYTES = 1_000_000  # of the file
 MAX_EXPANSIONS = 10_000  # results of one pattern's braces
 MAX_TEXT = 4_096  # characters of a name or pattern (PATH_MAX); with MAX_EXPANSIONS it bounds memory at 40 MB
 MAX_GLOB_PARTS = 32  # folders of a glob, of which one may be **: more take exponential time
-MAX_BARE_DOTS = 8  # dots of a line outside quotes: tomllib takes quadratic time over a dotted key
 
 _BITS = {"val": VAL, "test": TEST}
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|' + r"'[^'\n]*+'?|#[^\n]*+")
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ def read_splits(path: Path, *, resolve_files: bool = True, roots: tuple[Path, ..
     Raises `InputError` for wrong TOML, unknown tables, names or values, and patterns that match no file.
     """
     try:
-        raw = _read_bytes(path)
-        data = _parse_toml(raw)
+        raw = toml_bytes(path)
+        data = parse_toml(raw)
         _known(data, ("datasets", "training", "zeroshot", "fewshot"), "Table")
         patterns = {_dataset_name(name): _text(value, f"[datasets] {name!r}") for name, value in _datasets(data)}
         training = frozenset(_training_names(_table(data, "training"), patterns))
@@ -84,38 +81,6 @@ def read_splits(path: Path, *, resolve_files: bool = True, roots: tuple[Path, ..
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return SplitFile(path, datasets, training, zeroshot, fewshot, hashlib.sha256(raw).hexdigest())
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"cannot read the splits file: {error.strerror}.") from None
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"larger than {MAX_BYTES:,} bytes, which no splits file needs. Is it the right file?")
-    return raw
-
-
-def _parse_toml(raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad_line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(f"not UTF-8 text (at line {bad_line}).") from None
-    if '"""' in text or "'''" in text:
-        raise InputError("multi-line strings are not used in splits files: put names and paths in plain quotes.")
-    for number, line in enumerate(_STRING_OR_COMMENT.sub("", text).split("\n"), start=1):
-        if line.count(".") > MAX_BARE_DOTS:
-            raise InputError(f"too many dots outside quotes (at line {number}). Put names with dots in quotes.")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise InputError("brackets are nested too deeply.") from None
-    except ValueError as error:  # TOMLDecodeError, or an integer of more than 4,300 digits
-        last = text.rstrip("\n").count("\n") + 1
-        why = str(error).replace("at end of document", f"at the end, line {last}")
-        raise InputError(f"not valid TOML: {why}.") from None
 
 
 def _table(data: dict[str, Any], name: str) -> dict[str, Any]:

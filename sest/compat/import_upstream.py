@@ -21,8 +21,9 @@ from sest.encoder.obsm import PREFIX
 from sest.errors import InputError, shown
 from sest.head.model import RMS_NORM_EPS, HeadSizes, StateTransition, n_parameters
 from sest.outputs import check_output
-from sest.runs.checkpoint import FILES, save_checkpoint
+from sest.runs.checkpoint import save_checkpoint
 from sest.runs.known import CELLS
+from sest.runs.schema import FILES
 from sest.untrusted.plain_yaml import read_yaml
 from sest.untrusted.tensors import check_finite, read_vectors, refuse_impostor
 from sest.untrusted.unpickle import read_checkpoint, read_plain_pickle

@@ -20,8 +20,9 @@ from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request
-from sest.runs.checkpoint import MODEL, Checkpoint
+from sest.runs.checkpoint import Checkpoint
 from sest.runs.known import Known
+from sest.runs.schema import MODEL
 
 RECORD = "sest"  # what a prediction says of itself stands below this name in uns
 COUNTS_RECORD = "sest_submission"  # of one of counts

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from sest.machine.devices import autocast, choose_precision
 from sest.report.embedding_map import EmbeddingMap, map_cells
 from sest.report.run_facts import RunFacts
 from sest.runs.provenance import check_data, require_sources
-from sest.runs.run_folder import stored_features
+from sest.runs.run_folder import own_cache, stored_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ def read_cache(run: RunFacts, *, n_sets: int, device: torch.device) -> CacheFact
     """
     notes: dict[str, str] = {}
     try:
-        cache = _open(run.folder, run.cache)
+        cache = _open(run)
         if run.checkpoint is not None:
             cache = cache.as_of(run.checkpoint.state["cache_sha256"])
     except InputError as error:
@@ -89,11 +88,9 @@ def read_cache(run: RunFacts, *, n_sets: int, device: torch.device) -> CacheFact
     return CacheFacts(cache.attributes, table, genes, pairs, cells, notes)
 
 
-def _open(run: Path, cache: str) -> Cache:
-    if not cache:
-        raise InputError(f"{run} does not say where its cache is. Pass --cache.")
+def _open(run: RunFacts) -> Cache:
     try:
-        return open_cache(cache)
+        return open_cache(run.given_cache or own_cache(run.folder, run.provenance))
     except CacheError as error:
         raise InputError(f"The run's cache cannot be opened: {error}") from error
 

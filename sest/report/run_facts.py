@@ -59,6 +59,7 @@ class RunFacts:
     findings: list[Finding]
     checkpoint: Checkpoint | None  # best/, or else the furthest one
     problem: str  # why there is no checkpoint
+    given_cache: str | None = None  # where the user says that its cache is
 
     @property
     def step(self) -> int:
@@ -150,4 +151,4 @@ def _read_run(folder: Path, name: str, cache: str | None, perturbations: str | N
         except InputError as error:
             problem = str(error)
     written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
-    return RunFacts(folder, name, written, config, provenance, lines, curves, findings, checkpoint, problem)
+    return RunFacts(folder, name, written, config, provenance, lines, curves, findings, checkpoint, problem, cache)

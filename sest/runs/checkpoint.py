@@ -23,26 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from sest.blend.blend import Blend, from_stored, to_stored
 from sest.cache.disk import GONE, NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
 from sest.config import upgraded
-from sest.errors import InputError, shown
+from sest.errors import InputError, one_line, shown
 from sest.head.model import HeadSizes, StateTransition
-from sest.runs.from_hub import fetched
+from sest.hub import fetched
+from sest.runs.schema import BLEND, FEATURES, FORMAT_VERSION, MODEL, OPTIMIZER, PROJECTION, STATE, read_state
+from sest.untrusted.tensors import check_finite, read_safetensors
 
-FORMAT_VERSION = 1
-FILES = MODEL, PROJECTION, FEATURES, BLEND, OPTIMIZER, STATE = (
-    "model.safetensors",
-    "projection.safetensors",
-    "features.safetensors",
-    "blend.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
 LAST, BEST = "last", "best"
 _STEP_FOLDER = re.compile(r"checkpoint-step-(\d+)")
 
@@ -65,7 +57,7 @@ class Checkpoint:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Parameters of the head by name."""
-        return _read(self.folder / MODEL)
+        return read_safetensors(self.folder / MODEL)
 
     def require_optimizer(self) -> None:
         """Refuse a checkpoint without optimizer state (best/, imported ones).
@@ -81,15 +73,15 @@ class Checkpoint:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Optimizer state by "<kind>/<parameter>"; see `require_optimizer`."""
-        return _read(self.folder / OPTIMIZER)
+        return read_safetensors(self.folder / OPTIMIZER)
 
     def projection(self) -> dict[str, Tensor] | None:
         """Mean, basis and explained variance of the embeddings' PCA, or None."""
-        return _read(self.folder / PROJECTION) if PROJECTION in self.state["files"] else None
+        return read_safetensors(self.folder / PROJECTION) if PROJECTION in self.state["files"] else None
 
     def features(self) -> dict[str, Tensor]:
         """Vectors of perturbations and genes that nothing else has; see `sest.runs.known.features_to_keep`."""
-        return _read(self.folder / FEATURES) if FEATURES in self.state["files"] else {}
+        return read_safetensors(self.folder / FEATURES) if FEATURES in self.state["files"] else {}
 
     @property
     def has_head(self) -> bool:
@@ -102,7 +94,10 @@ class Checkpoint:
 
     def blend(self) -> Blend:
         """Weights of the head and of the baselines, and what the baselines need; see `has_blend`."""
-        return from_stored(self.state["blend"], _read(self.folder / BLEND))
+        try:
+            return from_stored(self.state["blend"], read_safetensors(self.folder / BLEND))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{self.folder}: {BLEND} does not fit {STATE} ({one_line(error)}).") from error
 
     def model(self) -> StateTransition:
         """The head in eval mode, on the CPU, float32.
@@ -115,17 +110,16 @@ class Checkpoint:
         with torch.device("meta"):
             model = StateTransition(self.sizes)
         try:
-            model.load_state_dict(self.model_tensors(), assign=True)
+            tensors = self.model_tensors()
+            model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise InputError(
                 f"{self.folder}: {MODEL} does not fit state.json ({' '.join(str(error).split())})."
             ) from error
+        if other := [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]:
+            raise InputError(f"{self.folder}: {MODEL} is not all float32: {shown(other)}.")
+        check_finite(str(self.folder / MODEL), tensors)
         return model.requires_grad_(True).eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def save_checkpoint(
@@ -178,7 +172,7 @@ def add_blend(folder: Path, blend: Blend) -> None:
     Raises:
         OSError: as `save_checkpoint`; the older folder is still there.
     """
-    state = json.loads((folder / STATE).read_text())
+    state = read_state(folder)
     values, tensors = to_stored(blend)
     data = _bytes_of(tensors)
     with folder_aside(folder.with_name(_meant(folder.name))) as aside:
@@ -216,7 +210,7 @@ def _state_sha256(content: Mapping[str, Any]) -> str:
 def copy_checkpoint(source: Path, folder: Path) -> None:
     """Make `folder` the same checkpoint as `source`, sharing the files on disk where the file system can."""
     with folder_aside(folder) as aside:
-        for name in (*json.loads((source / STATE).read_text())["files"], STATE):
+        for name in (*read_state(source)["files"], STATE):
             _share(source / name, aside / name)
 
 
@@ -251,16 +245,11 @@ def open_checkpoint(folder: Path, *, check: bool = True) -> Checkpoint:
         InputError: not a checkpoint, of another format version, or damaged.
     """
     try:
-        state = json.loads((folder / STATE).read_text())
-        files, version, digest = dict(state["files"]), state["format_version"], state["sha256"]
+        state = read_state(folder)
     except FileNotFoundError:
         raise InputError(f"{folder} is not a checkpoint: it has no {STATE}.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder} is damaged: {STATE} cannot be read ({error!r}).") from error
-    if version != FORMAT_VERSION:
-        raise InputError(f"{folder} has checkpoint format {version}; this sest reads {FORMAT_VERSION}.")
-    changed = [STATE] if check and digest != _state_sha256(state) else []
-    for name, expected in files.items():
+    changed = [STATE] if check and state["sha256"] != _state_sha256(state) else []
+    for name, expected in state["files"].items():
         file = folder / name
         if not file.is_file():
             raise InputError(f"{folder} is damaged: {name} is missing.")
@@ -303,8 +292,8 @@ def _meant(name: str) -> str:
 def _step(folder: Path) -> int:
     """The step of a checkpoint, -1 where its state.json cannot be read."""
     try:
-        return int(json.loads((folder / STATE).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_state(folder)["step"])
+    except (OSError, InputError):
         return -1
 
 

@@ -6,7 +6,7 @@ the metrics of sest.training.validate and their baselines).
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sest.errors import InputError
+from sest.runs.schema import LONGEST_LINE, MOST_BYTES, MOST_LINES, checked_line
 
 METRICS = ("val_loss", "energy_distance", "pearson_delta", "pearson_delta_independent", "mae", "pds")
 # baselines with an energy distance and a val_loss, for which they are made into cells
@@ -74,20 +75,20 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order; one that a kill cut short is left out.
 
     Raises:
-        InputError: no such file, or it cannot be read.
+        InputError: no such file, it cannot be read, or a line is of no run.
     """
-    try:
-        text = metrics.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read {metrics}: {error}.") from error
     lines = []
-    for line in text.splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            lines.append(found)
+    try:
+        with metrics.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                raise InputError(f"{metrics} is larger than {MOST_BYTES >> 20} MiB, which no run writes.")
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                if number > MOST_LINES or (len(line) == LONGEST_LINE and not line.endswith(b"\n")):
+                    raise InputError(f"{metrics}: line {number:,} is longer, or further down, than any of a run.")
+                if (found := checked_line(line, f"{metrics}, line {number:,}")) is not None:
+                    lines.append(found)
+    except OSError as error:
+        raise InputError(f"Cannot read {metrics}: {error}.") from error
     return lines
 
 

@@ -20,9 +20,10 @@ from sest.data.features import StoredFeatures
 from sest.data.vectors import AUTO, DRUGS, ONE_HOT, WORDS, Drugs, Source, one_hot, sources_of
 from sest.errors import InputError, nearest, shown
 from sest.head.model import HeadSizes, StateTransition
-from sest.runs.checkpoint import MODEL, Checkpoint
+from sest.runs.checkpoint import Checkpoint
 from sest.runs.known import known_without_cells
 from sest.runs.run_folder import stored_features
+from sest.runs.schema import MODEL
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from sest.data.vectors import GENES, ONE_HOT, source_files, sources_of
 from sest.errors import InputError
 from sest.options import read_toml
 from sest.runs.checkpoint import Checkpoint, checkpoints
-from sest.runs.run_folder import CONFIG, METRICS, SPLITS, read_run_config
+from sest.runs.run_folder import CONFIG, METRICS, SPLITS, own_cache, read_run_config
 
 
 def files_of(run: Path) -> list[Path]:
@@ -67,10 +67,9 @@ def find_data(checkpoint: Checkpoint, cache: str | None, perturbations: str | No
     require_sources(source)
     if GENES in sources_of(source) and "genes" not in checkpoint.features():
         raise InputError(f"{checkpoint.folder} keeps no vectors of genes. Pass --perturbations with a file.")
-    cache = cache or provenance.get("cache")
     if cache is None:
-        raise InputError(f"{checkpoint.folder} does not say where its cache is. Pass --cache.")
-    if not (is_url(cache) or Path(cache).exists()):
+        cache = own_cache(checkpoint.folder, provenance)
+    elif not (is_url(cache) or Path(cache).exists()):
         raise InputError(f"The cache {cache} does not exist. Pass --cache with the one the run was trained on.")
     if checkpoint.state["cache_sha256"] is None:  # imported
         values["perturbations"] = ONE_HOT

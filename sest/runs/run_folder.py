@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import torch
 
 from sest import __version__
 from sest.cache.disk import write_durably
+from sest.cache.storage import is_url
 from sest.config import RESUMABLE, TrainConfig, upgraded
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
 from sest.data.vectors import GENES, Source, resolved
 from sest.errors import InputError, shown
+from sest.hub import repository_of
 from sest.options import read_toml
 from sest.runs.checkpoint import (
     Checkpoint,
@@ -31,7 +34,8 @@ from sest.runs.checkpoint import (
     resumable,
     sound_checkpoint,
 )
-from sest.runs.from_hub import repository_of
+from sest.runs.schema import PROVENANCE_KIND
+from sest.untrusted.plain_json import check_plain
 
 logger = logging.getLogger(__name__)
 
@@ -154,15 +158,33 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A run's configuration and its provenance (where its cache is).
 
     Raises:
-        InputError: no config.toml there.
+        InputError: no config.toml there, or one that says what no training says.
     """
     if not (run / CONFIG).is_file():
         raise InputError(f"{run} is no run folder: it has no {CONFIG}.")
     values = upgraded(read_toml(run / CONFIG))
     provenance = values.pop("provenance", {})
+    check_plain(provenance, PROVENANCE_KIND, f"{run / CONFIG}, [provenance]")
+    TrainConfig.from_values(values, str(run / CONFIG))
     if "splits" in values and (run / SPLITS).exists():
         values["splits"] = str(run / SPLITS)
     return values, provenance
+
+
+def own_cache(run: Path, provenance: Mapping[str, Any]) -> str:
+    """The cache that a run says it was trained on.
+
+    Raises:
+        InputError: it does not say, or says a URL, which is not followed at a file's word; or nothing is there.
+    """
+    cache = str(provenance.get("cache", ""))
+    if not cache:
+        raise InputError(f"{run} does not say where its cache is. Pass --cache.")
+    if is_url(cache):
+        raise InputError(f"{run} says that its cache is at a URL; pass it yourself: --cache {shlex.quote(cache)}.")
+    if not Path(cache).exists():
+        raise InputError(f"The cache {cache} does not exist. Pass --cache with the one the run was trained on.")
+    return cache
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sest.cells import split_file
 from sest.cells.split_file import TEST, VAL, expand_braces, read_splits
 from sest.errors import InputError
+from sest.options import MAX_TOML
 
 EXAMPLE = """\
 [datasets]
@@ -165,7 +165,7 @@ def test_dots_in_quotes_and_comments_are_no_dotted_key(tmp_path: Path) -> None:
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere\.toml: cannot read the splits file: No such file"):
+    with pytest.raises(InputError, match=r"nowhere\.toml: cannot read it: No such file"):
         read_splits(tmp_path / "nowhere.toml")
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"[datasets]\na = '\xff'\n")
@@ -174,7 +174,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_file_over_one_megabyte_is_refused_and_one_of_exactly_that_size_is_read(tmp_path: Path) -> None:
-    filled = MINIMAL + "#" * (split_file.MAX_BYTES - len(MINIMAL))
+    filled = MINIMAL + "#" * (MAX_TOML - len(MINIMAL))
     assert read_splits(_write(tmp_path, filled), resolve_files=False).training == {"a"}
     assert "larger than 1,000,000 bytes" in _error(tmp_path, filled + "#")
 

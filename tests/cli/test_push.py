@@ -1,4 +1,4 @@
-"""`sest push`: what it says; pushing itself is tested with a server in tests/runs/test_from_hub.py."""
+"""`sest push`: what it says; pushing itself is tested with a server in tests/test_hub_heads.py."""
 
 from __future__ import annotations
 

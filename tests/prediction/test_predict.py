@@ -34,6 +34,7 @@ from sest.evaluation.evaluate import evaluate
 from sest.prediction.predict import predict, predict_cells
 from sest.progress import Silent, reporting
 from sest.report.write import write_report
+from sest.runs import checkpoint
 from sest.runs.checkpoint import load_model, open_checkpoint, save_checkpoint
 from sest.runs.run_folder import read_run_config
 from sest.training.train import train
@@ -280,7 +281,10 @@ def test_values_are_cut_at_14_and_a_prediction_that_is_not_finite_is_refused(
     for name, value in (("large", 100.0), ("broken", float("nan"))):
         changed = {**tensors, last: torch.full_like(tensors[last], value)}
         save_checkpoint(tmp_path / name, made.state, changed, projection=made.projection())
-    assert "is not finite. Try --precision fp32" in refusal(tmp_path / "broken", **given)
+    assert f"NaN or infinite numbers in {last}" in refusal(tmp_path / "broken", **given)
+    with pytest.MonkeyPatch.context() as monkeypatch:  # as if sound weights had overflowed
+        monkeypatch.setattr(checkpoint, "check_finite", lambda *_: None)
+        assert "is not finite. Try --precision fp32" in refusal(tmp_path / "broken", **given)
     predict(tmp_path / "large", tmp_path / "out.h5ad", PredictConfig(**given))
     cells = ad.read_h5ad(tmp_path / "out.h5ad")
     assert (cells[rows_of(cells, given["only"], "beta")].X.toarray() == LARGEST_PREDICTED_LOG1P).all()

@@ -17,9 +17,10 @@ from helpers.runs import files, metrics, signal_after
 from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
-from sest.runs.checkpoint import BEST, LAST, STATE, checkpoints, step_folder, step_folders
+from sest.runs.checkpoint import BEST, LAST, checkpoints, step_folder, step_folders
 from sest.runs.kept import check_disk, delete_older, most_at_once
 from sest.runs.run_folder import CONFIG
+from sest.runs.schema import STATE
 from sest.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

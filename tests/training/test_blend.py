@@ -12,7 +12,8 @@ from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from sest.config import BlendConfig
 from sest.errors import InputError
-from sest.runs.checkpoint import BLEND, STATE, open_checkpoint
+from sest.runs.checkpoint import open_checkpoint
+from sest.runs.schema import BLEND, STATE
 from sest.training.blend import blend_run
 from sest.training.train import TrainResult, train
 
