@@ -33,9 +33,21 @@ def flush(path: Path) -> None:
     """Flush a file's bytes, or a folder's names (new files, renames), to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around writes to an open file: an error of the disk says of which file it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_flushed(path: Path, *data: bytes | memoryview, parts: Iterable[bytes | memoryview] = ()) -> None:
@@ -124,7 +136,7 @@ def delete_folder(folder: Path) -> None:
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview], mode: str) -> None:
-    with open(path, mode) as file:
+    with naming(path), open(path, mode) as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())

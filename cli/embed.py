@@ -29,7 +29,7 @@ GROUPS = {
         "missing_genes"
     ),
     "The encoder and its embeddings": "weights max_tokens dim dtype seed",
-    "Speed and memory": "batch_size precision device",
+    "Speed and memory": "batch_size precision device max_time",
 }
 
 CacheOption = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -34,8 +33,8 @@ LOWER = {  # what makes a command take less of the host's memory
     "train": "Pass --data-device disk, or a smaller --batch-size, --set-size or --hidden",
     "report": "Pass a smaller --sets, or --no-model",
 }
+LONGEST_NAME = 200  # characters of a file's name that are shown
 MORE = "free some memory, or run it where there is more"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 app = typer.Typer(
     name="sest",
@@ -64,13 +63,15 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 130 or 143 interrupted after saving."""
+    """Run the command line. Exit codes: 0 done, 1 training failed, 2 bad input, 128 + signal: stopped, saved."""
     run_command(app)
 
 
 def run_command(command: Callable[[], object]) -> None:
     """Run a command; what it raises becomes one line and an exit code (see `main`)."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: unfinished files are removed
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(signum, lambda signum, _: sys.exit(128 + signum))  # unwinds: unfinished files are removed
     try:
         command()
     except Error as error:
@@ -85,13 +86,24 @@ def run_command(command: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        if is_out_of_memory(error):
-            console.error(out_of_memory("".join(sys.argv[1:2])))
-        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            console.error(f"{error.strerror}: {error.filename or 'the output'}. What was finished is kept.")
-        else:
+        line = of_the_machine(error, "".join(sys.argv[1:2]))
+        if line is None:
             raise
+        console.error(line)
         sys.exit(EXIT_BAD_INPUT)
+
+
+def of_the_machine(error: Exception, command: str) -> str | None:
+    """What is said where the memory, the disk or another part of the machine refuses; None: it is no such error."""
+    if is_out_of_memory(error):
+        return out_of_memory(command)
+    if isinstance(error, RecursionError):
+        return "An input is nested too deeply to be read. Is it damaged, or made to be?"
+    if isinstance(error, OSError) and error.errno:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        where = " -> ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names)
+        return f"{error.strerror}: {where or 'the output'}. What was finished is kept."
+    return None
 
 
 def out_of_memory(command: str) -> str:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 GROUPS = {
     "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
     "mixed_scales gene_axis match_controls control_targets",
-    "How long, how fast it learns": "max_steps lr schedule warmup ema weight_decay clip batch_size set_size accumulate "
-    "loss",
+    "How long, how fast it learns": "max_steps max_time lr schedule warmup ema weight_decay clip batch_size set_size "
+    "accumulate loss",
     "The head": "head init_from freeze hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
     "Validation and stopping": "val_every val_sets monitor early_stopping patience max_bad_steps",
     "What is kept and shown": "checkpoint_every keep_last log_every tensorboard wandb",

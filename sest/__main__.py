@@ -1,6 +1,18 @@
-"""`python -m sest` is the same command as `sest`."""
+"""The `sest` command, also as `python -m sest`: Ctrl-C is quiet from the first import on."""
 
-from sest.cli.main import main
+import signal
+
+
+def main() -> None:
+    """Run the command line."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process without a word, wherever an import is
+    from sest.cli.main import main as run
+
+    signal.signal(signal.SIGINT, before)
+    run()
+
 
 if __name__ == "__main__":
     main()

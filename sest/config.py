@@ -21,6 +21,7 @@ from sest.options import (
     LABELS,
     LARGEST_SEED,
     LAYER,
+    MAX_TIME,
     MISSING_GENES,
     MIXED,
     MODALITY,
@@ -98,6 +99,7 @@ class EmbedConfig(Config):
         "read only CLS and the N - 1 most expressed genes of a cell: faster, approximate; default: all slots",
         least=2,
     )
+    max_time: str | None = option(None, f"{MAX_TIME}; default: no limit")
     seed: int = option(0, f"{SEED}: of tie-breaking and of the PCA's sample", least=0, most=LARGEST_SEED)
 
 
@@ -197,6 +199,7 @@ class TrainConfig(Config):
     )
     checkpoint_every: int = option(5_000, "steps between kept checkpoints", least=1)
     keep_last: int = option(0, "how many of those stay, the newest; older ones are deleted; 0: all", least=0)
+    max_time: str | None = option(None, f"{MAX_TIME}; default: no limit")
     log_every: int = option(50, "steps between lines of metrics.jsonl", least=1)
     early_stopping: bool = option(False, "stop when --monitor has not improved for --patience validations")
     patience: int = option(10, "validations without improvement before stopping early", least=1)
@@ -344,7 +347,7 @@ class ReportConfig(Config):
 
 
 RESUMABLE = (  # what a resumed run may change without becoming another run
-    "mixed_scales max_steps val_every checkpoint_every keep_last log_every early_stopping patience max_bad_steps "
-    "num_workers data_device scratch compile gradients device precision lr schedule warmup weight_decay clip "
-    "tensorboard wandb"
+    "mixed_scales max_steps max_time val_every checkpoint_every keep_last log_every early_stopping patience "
+    "max_bad_steps num_workers data_device scratch compile gradients device precision lr schedule warmup weight_decay "
+    "clip tensorboard wandb"
 ).split()

@@ -24,6 +24,7 @@ COUNTS = ("auto", "raw", "log1p")
 LARGEST_SEED = 2**63 - 1
 MAX_TOML = 1_000_000  # bytes of a file
 MAX_BARE_DOTS = 8  # dots of a line outside quotes: tomllib takes quadratic time over a dotted key
+_TIME = re.compile(r"(?:(\d{1,5})d)?(?:(\d{1,6})h)?(?:(\d{1,7})m)?(?:(\d{1,9})s)?")
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|' + r"'[^'\n]*+'?|#[^\n]*+")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
 KINDS[type(None)] = "nothing"
@@ -55,6 +56,7 @@ FEATURES = "perturbation features"
 N_CELLS = "cells of each perturbation"
 GENES = "file of gene names, one a line"
 MIXED = "files that were normalised differently"
+MAX_TIME = "stop and save before so long is over, such as 3h50m (exit code 142)"
 TARGET_SUM = "counts a cell is normalised to before log1p"
 
 
@@ -149,6 +151,22 @@ def plain(value: Any, kinds: tuple[type, ...]) -> Any:
         with suppress(ValueError, OverflowError):
             return number(value)
     return value
+
+
+def seconds_of(text: str | None, name: str = "max-time") -> float | None:
+    """Seconds of a length of time such as 3h50m, 90m, 1d12h or 45s; None of None.
+
+    Raises:
+        InputError: it is none, or 0; `name` is that of the option.
+    """
+    if text is None:
+        return None
+    found = _TIME.fullmatch(text.strip().lower())
+    numbers = [int(part or 0) for part in found.groups()] if found else []
+    seconds = float(sum(number * unit for number, unit in zip(numbers, (86_400, 3_600, 60, 1), strict=False)))
+    if not seconds:
+        raise InputError(f"{name} is {text!r}; it takes a length of time with units, such as 3h50m, 90m, 1d12h or 45s.")
+    return seconds
 
 
 def toml_bytes(path: Path) -> bytes:

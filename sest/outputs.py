@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Place = str | os.PathLike[str]
+LONGEST_NAME = 230  # bytes, of the 255 that file systems take: what is written aside has a longer name
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how text begins that spreadsheets compute (OWASP)
 
 
@@ -42,6 +43,8 @@ def check_output(
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise InputError(f"{path} does not end in {shown(suffixes)}. Give a name that does.")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise InputError(f"The name {path.name[:60]}... is too long: at most {LONGEST_NAME} bytes. Give a shorter one.")
     for other in inputs:
         if other is not None:
             _refuse_input(path, other)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sest.errors import InputError
-from sest.options import Config, option, plain, read_toml
+from sest.options import Config, option, plain, read_toml, seconds_of
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,12 @@ def test_one_key_given_twice_with_dash_and_underscore_is_refused(tmp_path: Path)
     (tmp_path / "a.toml").write_text("max-steps = 7\nmax_steps = 3\n")
     with pytest.raises(InputError, match=r"max_steps twice"):
         read_toml(tmp_path / "a.toml")
+
+
+def test_a_length_of_time_has_units() -> None:
+    for text, seconds in {"3h50m": 13_800, "90m": 5_400, "1d12h": 129_600, "45s": 45, "2H5s": 7_205}.items():
+        assert seconds_of(text) == seconds
+    assert seconds_of(None) is None
+    for text in ("", "3", "h", "3h 50", "50m3h", "0m", "-1h", "1.5h", "3:50:00"):
+        with pytest.raises(InputError, match=r"max-time is .* such as 3h50m"):
+            seconds_of(text)

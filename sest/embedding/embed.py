@@ -49,7 +49,8 @@ from sest.errors import InputError
 from sest.files.cell_file import CellFile
 from sest.machine.memory import resident_bytes
 from sest.machine.ranks import SINGLE, Ranks
-from sest.machine.signals import StopRequest, stop_requests
+from sest.machine.signals import StopRequest, TimeLimit, stop_requests
+from sest.options import seconds_of
 from sest.se.hub import with_local_encoder
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def embed(
 
     Raises:
         InputError, CacheError: bad input; nothing was written, or everything finished before is kept.
-        Interrupted: after SIGINT or SIGTERM; finished rows are saved.
+        Interrupted: after a signal, or when `max_time` is over; finished rows are saved.
     """
     if config.missing_genes != "error" and not (add or like):
         raise InputError(
@@ -97,6 +98,7 @@ def embed(
         if add:
             raise InputError("Files that join a cache with --add are embedded as it was. Leave --like out.")
         config = alike(config, like)
+    limit = TimeLimit(seconds_of(config.max_time), time.monotonic())
     sources, splits = resolve_inputs(inputs, data_roots)
     storage = storage_at(cache)
     refuse_foreign(storage)  # all that can be refused before the inputs are read, which can take an hour
@@ -122,7 +124,7 @@ def embed(
             return plan
         # from here on there is something to save
         saved = f"Stopped. Finished rows are in {cache}; the same command continues there."
-        stop = stack.enter_context(stop_requests(saved))
+        stop = stack.enter_context(stop_requests(saved, limit))
         writer = CacheWriter(cache, plan.attributes, rank=ranks.rank, world_size=ranks.world_size, add=add)
         stack.enter_context(writer)
         if writer.complete:

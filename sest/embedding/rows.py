@@ -86,7 +86,7 @@ class RowEncoder:
             out[done : done + len(numbers)] = encoded
             done += len(numbers)
             progress.advance(len(numbers))
-            if self.stop.signum or time.monotonic() - saved > SPOOL_SECONDS:
+            if self.stop.asked() or time.monotonic() - saved > SPOOL_SECONDS:
                 self.writer.spool_rows(piece.spool, kept, out[kept:done])
                 kept, saved = done, time.monotonic()
                 self.stop.check()

@@ -17,13 +17,13 @@ import tomli_w
 import torch
 
 from sest import __version__
-from sest.cache.disk import write_durably
+from sest.cache.disk import naming, write_durably
 from sest.cache.storage import is_url
 from sest.config import RESUMABLE, TrainConfig, upgraded
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
 from sest.data.vectors import GENES, Source, resolved
-from sest.errors import InputError, shown
+from sest.errors import InputError, TrainingFailed, shown
 from sest.hub import repository_of
 from sest.options import read_toml
 from sest.runs.checkpoint import (
@@ -254,8 +254,20 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut short by a kill
 
 
+def require_folder(run: Path) -> None:
+    """Refuse to go on with a run whose folder was deleted or moved, before anything is written there.
+
+    Raises:
+        TrainingFailed: it has no configuration any more.
+    """
+    if not (run / CONFIG).is_file():
+        raise TrainingFailed(
+            f"{run} was deleted or moved while it trained: it has no {CONFIG}. Nothing is written there."
+        )
+
+
 def append_metrics(path: Path, line: dict[str, Any]) -> None:
     """Add a line, to be made durable with the next checkpoint; a number that is not finite becomes null."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         file.write(json.dumps(plain, allow_nan=False) + "\n")

@@ -110,6 +110,10 @@ STATE_KIND = record(
                 ),
             }
         ),
+        "window": record(
+            {"loss": _figure, "grad_norm": _figure, "bad": number(0), "streak": number(0), "worst_streak": number(0)}
+            | {"steps": whole()},
+        ),
         "baselines": maybe(mapping_of(maybe(_figure))),
         "blend": record(
             {

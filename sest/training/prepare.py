@@ -49,6 +49,7 @@ from sest.training.limit import measure_limit
 from sest.training.step_memory import largest_batch
 from sest.training.trainer import RunState, Trainer
 from sest.training.validate import BASELINES, Validator
+from sest.training.window import WINDOW
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def prepare(
     ddp = team.ddp(HeadLoss(model, criterion, cast), config.gradients)
     team.wait()  # all have read what is in the folder
     n_sets = config.batch_size // team.size * config.accumulate
-    return Trainer(
+    trainer = Trainer(
         run=run,
         config=config,
         team=team,
@@ -127,6 +128,10 @@ def prepare(
         state=RunState() if start is None else _state_of(start),
         origin=started_from(start, taken),
     )
+    if start is not None and WINDOW in start.state:
+        trainer.window.restore(start.state[WINDOW])
+        trainer.state.skipped_steps -= trainer.window.n_bad()  # the next line counts them
+    return trainer
 
 
 def settled(config: TrainConfig, data: Dataset) -> TrainConfig:

@@ -7,6 +7,7 @@ weights alone, so a resumed run is the run.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from sest.errors import InputError, TrainingFailed, is_out_of_memory
 from sest.head.model import StateTransition, n_parameters
 from sest.machine.devices import choose_device
 from sest.machine.ranks import SINGLE, Ranks
-from sest.machine.signals import Interrupted, StopRequest, stop_requests
+from sest.machine.signals import Interrupted, StopRequest, TimeLimit, stop_requests
 from sest.machine.team import join_team
+from sest.options import seconds_of
 from sest.progress import STEPS
 from sest.runs.checkpoint import LAST
-from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run
+from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run, require_folder
 from sest.runs.sinks import open_sinks
 from sest.training.blend import say_blend
 from sest.training.prepare import prepare
@@ -74,10 +76,11 @@ def train(
         InputError, CacheError: bad input; nothing was trained.
         TrainingFailed: a NaN validation, `max_bad_steps` non-finite steps in a row, or no host memory left; the last
             checkpoint is kept.
-        Interrupted: after SIGINT or SIGTERM; the step was finished and saved to last/.
+        Interrupted: after a signal, or when `max_time` is over; the step was finished and saved to last/.
     """
     if config.head == "none":
         return _without_head(cache, run, config, resume, ranks, on_start, on_log)
+    limit = TimeLimit(seconds_of(config.max_time), time.monotonic())
     device = choose_device(config.device)
     with ExitStack() as stack:
         team = stack.enter_context(join_team(ranks, device))
@@ -86,12 +89,13 @@ def train(
         trainer.check_disk()
         if team.leads:
             stack.enter_context(opened_run(run, trainer.config, trainer.data, start, trainer.state.step))
-        stop = stack.enter_context(stop_requests())
+        stop = stack.enter_context(stop_requests(limit=limit))
         stack.enter_context(closing(trainer))
         sinks = stack.enter_context(open_sinks(run, trainer.config, trainer.state.step)) if team.leads else None
 
         def log(line: Line) -> None:
             if sinks is not None:
+                require_folder(run)
                 append_metrics(run / METRICS, line)
                 sinks(line)
                 if on_log is not None:
@@ -204,7 +208,7 @@ def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> s
         if state.step % config.checkpoint_every == 0:
             trainer.save_step()
         window.pause()
-        if signum := trainer.team.largest(stop.signum):
+        if signum := trainer.team.largest(stop.asked()):
             trainer.save_last()
             raise Interrupted(
                 signum, f"Stopped after step {state.step}, saved in {trainer.run / LAST}. Go on with --resume auto."

@@ -44,12 +44,12 @@ from sest.runs.checkpoint import (
 from sest.runs.curves import best_of
 from sest.runs.kept import check_disk, delete_older
 from sest.runs.known import CELLS, cells_to_keep, features_to_keep
-from sest.runs.run_folder import METRICS
+from sest.runs.run_folder import METRICS, require_folder
 from sest.training.blend import blend_of
 from sest.training.identity import projection_to_keep
 from sest.training.limit import Limit
 from sest.training.validate import BASELINES, Validator
-from sest.training.window import Window
+from sest.training.window import WINDOW, Window
 
 logger = logging.getLogger(__name__)
 
@@ -341,6 +341,7 @@ class Trainer:
         step = self.state.step
 
         def write() -> None:
+            require_folder(self.run)
             flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
             work()
             if self.config.keep_last:
@@ -369,6 +370,7 @@ class Trainer:
                 "sest_version": __version__,
                 "step": self.state.step,
                 "run": {**vars(self.state), "skipped_steps": self.state.skipped_steps + self.window.n_bad()},
+                WINDOW: self.window.to_values(),
                 "scaler": self.scaler.state_dict(),
                 "sizes": self.model.sizes.to_values(),
                 "trainable_parameters": n_parameters(self.model),

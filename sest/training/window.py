@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from sest.training.limit import Limit
 MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes")
 
 
+WINDOW = "window"  # in a checkpoint's state.json: what `Window.to_values` gives
+SUMS = ("loss", "grad_norm", "bad", "streak", "worst_streak", "steps")
+
+
 class Window:
     """Sums since the last log line, kept on the device until it is written."""
 
@@ -23,6 +28,7 @@ class Window:
         self._device = device
         self._loss, self._norm, self._bad, self._streak, self._worst = torch.zeros(5, device=device).unbind()
         self._steps, self._paused, self._waited = 0, 0.0, 0.0
+        self._restored = 0  # of the steps, those of an earlier process, whose time is not known
         self._began = self._mark = time.monotonic()
         self.worst_streak = 0
 
@@ -43,6 +49,17 @@ class Window:
     def n_bad(self) -> int:
         """Skipped steps since the last line; waits for the device."""
         return int(self._bad)
+
+    def to_values(self) -> dict[str, float]:
+        """What the next line needs, for state.json; waits for the device."""
+        sums = torch.stack([self._loss, self._norm, self._bad, self._streak, self._worst]).tolist()
+        return dict(zip(SUMS, (*sums, self._steps), strict=True))
+
+    def restore(self, values: Mapping[str, float]) -> None:
+        """Go on from `to_values`."""
+        for name, tensor in zip(SUMS, (self._loss, self._norm, self._bad, self._streak, self._worst), strict=False):
+            tensor.fill_(values[name])
+        self._steps = self._restored = int(values["steps"])
 
     def line(self, step: int, lr: float, skipped: int, waited: float, limit: Limit) -> dict[str, Any]:
         """The log line of the steps since the last one; waits for the device.
@@ -66,7 +83,7 @@ class Window:
             "loss": loss / good if bad < self._steps else math.nan,
             "grad_norm": norm / good if bad < self._steps else math.nan,
             "lr": lr,
-            "it_per_s": self._steps / seconds,
+            "it_per_s": max(self._steps - self._restored, 1) / seconds,
             "data_wait": min((waited - self._waited) / seconds, 1.0),
             "skipped_steps": skipped + int(bad),
             "limit_it_per_s": limit.it_per_s,
@@ -77,6 +94,6 @@ class Window:
             line["device_wait"] = min((now - asked) / seconds, 1.0)
         for tensor in (self._loss, self._norm, self._bad, self._worst):
             tensor.zero_()
-        self._steps, self._paused, self._waited = 0, 0.0, waited
+        self._steps, self._restored, self._paused, self._waited = 0, 0, 0.0, waited
         self._began = self._mark = time.monotonic()
         return line

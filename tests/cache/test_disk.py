@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -203,3 +204,16 @@ def test_a_folder_that_could_not_be_deleted_is_whole_under_its_name_or_as_gone(
     with pytest.raises(OSError, match="No space left"):
         delete_folder(tmp_path / "d")
     assert os.listdir(tmp_path) == [left] and (tmp_path / left / "a").read_bytes() == b"old"
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write and fsync know descriptors only: their errors have no name."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (write_durably, append_durably, write_flushed):
+        with pytest.raises(OSError, match="No space left") as error:
+            write(tmp_path / "a", b"x")
+        assert str(error.value.filename).startswith(str(tmp_path / "a"))

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,67 @@ def test_no_memory_is_one_line_with_the_step_and_what_to_lower(
     assert "began: Loading targets. Pass --data-device disk, or a smaller --batch-size, --set-size" in line
     line = refused("predict", demo.run, "--out", tmp_path / "o.h5ad")
     assert "This command needs more memory than there is; or free some memory" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RecursionError(), "Error: An input is nested too deeply to be read. Is it damaged, or made to be?"),
+        (OSError(36, "File name too long", "x" * 300), f"Error: File name too long: {'x' * 200}.... What was finished"),
+        (OSError(28, "No space left on device", "a"), "Error: No space left on device: a. What was finished is kept."),
+        (OSError(5, "Input/output error"), "Error: Input/output error: the output. What was finished is kept."),
+        (
+            OSError(18, "Invalid cross-device link", "a", None, "b"),
+            "Error: Invalid cross-device link: a -> b. What",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line_in_any_command(
+    refused: Callable[..., str],
+    demo: Demo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    line: str,
+) -> None:
+    def fail(self: ConsoleProgress, n: int = 1) -> None:
+        raise error
+
+    monkeypatch.setattr(ConsoleProgress, "advance", fail)
+    assert refused("embed", demo.cells, "--encoder", "pca", "--cache", tmp_path / "c.zarr").startswith(line)
+
+
+def test_a_name_of_more_than_255_bytes_is_one_line_in_any_command(
+    refused: Callable[..., str], demo: Demo, tmp_path: Path
+) -> None:
+    name = tmp_path / ("x" * 300)
+    for words in (
+        ("embed", demo.cells, "--encoder", "pca", "--cache", f"{name}.zarr"),
+        ("train", demo.cache, "--perturbations", demo.features, "--max-steps", 1, "--run", name),
+        ("predict", demo.run, "--cell-type", "alpha", "--out", f"{name}.h5ad"),
+        ("report", demo.run, "--no-model", "--out", f"{name}.html"),
+        ("simulate", f"{name}.h5ad"),
+        ("info", f"{name}.h5ad"),
+    ):
+        assert "oo long" in refused(*words), words
+    almost = tmp_path / f"{'x' * 245}.h5ad"  # too long with what is written aside
+    assert "is too long: at most 230 bytes" in refused("simulate", almost)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.1, 0.4, 1.2])
+def test_ctrl_c_while_it_starts_is_quiet(demo: Demo, delay: float) -> None:
+    """From the first line of ours on; what Python does before cannot be ours."""
+    code = "import sys; sys.stdout.write('up'); sys.stdout.flush(); import sest.__main__; sest.__main__.main()"
+    words = ["train", str(demo.cache), "--run", "/nowhere/r", "--perturbations", str(demo.features)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.read(2) == "up"
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err and "Interrupt" not in err, err
 
 
 @pytest.mark.slow

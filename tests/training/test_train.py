@@ -5,12 +5,14 @@ Runs are of a head with some thousand parameters on 72 cells (see tests/helpers)
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,63 @@ def test_a_stopped_run_that_is_resumed_is_the_uninterrupted_run(
     assert f"Resuming from {run / LAST} at step {step}." in notes.notes
     assert files(run) == files(whole)
     assert metrics(run) == metrics(whole)
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_line_over_steps_before_and_after_a_stop_is_that_of_the_uninterrupted_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Lines are of 5 steps, the stop is between two of them; the second step is skipped."""
+    config, one_step = small_config(log_every=5), Trainer.step
+
+    def stopping(trainer: Trainer) -> None:
+        one_step(trainer)
+        if trainer.state.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    for name in ("whole", "stopped"):
+        with monkeypatch.context() as patch:
+            nan_at(patch, {2})
+            if name == "whole":
+                train(cache, tmp_path / name, config)
+                continue
+            patch.setattr(Trainer, "step", stopping)
+            with pytest.raises(Interrupted):
+                train(cache, tmp_path / name, config)
+    train(cache, tmp_path / "stopped", config, resume="auto")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "whole")[-2]["skipped_steps"] == 1
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_a_training_ends_before_its_time_is_over_saved_and_goes_on(cache: Path, tmp_path: Path) -> None:
+    run, began = tmp_path / "run", time.monotonic()
+    config = small_config(max_steps=10**6, max_time="3s", log_every=100, val_every=10**6, checkpoint_every=10**6)
+    with pytest.raises(Interrupted, match=r"saved in .*last. Go on with --resume auto") as stopped:
+        train(cache, run, config)
+    assert stopped.value.signum == signal.SIGALRM and time.monotonic() - began < 3
+    step = open_checkpoint(run / LAST).state["step"]
+    assert step > 0
+    result = train(cache, run, dataclasses.replace(config, max_steps=step + 2, max_time=None), resume="auto")
+    assert result.step == step + 2 and result.reason == "max_steps"
+    with pytest.raises(InputError, match="max-time is '3'; it takes a length of time"):
+        train(cache, tmp_path / "other", small_config(max_time="3"))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("step", [3, 4])  # 4: a validation, best/ and a kept checkpoint
+def test_a_run_folder_deleted_meanwhile_ends_the_training_and_is_not_made_again(
+    cache: Path, tmp_path: Path, step: int
+) -> None:
+    run = tmp_path / "run"
+
+    def delete(line: dict[str, Any]) -> None:
+        if line["step"] == step:
+            shutil.rmtree(run)
+
+    with pytest.raises(TrainingFailed, match=r"was deleted or moved while it trained"):
+        train(cache, run, small_config(), on_log=delete)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_stops_as_sigterm_does_and_a_second_one_stops_at_once(cache: Path, whole: Path, tmp_path: Path) -> None:

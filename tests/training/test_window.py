@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from sest.training.limit import Limit
-from sest.training.window import Window
+from sest.training.window import MEASURED, Window
 
 LIMIT = Limit(flops=100.0, bytes=10.0, flops_per_s=50.0, bytes_per_s=10.0)  # 2 seconds a step, of compute
 
@@ -81,3 +82,15 @@ def test_rates_leave_out_pauses_and_count_every_step(monkeypatch: pytest.MonkeyP
     add(window, (1.0, 1.0))
     line = window.line(5, 1e-3, 0, 4.0, LIMIT)  # seconds waited since the run began: 3 of them since the last line
     assert (line["it_per_s"], line["data_wait"]) == (1 / 4, 3 / 4)
+
+
+def test_a_window_that_is_restored_gives_the_line_of_the_whole_one() -> None:
+    steps = [(1.25, 10.0), (math.nan, 5.0), (0.1, 0.3), (5.0, 40.0)]
+    whole, first, second = (Window(torch.device("cpu")) for _ in range(3))
+    add(whole, *steps)
+    add(first, *steps[:2])
+    kept = json.loads(json.dumps(first.to_values()))
+    second.restore(kept)
+    add(second, *steps[2:])
+    lines = [{k: v for k, v in w.line(4, 1e-3, 0, 0.0, LIMIT).items() if k not in MEASURED} for w in (whole, second)]
+    assert lines[0] == lines[1] and whole.worst_streak == second.worst_streak == 1
