@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import zarr
 
 from sest.errors import shown
-from sest.files.nodes import Array, Group, Node, attribute, bad, check_numbers, child, container, is_array
+from sest.files.nodes import Array, Group, Node, attribute, bad, check_numbers, check_whole, child, container, is_array
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +183,7 @@ def _compressed(group: Group, n_major: int, n_minor: int) -> tuple[np.ndarray, A
         raise bad(indptr_set, f"has {indptr_set.shape[0]} entries where the shape asks for {n_major + 1}")
     if indices.shape != data.shape:
         raise bad(group, f"has {indices.shape[0]} indices for {data.shape[0]} values")
+    check_whole(indptr_set)
     indptr = _whole(indptr_set[:], indptr_set).astype(np.int64)
     steps = np.diff(indptr)
     if indptr[0] != 0 or indptr[-1] != data.shape[0] or (steps < 0).any():

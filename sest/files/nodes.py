@@ -7,6 +7,7 @@ of one line. h5py and zarr agree on shape, dtype, attrs and slices; where they d
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import zipfile
@@ -28,6 +29,9 @@ Node = Any  # Group | Array
 
 CHUNK_LIMIT = 2**29  # bytes of one chunk, which can only be decompressed whole
 MAX_DEPTH = 8  # of groups below one that is read whole
+MAX_NODES = 100_000  # groups and arrays below it
+SMALL = 2**28  # bytes of an array that need not be in the file
+MOST_COMPRESSED = 1100  # times, of which zlib reaches 1032
 # What h5py, zarr and numcodecs raise for a damaged file, wherever they first touch the damage.
 DAMAGE = (
     OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, EOFError,
@@ -99,17 +103,33 @@ def check_numbers(array: Array) -> None:
         raise bad(array, f"has type {array.dtype}; expected numbers")
 
 
-def check_below(node: Node, largest: int, depth: int = 0) -> None:
+def check_whole(array: Array) -> None:
+    """Refuse an array that is going to be read whole and is large because its chunks were never written, or are alike.
+
+    Such a file of some kilobytes can ask for any memory.
+    """
+    n_bytes = array.size * array.dtype.itemsize
+    if n_bytes > SMALL:
+        stored = array.nbytes_stored() if isinstance(array, zarr.Array) else array.id.get_storage_size()
+        if n_bytes > MOST_COMPRESSED * stored:
+            raise bad(array, f"says {array.size:,} entries, but has {stored:,} bytes in the file")
+
+
+def check_below(node: Node, largest: int) -> None:
     """Check everything below a group that is going to be read whole; no array may have more than `largest` bytes."""
-    if depth > MAX_DEPTH:
-        raise bad(node, "lies too deep")
-    if is_array(node):
-        check_stored(node)
-        if node.size * node.dtype.itemsize > largest:
-            raise bad(node, f"is too large: {node.size} entries")
-        return
-    for name in node:
-        check_below(child(node, name), largest, depth + 1)
+    waiting, n_nodes = [(node, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        n_nodes += 1
+        if depth > MAX_DEPTH or n_nodes > MAX_NODES:  # a group can be a member of several, and of itself
+            raise bad(node, "lies too deep" if depth > MAX_DEPTH else f"is one of more than {MAX_NODES:,} members")
+        if is_array(node):
+            check_stored(node)
+            check_whole(node)
+            if node.size * node.dtype.itemsize > largest:
+                raise bad(node, f"is too large: {node.size} entries")
+        else:
+            waiting += [(child(node, name), depth + 1) for name in itertools.islice(node, MAX_NODES)]
 
 
 def attribute(node: Node, name: str) -> str:

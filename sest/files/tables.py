@@ -24,6 +24,7 @@ from sest.files.nodes import (
     attribute,
     bad,
     check_stored,
+    check_whole,
     child,
     is_array,
     texts,
@@ -32,6 +33,7 @@ from sest.files.nodes import (
 logger = logging.getLogger(__name__)
 
 MAX_ENTRY = 1024  # bytes a row of a column may take, with text behind it
+MOST_COLUMNS = 4096  # of a table that is read whole
 FEW_ROWS = 2**16  # a column may be as large as one of so many rows
 KNOWN_VERSIONS = ("", "0.1.0", "0.2.0")  # of the encodings of columns
 OLD_CATEGORIES = "__categories"  # group of obs or var where AnnData 0.7 and SeuratDisk keep the categories
@@ -96,6 +98,8 @@ class Table:
 
     def frame(self, *, lenient: bool = False) -> pd.DataFrame:
         """All columns; `lenient`: without those that cannot be read, which is said."""
+        if len(self.columns) > MOST_COLUMNS:
+            raise bad(self.node, f"has {len(self.columns):,} columns; at most {MOST_COLUMNS:,} are read together")
         found = {}
         for name in self.columns:
             try:
@@ -149,8 +153,10 @@ def _compound(node: Array) -> tuple[tuple[str, ...], str, int]:
 
 def _length(node: Node) -> int:
     """Rows of a column, by its shape: of codes, values or itself."""
-    while not is_array(node):  # categorical (codes) or nullable (values)
+    if not is_array(node):  # categorical (codes) or nullable (values)
         node = child(node, "codes" if "codes" in node else "values")
+    if not is_array(node):  # which a link in the file can make a group again, without end
+        raise bad(node, "is no column of labels or numbers")
     return int(node.shape[0]) if node.shape else 0
 
 
@@ -195,6 +201,7 @@ def _check_column(node: Node, n_rows: int) -> None:
         raise bad(node, f"is a table of shape {node.shape} and no column; save it as one, or without it")
     if node.size * node.dtype.itemsize > MAX_ENTRY * max(n_rows, FEW_ROWS):
         raise bad(node, f"is too large for a column of {n_rows} rows: {node.size} entries")
+    check_whole(node)
 
 
 def _decoded(values: Any, node: Node) -> np.ndarray:

@@ -1,11 +1,18 @@
-"""Compile a function with numba, once a machine."""
+"""Compile with numba, once a machine."""
 
 from __future__ import annotations
 
+import atexit
+import importlib
+import shutil
+import tempfile
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numba
+
+NOWHERE = "no locator available"  # what numba says where no folder for its cache can be written
 
 
 def compiled(
@@ -32,8 +39,26 @@ def compiled(
         try:
             return numba.njit(function, cache=True, **options)
         except RuntimeError as error:
-            if "no locator available" not in str(error):
+            if NOWHERE not in str(error):
                 raise
             return numba.njit(function, **options)
 
     return decorate
+
+
+def import_compiled(name: str) -> ModuleType:
+    """Import a package that caches what numba compiles; where no folder for it can be written, in one of this process.
+
+    Raises:
+        ImportError: it is not installed.
+        OSError: not even a temporary folder can be written.
+    """
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if NOWHERE not in str(error):
+            raise
+    folder = tempfile.mkdtemp(prefix="sest-numba-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
+    return importlib.import_module(name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ from sest import progress
 from sest.cache import Cache, Group
 from sest.cache.schema import ROWS_PER_CHUNK
 from sest.errors import InputError
+from sest.machine.jit import import_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
     mine = pd.concat(tables, ignore_index=True)[finite]
     pca, explained = principal_components(found)
     places = {"PCA": pca}
-    if importlib.util.find_spec("umap") is not None and len(found) > NEIGHBOURS:
+    if find_spec("umap") is not None and len(found) > NEIGHBOURS:
         logger.info("UMAP of the embeddings: half a minute.")
         places["UMAP"] = _umap(found, seed)
     labels = {name: mine[name].tolist() for name in LABELS}
@@ -125,6 +125,6 @@ def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     """UMAP with its defaults and the cosine metric, the same for the same seed."""
-    umap = importlib.import_module("umap")  # the extra "umap"; half of its import is compiling
+    umap = import_compiled("umap")  # the extra "umap"; half of its import is compiling
     places: np.ndarray = umap.UMAP(NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1).fit_transform(vectors)
     return places

@@ -36,6 +36,7 @@ _HOW_TO_GET = (
     f"An SE folder holds a .ckpt or .safetensors, {GENES_FILE} and {CONFIG_FILE}; get one with "
     "`huggingface-cli download arcinstitute/SE-600M --local-dir SE-600M`."
 )
+LARGEST_SETTING = 2**16  # slots of a sentence, of which SE-600M has 2,048; attention grows with their square
 _SETTINGS = {  # our name: (where upstream's config has it, its default, smallest sensible value)
     "n_heads": (("model", "nhead"), None, 1),
     "pad_length": (("dataset", "pad_length"), None, 2),
@@ -258,9 +259,11 @@ def _settings(weights: Path, configs: list[Any], config: Path | None) -> dict[st
                 f"{weights.name} does not say {section}.{key}: put the {CONFIG_FILE} of its model, with "
                 f"`{section}:` and `{key}:`, beside it."
             )
-        if type(value) is not int or value < smallest:
+        if type(value) is not int or not smallest <= value <= LARGEST_SETTING:
             got = ascii(value)[:40]
-            raise InputError(f"{weights.name}: {section}.{key} is {got}, not a whole number of {smallest} or more.")
+            raise InputError(
+                f"{weights.name}: {section}.{key} is {got}, not a whole number from {smallest} to {LARGEST_SETTING}."
+            )
         settings[name] = value
     return settings
 

@@ -24,6 +24,7 @@ from sest.errors import InputError, shown
 from sest.untrusted.unpickle import DAMAGE, damaged, read_dictionary, read_plain_pickle
 
 MAX_VECTOR_BYTES = 64 * 2**30
+SMALL, MOST_INFLATED = 2**29, 100  # bytes that any file may become, and how many times its own size
 TABLES = {".csv": ",", ".tsv": "\t"}  # ending -> what separates the columns
 
 
@@ -35,7 +36,9 @@ def read_vectors(path: Path) -> tuple[tuple[str, ...], torch.Tensor]:
 
     Raises InputError unless all are one-dimensional, equally long and finite.
     """
-    return stack_vectors(_dictionary(path), path.name)
+    content = _dictionary(path)
+    _check_inflated(path, sum(4 * value.numel() for value in content.values() if isinstance(value, torch.Tensor)))
+    return stack_vectors(content, path.name)
 
 
 def stack_vectors(content: Mapping[Any, Any], file: str) -> tuple[tuple[str, ...], torch.Tensor]:
@@ -91,12 +94,19 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size <= MAX_VECTOR_BYTES:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
+        _check_inflated(path, size)
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except InputError:
+        raise
     except (*DAMAGE, zipfile.BadZipFile, zlib.error) as error:
         raise damaged(path, error) from error
-    raise InputError(f"{path.name} unpacks to {size / 1e9:.0f} GB, more than features can be.")
+
+
+def _check_inflated(path: Path, size: int) -> None:
+    """Refuse a file that becomes far larger in memory than it is: compressed zeros, or one number for all entries."""
+    if size > MAX_VECTOR_BYTES or size > max(SMALL, MOST_INFLATED * path.stat().st_size):
+        raise InputError(f"{path.name} unpacks to {size / 1e9:.1f} GB, more than features of its size can be.")
 
 
 def _table(path: Path) -> dict[str, np.ndarray]:

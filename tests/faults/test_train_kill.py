@@ -212,7 +212,10 @@ def _child(store: Path, run: Path, operation: str | None, k: int) -> bool:
 
 def kill_at(store: Path, runs: Path, whole: dict[str, bytes], jobs: list[tuple[str, int]]) -> None:
     arguments = [sys.executable, "-W", "error", __file__, str(store), str(runs), json.dumps(jobs)]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}  # the helpers, and the sest beside them
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+    }  # also of the sest beside
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for operation, k in jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import zarr
 
 import sest.files.nodes
 from helpers.damaged_h5ad import check_refused, counts, edit, replace, write
 from sest.errors import InputError
 from sest.files.cell_file import CellFile
+from sest.files.nodes import check_below, check_whole
 
 
 def test_groups_that_contain_themselves_end(tmp_path: Path) -> None:
@@ -120,3 +123,59 @@ def test_without_hdf5plugin_the_error_names_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
     with pytest.raises(InputError, match=r"needs HDF5 filter 32015 .*: pip install hdf5plugin, or save the file again"):
         CellFile(path)
+
+
+# --- what costs more than it is
+
+
+def test_a_column_that_is_its_own_codes_ends(tmp_path: Path, shared_cases: Path) -> None:
+    path = write(tmp_path / "a.h5ad", counts())
+    with h5py.File(path, "r+") as file:
+        del file["obs/target_gene/codes"]
+        file["obs/target_gene/codes"] = file["obs/target_gene"]
+    with CellFile(path) as file, pytest.raises(InputError, match="obs/target_gene"):
+        file.obs["target_gene"]
+    with pytest.raises(InputError, match="is no column of labels or numbers"):
+        CellFile(shared_cases / "faults" / "h5ad-index-cycle" / "hardlink_cycle_index.h5ad")
+
+
+def test_members_of_many_groups_are_not_followed_without_end(tmp_path: Path) -> None:
+    """Eight floors of 30 names for the same group below: 30^8 paths in some kilobytes."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        below = file.create_group("0")
+        for floor in range(1, 9):
+            group = file.create_group(str(floor))
+            for name in range(30):
+                group[str(name)] = below
+            below = group
+        began = time.monotonic()
+        with pytest.raises(InputError, match="more than 100,000 members"):
+            check_below(below, 2**20)
+        assert time.monotonic() - began < 20
+
+
+def test_entries_that_were_never_written_are_no_gigabytes(tmp_path: Path, shared_cases: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        check_whole(file.create_dataset("full", data=np.zeros(1000)))
+        check_whole(file.create_dataset("few", (2**20,), "f8", chunks=(1024,)))
+        with pytest.raises(InputError, match="/empty says 1,073,741,824 entries, but has 0 bytes in the file"):
+            check_whole(file.create_dataset("empty", (2**30,), "i8", chunks=(1024,)))
+    store = zarr.create_array(tmp_path / "a.zarr", shape=(2**30,), dtype="i8", chunks=(2**20,))
+    with pytest.raises(InputError, match="says 1,073,741,824 entries"):
+        check_whole(store)
+    with pytest.raises(InputError, match="/X/indptr says 8,589,934,593 entries"):
+        CellFile(shared_cases / "faults" / "h5ad-zero-indptr-64GB" / "csr_bomb_cells_sparse_indptr.h5ad")
+
+
+def test_a_table_of_30_000_columns_is_opened_but_not_read_whole(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5ad", counts())
+    with h5py.File(path, "r+") as file:
+        for i in range(30_000):
+            file[f"obs/x{i}"] = file["obs/n"]
+        del file["obs"].attrs["column-order"]
+    began = time.monotonic()
+    with CellFile(path) as cells:
+        assert len(cells.obs["target_gene"]) == 53
+        with pytest.raises(InputError, match=r"has 30,002 columns; at most 4,096 are read together"):
+            cells.obs.frame()
+    assert time.monotonic() - began < 10

@@ -65,3 +65,22 @@ def test_a_place_that_is_not_in_an_array_is_an_error_and_no_access(place: int) -
     with pytest.raises(IndexError):
         write(values[3:6], place)
     assert not values.any()
+
+
+def test_a_package_that_numba_compiles_is_imported_where_neither_home_nor_its_folder_can_be_written(
+    tmp_path: Path,
+) -> None:
+    """As umap-learn is: its import fails there without a folder of this process."""
+    package = tmp_path / "package_of_others"
+    package.mkdir()
+    (package / "__init__.py").write_text("from package_of_others.part import double\n")
+    (package / "part.py").write_text("import numba\n\n\n@numba.njit(cache=True)\ndef double(n):\n    return 2 * n\n")
+    code = (
+        "import numba\nfrom numba.core import caching\nnumba.config.CACHE_DIR = ''\n"
+        "for kind in (caching.InTreeCacheLocator, caching.UserWideCacheLocator):\n"
+        "    kind.from_function = classmethod(lambda *arguments: None)\n"
+        "from sest.machine.jit import import_compiled\n"
+        "print(import_compiled('package_of_others').double(21), numba.config.CACHE_DIR)\n"
+    )
+    number, folder = run(tmp_path, code).split()
+    assert number == "42" and not Path(folder).exists()  # gone with the process

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,22 @@ def test_what_a_failed_download_left_is_no_vectors_file(tmp_path: Path, content:
             read_vectors(tmp_path / name)
         with pytest.raises(InputError, match=message):
             refuse_impostor(tmp_path / name)
+
+
+def test_a_file_that_becomes_far_larger_than_it_is_is_refused_before_that(tmp_path: Path) -> None:
+    """The case faults/npz-bomb: zeros of 6 GB in 6 MB; and one number that stands for 10^12."""
+    npz = tmp_path / "x.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (3 * 2**28,)})
+    archive = zipfile.ZipFile(npz, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("A.npy", "w", force_zip64=True) as member:
+        member.write(header.getvalue())
+        for _ in range(24):
+            member.write(bytes(2**25))
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"x\.npz unpacks to 0\.8 GB, more than features of its size can be"):
+        read_vectors(npz)
+    torch.save({"A": torch.zeros(1).expand(10**12)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt unpacks to 4000\.0 GB"):
+        read_vectors(tmp_path / "x.pt")
+    assert time.monotonic() - began < 2
