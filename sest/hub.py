@@ -5,6 +5,7 @@ HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to hugging
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from sest.errors import InputError, shown
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # owner/name, or owner/name@revision
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # names of files in the hub's cache
 HEAD = "state.json"  # of a repository that `sest push` wrote
 _ADDRESS = re.compile(rf"hf:/{{1,2}}{NAME.pattern}")  # a Path has one slash left
 
@@ -73,7 +75,7 @@ class Repository:
         hub = self._package()
         try:
             found = hub.HfApi().model_info(self.name, revision=self.revision)
-            return None, [file.rfilename for file in found.siblings]
+            names = [file.rfilename for file in found.siblings or ()]
         except hub.errors.GatedRepoError as error:
             raise self._gated() from error
         except hub.errors.RevisionNotFoundError as error:
@@ -93,18 +95,44 @@ class Repository:
             folder = Path(cached).parent
             logger.info(f"{self.name}: the hub cannot be reached ({reason}); used as downloaded before, from {folder}.")
             return folder, sorted(file.name for file in folder.iterdir())
+        if odd := [name for name in names if not _is_file_name(name)]:
+            raise InputError(f"{self.name}: the hub lists {odd[0]!r:.80}, which is no name of a file in a repository.")
+        return None, names
+
+    def check(self, folder: Path, names: Sequence[str]) -> None:
+        """Compare files of the hub's cache with the hashes that the hub declares; the cache names them so.
+
+        Raises:
+            InputError: one is not what was declared; what to delete is said.
+        """
+        for name in names:
+            file = (folder / name).resolve()
+            if _HASH.fullmatch(file.name) and file.is_file() and file.name != _digest(file):
+                raise InputError(
+                    f"{name} of {self.name} is damaged in the cache of the hub: it has not the sha256 that the hub "
+                    f"declares. Delete {file} and run the same command again, which downloads it."
+                )
+
+    def in_part(self, folder: Path) -> InputError | None:
+        """The error of a download that did not finish, where there is no connection; None: it did."""
+        if not any((folder.parents[1] / "blobs").glob("*.incomplete")):
+            return None
+        return InputError(
+            f"{self.name} was downloaded only in part, and the hub cannot be reached. Run the same command where there "
+            f"is a connection: it goes on where it stopped. {self._by_hand()}"
+        )
 
     def download(self, names: Sequence[str]) -> Path:
         """The folder of the cache with these files, downloaded where they are not there yet.
 
         Raises:
-            InputError: no access or no connection.
+            InputError: no access or no connection, or a file is not what the hub declares.
         """
         hub = self._package()
         if not sys.stderr.isatty():
             hub.utils.disable_progress_bars()
         try:
-            return Path(hub.snapshot_download(self.name, revision=self.revision, allow_patterns=list(names)))
+            folder = Path(hub.snapshot_download(self.name, revision=self.revision, allow_patterns=list(names)))
         except hub.errors.GatedRepoError as error:  # its list of files is open to all
             raise self._gated() from error
         except Exception as error:
@@ -112,6 +140,8 @@ class Repository:
                 f"{self.name} could not be downloaded ({_reason(error)}). The same command goes on where it stopped. "
                 f"{self._by_hand()}"
             ) from error
+        self.check(folder, names)
+        return folder
 
     def upload(self, folder: Path, message: str, *, private: bool) -> str:
         """Make the files of a folder the repository's, in one commit; returns its address.
@@ -156,10 +186,31 @@ def fetched(path: Path) -> Path:
     folder, names = repository.files(HEAD)
     if HEAD not in names:
         raise InputError(f"{repository.name} is no head that `sest push` wrote: it has {shown(names)}.")
+    wanted = [name for name in names if name.endswith((".safetensors", HEAD))]
     if folder is None:
-        folder = repository.download([name for name in names if name.endswith((".safetensors", HEAD))])
+        folder = repository.download(wanted)
         logger.info(f"{repository.name}: revision {folder.name[:12]}, in {folder}.")
+    elif (unfinished := repository.in_part(folder)) is not None:
+        raise unfinished
+    else:
+        repository.check(folder, wanted)
     return folder
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it is the path of a file within a repository."""
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name or name.startswith(("/", "~")):
+        return False
+    return bool(name) and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _digest(file: Path) -> str:
+    """The hash that names a file in the hub's cache: sha256 of large ones, Git's of others."""
+    with file.open("rb") as opened:
+        if len(file.name) == 64:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        data = opened.read()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _reason(error: Exception) -> str:

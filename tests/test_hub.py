@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,3 +34,16 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.Monk
     ):
         with pytest.raises(InputError, match=r"pip install 'sest\[hub\]'.*pass --encoder FOLDER\."):
             call()
+
+
+@pytest.mark.parametrize(
+    "name", [None, 3, "", "../x", "a/../../x", "/etc/passwd", "a\x1b[31m", "a\\b", "~/x", "a//b", "./a"]
+)
+def test_a_list_of_files_with_what_is_no_file_of_a_repository_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: object
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    siblings = [SimpleNamespace(rfilename="model.safetensors"), SimpleNamespace(rfilename=name)]
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings))
+    with pytest.raises(InputError, match=r"lab/one: the hub lists .* which is no name of a file"):
+        Repository("lab/one", None, "").files("state.json")

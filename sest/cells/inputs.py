@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,9 @@ from sest.files.remote import UrlPath, located
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 2048
+
+
+_GROUP = re.compile(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*")  # names of groups, which are folders
 
 
 @dataclass(frozen=True)
@@ -134,19 +138,20 @@ def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[
             raise InputError(f"Give one .toml or several files of cells, not both ({shown(map(str, inputs))}).")
         splits = read_splits(tomls[0], roots=tuple(roots))
         sources = [
-            Source(name if len(files) == 1 else f"{name}/{stem_of(file)}", name, file)
+            Source(name if len(files) == 1 else f"{name}/{group_name(stem_of(file))}", name, file)
             for name, files in splits.datasets.items()
             for file in files
         ]
     else:
         splits = None
-        sources = [Source(stem_of(path), stem_of(path), path) for given in inputs for path in _files_of(given)]
+        files = [(group_name(stem_of(path)), path) for given in inputs for path in _files_of(given)]
+        sources = [Source(name, name, path) for name, path in files]
     for source in sources:
         known = isinstance(source.path, UrlPath) or (source.path.exists() and source.path.name.endswith(SUFFIXES))
         if not known:
             open_container(source.path)[1]()  # says what it is, if it is something else, before its name is judged
         for part in source.group.split("/"):
-            if not re.fullmatch(r"(?!__)[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*", part) or part in RESERVED:
+            if not _GROUP.fullmatch(part) or part in RESERVED:
                 raise InputError(
                     f"'{part}' ({source.path}) cannot name a group of the cache: letters, digits and _.+@=,- can. "
                     "Rename the file or the dataset."
@@ -157,6 +162,22 @@ def resolve_inputs(inputs: Sequence[Path], roots: Sequence[Path] = ()) -> tuple[
             f"Several input files are named {shown(twice)}. Rename them, or make each a dataset of a .toml."
         )
     return sources, splits
+
+
+def group_name(stem: str) -> str:
+    """What a file's name is as that of a group: itself, if it may be one.
+
+    Else letters lose their accents and all that is not allowed becomes _; where that lost more than accents, the first
+    six digits of the name's sha256 follow, so that two names stay two.
+    """
+    if _GROUP.fullmatch(stem) or stem in RESERVED:
+        return stem
+    plain = "".join(c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c))
+    if _GROUP.fullmatch(plain):
+        return plain
+    kept = re.sub(r"[^A-Za-z0-9.+@=, -]+", "_", plain).lstrip("_.+@=, -").rstrip("_. ")
+    digits = hashlib.sha256(unicodedata.normalize("NFC", stem).encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{kept}-{digits}" if _GROUP.fullmatch(kept) else f"cells-{digits}"
 
 
 def _files_of(given: Path) -> list[Path]:

@@ -31,9 +31,15 @@ def with_local_encoder(config: EmbedConfig) -> EmbedConfig:
         return config
     repository = Repository(named[1], named[2], "pass --encoder FOLDER")
     folder, names = repository.files(GENES_FILE)
-    weights = _choose(repository.name, names, config.weights)
-    if folder is None:
-        folder = repository.download([n for n in (weights, GENES_FILE, CONFIG_FILE) if n in names])
+    try:
+        weights = _choose(repository.name, names, config.weights)
+    except InputError as error:
+        raise (repository.in_part(folder) if folder is not None else None) or error from None
+    wanted = [n for n in (weights, GENES_FILE, CONFIG_FILE) if n in names]
+    if folder is not None:
+        repository.check(folder, wanted)
+    else:
+        folder = repository.download(wanted)
         logger.info(f"{repository.name}: {weights} of revision {folder.name[:12]}, in {folder}.")
     return dataclasses.replace(config, encoder=str(folder / weights), weights=None)
 
