@@ -26,6 +26,8 @@ from sest.cache.schema import CacheError
 from sest.errors import is_out_of_memory, one_line
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=.)")  # a scheme has two letters or more; pathlib makes s3:// to s3:/
+# Protocols that lead on to a place named by what they read.
+INDIRECT = ("reference", "generic", "filecache", "simplecache", "blockcache", "cached", "dir", "zip", "tar")
 T = TypeVar("T")
 _BLOCK = 2**24  # bytes read at once where a file is only hashed
 
@@ -139,14 +141,23 @@ def is_url(path: str | Path) -> bool:
     return found is not None and found[1] not in ("file", "local")
 
 
+def leads_on(url: str) -> bool:
+    """Whether a URL leads through one place to another, which can be any file the user may read: a::b, reference://."""
+    return "::" in url or url.partition(":")[0] in INDIRECT
+
+
 def storage_at(path: str | Path) -> Storage:
     """The storage of a path or URL. A URL that went through pathlib.Path (s3:/bucket) is understood.
 
     Raises:
-        CacheError: a URL of a kind that is unknown, or whose package is not installed.
+        CacheError: a URL of a kind that is unknown, whose package is not installed, or that leads on to another.
     """
     text = str(path)
     if is_url(text):
+        if leads_on(text):
+            raise CacheError(
+                f"{text} leads through one place to another, which is not followed. Give the cache's own URL."
+            )
         return RemoteStorage(_URL.sub(r"\1://", text, count=1))
     return LocalStorage(Path(re.sub(r"^(file|local):/+", "/", text)))
 

@@ -8,13 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sest.cache.storage import is_url
+from sest.cache.storage import is_url, leads_on
 from sest.errors import InputError, one_line
 
 BLOCK = 2**22  # bytes asked for at once
 BLOCKS = 32  # blocks of a file that are kept
-# Protocols that lead on to a place named by what they read.
-INDIRECT = ("reference", "generic", "filecache", "simplecache", "blockcache", "cached", "dir", "zip", "tar")
 
 
 class UrlPath(type(Path())):  # type: ignore[misc]
@@ -40,7 +38,7 @@ def check_url(url: str) -> None:
     Raises:
         InputError: a chain (a::b), or a protocol that reads elsewhere.
     """
-    if "::" in url or url.partition(":")[0] in INDIRECT:
+    if leads_on(url):
         raise InputError(f"{url} leads through one place to another, which is not followed. Give the file's own URL.")
 
 

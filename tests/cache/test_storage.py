@@ -231,3 +231,12 @@ def test_what_cannot_be_a_cache_is_refused_in_one_line() -> None:
     with pytest.raises(CacheError, match="exists and is not a sest cache"), CacheWriter(URL, {}):
         pass
     assert storage_at(URL).sizes() == {"thesis.tex": 4}
+
+
+@pytest.mark.parametrize(
+    "url", ["reference://x::/tmp/ref.json", "reference:///tmp/ref.json", "zip://a::http://b/c.zip"]
+)
+def test_a_url_that_leads_on_to_another_place_is_no_storage(url: str) -> None:
+    """fsspec would follow it, and older ones run what the reference says."""
+    with pytest.raises(CacheError, match="leads through one place to another"):
+        storage_at(url)

@@ -141,7 +141,8 @@ def test_without_a_connection_the_error_says_how_to_fetch_by_hand(hub: Hub, tmp_
 
 def test_a_file_damaged_in_the_cache_of_the_hub_is_named_with_what_to_delete(hub: Hub, tmp_path: Path) -> None:
     assert sest(tmp_path, hub.url, "lab/one", "--dry-run").returncode == 0
-    blob = next(tmp_path.rglob("snapshots/*/model.safetensors")).resolve()
+    link = next(tmp_path.rglob("snapshots/*/model.safetensors"))
+    blob = link.resolve()
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
@@ -150,7 +151,7 @@ def test_a_file_damaged_in_the_cache_of_the_hub_is_named_with_what_to_delete(hub
         assert done.returncode == 2
         assert f"Delete {blob} and run the same command again" in done.stderr.splitlines()[-1]
     blob.rename(blob.with_name(f"{blob.name}.incomplete"))  # as a download that was stopped
-    next(tmp_path.rglob("snapshots/*/model.safetensors")).unlink()
+    link.unlink()
     assert "lab/one was downloaded only in part, and the hub cannot be reached" in refused(
         sest(tmp_path, NO_SERVER, "lab/one")
     )
