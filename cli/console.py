@@ -77,13 +77,3 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def figure(value: float, decimals: int = 4) -> str:
     """A score; "-" where it is none."""
     return f"{value:.{decimals}f}" if math.isfinite(value) else "-"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "45 s", "12 min" or "3 h 05 min"."""
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

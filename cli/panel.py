@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sest.cli.console import duration
+from sest.progress import duration
 from sest.runs.curves import HIGHER_IS_BETTER, WITH_CELLS, curves_of, is_no_measure, judged_by, strongest
 from sest.runs.diagnose import GOOD, WARNING, Finding, diagnose
 

@@ -13,9 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from sest.cli import console
-from sest.cli.console import duration
 from sest.errors import visible
-from sest.progress import STEPS, reporting
+from sest.progress import STEPS, duration, reporting
 from sest.runs.curves import is_no_measure, judged_by, strongest
 
 if TYPE_CHECKING:

@@ -85,7 +85,7 @@ def embed_and_train(request: Request) -> None:
         check_features(request)
     check_genes(request, cache)
     console.command(shlex.join(request.train_command(resume)))
-    train(request.cache, request.run, resume, **request.train)
+    train(request.cache, request.run, resume, **request.training(resume))
 
 
 def show_help() -> None:

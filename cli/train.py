@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 GROUPS = {
     "What is learned from": "perturbations splits missing_perturbations val_fraction val_contexts target_sum "
     "mixed_scales gene_axis match_controls control_targets",
-    "How long, how fast it learns": "max_steps max_time lr schedule warmup ema weight_decay clip batch_size set_size "
-    "accumulate loss",
+    "How long, how fast it learns": "preset max_steps max_time lr schedule warmup ema weight_decay clip batch_size "
+    "set_size accumulate loss",
     "The head": "head init_from freeze hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout",
     "Validation and stopping": "val_every val_sets monitor early_stopping patience max_bad_steps",
     "What is kept and shown": "checkpoint_every keep_last log_every tensorboard wandb",
@@ -79,7 +79,7 @@ def train(
         TrainConfig.from_values(values, str(config))
         options = {**values, **options}
     if seeds == 1:
-        _train_one(cache, run, options, resume)
+        _train_one(cache, run, options, resume, config is not None)
         return
     from sest.training.train import train_seeds
 
@@ -94,22 +94,22 @@ def train(
         run,
         first,
         seeds,
-        lambda folder, seed, how: _train_one(cache, folder, {**options, "seed": seed}, how),
+        lambda folder, seed, how: _train_one(cache, folder, {**options, "seed": seed}, how, config is not None),
         resume=resume is not None,
     )
     console.say(f"{len(runs)} runs: {', '.join(map(str, runs))}. `sest predict {shlex.quote(str(run))}` averages them.")
 
 
-def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | None) -> None:
+def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | None, from_file: bool) -> None:
     from sest.runs.curves import read_lines
-    from sest.runs.run_folder import METRICS, config_of  # imports torch
+    from sest.runs.run_folder import METRICS, config_of, read_run_config  # imports torch
     from sest.training.train import train as run_training
 
-    resolved = config_of(run, options, resume, "the command line")
+    resolved = config_of(run, options, resume, "the command line", from_file=from_file)
     ranks = ranks_of(None, None, os.environ)
     resolved = dataclasses.replace(resolved, device=device_of_rank(resolved.device, os.environ))
     if ranks.rank:  # the first process speaks for all
-        run_training(cache, run, resolved, resume=resume, ranks=ranks)
+        run_training(cache, run, resolved, resume=resume, ranks=ranks, given=options)
         return
     patience = resolved.patience if resolved.early_stopping else None
     with ConsoleProgress(patience=patience) as progress:
@@ -119,8 +119,10 @@ def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | No
             if (run / METRICS).exists():
                 progress.remember(read_lines(run / METRICS))
 
-        result = run_training(cache, run, resolved, resume=resume, ranks=ranks, on_start=start, on_log=progress.show)
-    _show_end(result, cache, run, resolved.max_steps, patience)
+        result = run_training(
+            cache, run, resolved, resume=resume, ranks=ranks, given=options, on_start=start, on_log=progress.show
+        )
+    _show_end(result, cache, run, read_run_config(run)[0]["max_steps"], patience)
 
 
 def _show_end(result: TrainResult, cache: Path, run: Path, max_steps: int, patience: int | None) -> None:

@@ -117,7 +117,7 @@ def train(cache: PathLike | Cache, run: PathLike, *, resume: bool | PathLike = F
     start = None if resume is False else "auto" if resume is True else os.fspath(resume)
     config = config_of(folder, options, start, WHERE)
     with shown_in_notebooks():
-        steps(Path(place), folder, config, resume=start)
+        steps(Path(place), folder, config, resume=start, given=options)
     return open_run(folder)
 
 

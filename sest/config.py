@@ -128,6 +128,12 @@ class TrainConfig(Config):
         "features, which cannot predict what did not train, else all",
         choices=("auto", "one", "all"),
     )
+    preset: str | None = option(
+        None,
+        "head, steps, sets and learning rate that fit the data, where no option names them; full: the defaults below; "
+        "default: auto, or full with an option for the size of the head, --init-from or --config",
+        choices=("auto", "small", "medium", "full"),
+    )
     max_steps: int = option(40_000, "optimizer steps in all, a resumed run's earlier ones included", least=1)
     batch_size: int = option(
         16,

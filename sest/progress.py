@@ -7,12 +7,14 @@ listens is ambient: `with reporting(...)` around a call, and no function hands i
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
+HOUR = 3600.0  # s
 STEPS = "it"  # the unit of a training
 LOGGER = logging.getLogger("sest")  # above those of all rooms
 
@@ -67,6 +69,18 @@ def last_step() -> str:
 def advance(n: int = 1) -> None:
     """`n` more units of the step are done."""
     _reporter.get().advance(n)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "45 s", "12 min", "3 h 05 min" or "56 h"."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes < 24 * 60 else f"{round(minutes / 60):,} h"
 
 
 class _Notes(logging.Handler):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 
 import pytest
 
 from helpers.notes import Notes
 from sest import progress
-from sest.progress import reporting
+from sest.progress import duration, reporting
 
 logger = logging.getLogger("sest.some.room")
 
@@ -104,3 +105,9 @@ def test_the_last_step_that_began_is_remembered() -> None:
     progress.begin("Reading", 1, "cells")
     progress.advance()
     assert progress.last_step() == "Reading"
+
+
+def test_durations_are_in_the_unit_a_person_would_use() -> None:
+    seconds = [0.4, 59.4, 60, 3540, 3600, 11_100, 204_000, math.inf]
+    said = ["0 s", "59 s", "1 min", "59 min", "1 h 00 min", "3 h 05 min", "57 h", "?"]
+    assert [duration(s) for s in seconds] == said

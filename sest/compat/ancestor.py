@@ -20,6 +20,7 @@ from typing import Any
 from sest.compat.overrides import Override, parse_overrides
 from sest.config import EmbedConfig, TrainConfig
 from sest.errors import InputError, nearest
+from sest.head.preset import FULL
 from sest.options import Config
 
 EMBED, TRAIN, BOTH = "embed", "train", "embed, train"  # the key is an option of these commands
@@ -171,7 +172,11 @@ class Request:
     def train_command(self, resume: str | None) -> list[str]:
         """`sest train` as words."""
         words = ["sest", "train", str(self.cache), "--run", str(self.run)]
-        return words + (["--resume", resume] if resume else []) + _options(self.train)
+        return words + (["--resume", resume] if resume else []) + _options(self.training(resume))
+
+    def training(self, resume: str | None) -> dict[str, Any]:
+        """Options of the training; the sizes that no key names are the ancestor's, whatever the data."""
+        return self.train if resume else {**self.train, "preset": FULL}
 
 
 def _options(values: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from sest.data.features import StoredFeatures
 from sest.data.vectors import AUTO, DRUGS, ONE_HOT, WORDS, Drugs, Source, one_hot, sources_of
 from sest.errors import InputError, nearest, shown
 from sest.head.model import HeadSizes, StateTransition
+from sest.head.preset import SHAPE
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.known import known_without_cells
 from sest.runs.run_folder import stored_features
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 INIT_FROM = "init_from"  # in state.json: what a run started from
 PARTS = ("pert_encoder", "basal_encoder", "transformer_backbone", "project_out")
-SHAPE = ("hidden", "n_layers", "n_heads", "ffn", "n_encoder_layers", "n_decoder_layers")
 
 
 def like_head(config: TrainConfig, source: Checkpoint | None, start: Checkpoint | None) -> TrainConfig:

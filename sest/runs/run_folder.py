@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -24,6 +25,7 @@ from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
 from sest.data.vectors import GENES, Source, resolved
 from sest.errors import InputError, TrainingFailed, shown
+from sest.head.preset import AUTO, SHAPE
 from sest.hub import repository_of
 from sest.options import read_toml
 from sest.runs.checkpoint import (
@@ -114,21 +116,32 @@ def stored_features(checkpoint: Checkpoint | None) -> StoredFeatures | None:
     return StoredFeatures(names, columns, None if loadings is None else Source(GENES, genes, loadings.numpy()))
 
 
-def config_of(run: Path, options: dict[str, Any], resume: str | None, where: str) -> TrainConfig:
+def config_of(
+    run: Path, options: dict[str, Any], resume: str | None, where: str, *, from_file: bool = False
+) -> TrainConfig:
     """The configuration to train with: of a new run the options, of a resumed one its own with the options on top.
+
+    Where nothing says how large a new run's head is to be, its preset is auto.
 
     Args:
         resume: as in `find_start`.
         where: what names the options in an error, such as "the command line".
+        from_file: some of the options are from a configuration file, whose defaults are those of full.
 
     Raises:
         InputError: an unknown option or value, nothing to resume, or see `resumed_config`.
     """
-    if resume is None:
-        return TrainConfig.from_values(options, where)
+    if resume is None or (resume == "auto" and run.is_dir() and _is_unused(run)):
+        config = TrainConfig.from_values(options, where)
+        return config if from_file or _names_a_head(config, options) else dataclasses.replace(config, preset=AUTO)
     if resume == "auto" and not run.exists():
         raise InputError(f"{run} does not exist: nothing to resume. Leave --resume out to start it.")
     return resumed_config(run, resume, options)
+
+
+def _names_a_head(config: TrainConfig, options: dict[str, Any]) -> bool:
+    """Whether options say how large the head is: its sizes, a preset, the head to go on with, or none."""
+    return bool(set(options) & {*SHAPE, "preset", "init_from"}) or config.head == "none"
 
 
 def resumed_config(run: Path, resume: str, options: dict[str, Any]) -> TrainConfig:
@@ -188,8 +201,13 @@ def own_cache(run: Path, provenance: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def opened_run(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> Iterator[None]:
+def opened_run(
+    run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int, chosen: str = ""
+) -> Iterator[None]:
     """Create or continue the run folder (configuration, splits, metrics up to the step resumed from), and keep it.
+
+    Args:
+        chosen: what a preset chose and why, for the provenance; a continued run keeps its own.
 
     Raises:
         InputError: another process trains in it, or it cannot be written to.
@@ -201,7 +219,7 @@ def opened_run(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint 
         raise _unwritable(run, error) from error
     try:
         _lock(folder, run)
-        _begin(run, config, data, start, step)
+        _begin(run, config, data, start, step, chosen)
         yield
     finally:
         os.close(folder)  # which also unlocks
@@ -219,7 +237,9 @@ def _lock(folder: int, run: Path) -> None:
         return  # some network file systems have no locks
 
 
-def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int) -> None:
+def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int, chosen: str) -> None:
+    if not chosen and (run / CONFIG).is_file():
+        chosen = read_run_config(run)[1].get("chosen", "")
     try:
         remove_unfinished(run)
         paths = {"perturbations": resolved(config.perturbations)}
@@ -231,6 +251,7 @@ def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | No
             "sest_version": __version__,
             "torch_version": torch.__version__,
             "resumed_from": str(start.folder.resolve()) if start else "",
+            **({"chosen": chosen} if chosen else {}),
         }
         content = {**config.to_values(), **paths, "provenance": provenance}
         write_durably(run / CONFIG, tomli_w.dumps(content).encode())

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from sest.errors import InputError, shown
 from sest.head.loss import HeadLoss, make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.head.moments import tensors_to_optimizer
+from sest.head.preset import TrainingData, level_of, preset_values, why
 from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
 from sest.machine.team import Team
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
@@ -42,7 +43,7 @@ from sest.runs.initial import (
     started_from,
     take_over,
 )
-from sest.runs.run_folder import stored_features
+from sest.runs.run_folder import CONFIG, stored_features
 from sest.runs.sinks import check_sinks
 from sest.training.identity import identity_of, refuse_other_run
 from sest.training.limit import measure_limit
@@ -64,11 +65,13 @@ def prepare(
     device: torch.device,
     team: Team,
     start: Checkpoint | None,
+    given: Collection[str] = (),
 ) -> Trainer:
     """Read the data and make everything a training owns; nothing is written to the run folder.
 
     Args:
         start: the checkpoint to go on from; None: step 0.
+        given: see `sest.training.train.train`.
 
     Raises:
         InputError, CacheError: bad input, or a checkpoint of another run.
@@ -77,6 +80,8 @@ def prepare(
     source = _source(config, start)
     config = like_head(config, source, start)
     data = read_in_turn(cache, config, start, team, source)
+    begun = start is not None or (run / CONFIG).exists()
+    config, why_so = (config, "") if begun else with_preset(config, data, device, given)
     config = settled(config, data)
     say_what_is_not_learned(data)
     sizes = head_sizes(data, config)
@@ -120,6 +125,7 @@ def prepare(
         ddp=ddp,
         optimizer=optimizer,
         scaler=scaler,
+        criterion=criterion,
         autocast=cast,
         batches=BatchSource(sampler, cells, config.batch_size, config.num_workers, team.ranks),
         validator=validator,
@@ -127,11 +133,47 @@ def prepare(
         identity=identity,
         state=RunState() if start is None else _state_of(start),
         origin=started_from(start, taken),
+        chosen=why_so,
     )
     if start is not None and WINDOW in start.state:
         trainer.window.restore(start.state[WINDOW])
         trainer.state.skipped_steps -= trainer.window.n_bad()  # the next line counts them
     return trainer
+
+
+def with_preset(
+    config: TrainConfig, data: Dataset, device: torch.device, given: Collection[str]
+) -> tuple[TrainConfig, str]:
+    """The configuration with what its preset chooses for these data, but for what was given; what and why, in words.
+
+    Raises:
+        InputError: a preset for a head that has its sizes already.
+    """
+    preset = config.preset
+    if preset is None:
+        return config, ""
+    if config.init_from is not None:
+        raise InputError("--preset chooses a head, and --init-from brings its own. Leave one of the two out.")
+    labels, trains = data.labels, data.in_split(TRAIN)
+    perturbed = trains & ~labels.is_control
+    facts = TrainingData(
+        n_cells=int(perturbed.sum()),
+        n_perturbations=len(np.unique(labels.perturbation[perturbed])),
+        n_genes=len(data.targets.genes),
+        set_size=fitting_set_size(labels, trains),
+        unseen=bool(data.held_out_whole()),
+        on_gpu=device.type == "cuda",
+    )
+    values = preset_values(preset, facts, max_steps=config.max_steps if "max_steps" in given else None)
+    config = dataclasses.replace(config, **{key: value for key, value in values.items() if key not in given})
+    layers = f"{config.n_layers} {'layer' if config.n_layers == 1 else 'layers'}"
+    chosen = (
+        f"Preset {level_of(preset, facts)}: hidden {config.hidden}, {layers}, {config.max_steps:,} steps of "
+        f"{config.batch_size or 'auto'} sets x {config.set_size or 'auto'} cells at lr {config.lr:g}, "
+        f"{why(preset, facts)}."
+    )
+    logger.info(chosen)
+    return config, chosen
 
 
 def settled(config: TrainConfig, data: Dataset) -> TrainConfig:

@@ -7,8 +7,9 @@ weights alone, so a resumed run is the run.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,14 @@ from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_sta
 from sest.runs.sinks import open_sinks
 from sest.training.blend import say_blend
 from sest.training.prepare import prepare
+from sest.training.step_memory import seconds_of_step
 from sest.training.trainer import Trainer
 from sest.training.without_head import fit_without_head
 
 logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
+FEW_STEPS = 20  # of which nobody asks how long they take
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def train(
     *,
     resume: str | None = None,
     ranks: Ranks = SINGLE,
+    given: Collection[str] = (),
     on_start: Callable[[Dataset, StateTransition | None], None] | None = None,
     on_log: Callable[[Line], None] | None = None,
 ) -> TrainResult:
@@ -69,6 +73,7 @@ def train(
         config: see `TrainConfig`. A resumed run keeps its own; only the fields in `RESUMABLE` may differ.
         resume: "auto" (the run's furthest sound checkpoint; its beginning before there is one), or a checkpoint folder.
         ranks: of the processes that torchrun started, which one this is; the first writes all files.
+        given: names of the options that the preset of `config`, where it has one, leaves as they are.
         on_start: is given the data and the model (None: --head none) once, before the first step.
         on_log: is given every line of metrics.jsonl.
 
@@ -85,10 +90,11 @@ def train(
     with ExitStack() as stack:
         team = stack.enter_context(join_team(ranks, device))
         start = find_start(run, resume, config)
-        trainer = prepare(cache, run, config, device, team, start)
+        trainer = prepare(cache, run, config, device, team, start, given)
         trainer.check_disk()
         if team.leads:
-            stack.enter_context(opened_run(run, trainer.config, trainer.data, start, trainer.state.step))
+            at = trainer.state.step
+            stack.enter_context(opened_run(run, trainer.config, trainer.data, start, at, trainer.chosen))
         stop = stack.enter_context(stop_requests(limit=limit))
         stack.enter_context(closing(trainer))
         sinks = stack.enter_context(open_sinks(run, trainer.config, trainer.state.step)) if team.leads else None
@@ -104,6 +110,7 @@ def train(
         if on_start is not None:
             on_start(trainer.data, trainer.model)
         try:
+            say_time(trainer)
             reason = _loop(trainer, log, stop)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -178,6 +185,30 @@ def train_seeds(
         logger.info(f"Seed {first + number} ({number + 1} of {n_seeds}): {run}.")
         train_one(run, first + number, "auto" if (run / CONFIG).exists() else None)
     return runs
+
+
+def say_time(trainer: Trainer) -> None:
+    """Say how long the steps to come will take here, and what fits an hour; nothing of a few steps."""
+    config, left = trainer.config, trainer.config.max_steps - trainer.state.step
+    if not trainer.team.leads or config.compile or left < FEW_STEPS:
+        return
+    n_sets = config.batch_size // trainer.team.size
+    seconds = config.accumulate * seconds_of_step(
+        trainer.model, trainer.model.sizes, n_sets, config.set_size, trainer.criterion, trainer.autocast
+    )
+    seconds = max(seconds, trainer.limit.seconds)
+    if not math.isfinite(seconds):  # no memory for all sets of a batch at once
+        return
+    an_hour = trainer.state.step + int(progress.HOUR / seconds)
+    fits = (
+        f"an hour is about {int(progress.HOUR / seconds):,} steps (--max-steps {an_hour})"
+        if left * seconds > progress.HOUR
+        else f"an hour would hold {int(progress.HOUR / seconds):,}"
+    )
+    logger.info(
+        f"{left:,} steps will take about {progress.duration(left * seconds)} here, validations aside "
+        f"({seconds:.2g} s a step); {fits}."
+    )
 
 
 def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> str:

@@ -80,6 +80,7 @@ class Trainer:
     ddp: nn.Module  # the model with its loss, in DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    criterion: Callable[[Tensor, Tensor], Tensor]  # (B, S, G), (B, T, G) -> (B,)
     autocast: Callable[[], AbstractContextManager[Any]]
     batches: BatchSource
     validator: Validator
@@ -87,6 +88,7 @@ class Trainer:
     identity: dict[str, Any]
     state: RunState
     origin: dict[str, Any] = field(default_factory=dict)  # for state.json: what the head was taken over from
+    chosen: str = ""  # what a preset chose, and why
     window: Window = field(init=False)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     blend: Blend | None = None  # once training has ended

@@ -51,6 +51,8 @@ def fit_without_head(
         raise InputError(
             "A run without a head (--head none) has none to go on with: leave --init-from and --freeze out."
         )
+    if config.preset is not None:
+        raise InputError("--preset chooses a head, and --head none leaves it out. Leave one of the two out.")
     find_start(run, None, config)
     device = choose_device(config.device)
     data = read_in_turn(cache, config, None, ALONE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pty
 import subprocess
@@ -15,7 +14,6 @@ from conftest import Demo
 
 from helpers.commands import Done
 from sest.cli import console
-from sest.cli.console import duration
 
 
 def test_no_line_of_a_table_is_wider_than_a_terminal(sest: Callable[..., Done], demo: Demo) -> None:
@@ -53,11 +51,6 @@ def test_a_log_file_gets_plain_lines_even_where_colour_is_forced(tmp_path: Path)
         [sys.executable, "-m", "sest", *words], capture_output=True, env={**os.environ, "FORCE_COLOR": "1"}, check=True
     )
     assert b"\x1b" not in done.stdout + done.stderr and b"cells" in done.stderr
-
-
-def test_durations_are_in_the_unit_a_person_would_use() -> None:
-    seconds = [0.4, 59.4, 60, 3540, 3600, 11_100, math.inf]
-    assert [duration(s) for s in seconds] == ["0 s", "59 s", "1 min", "59 min", "1 h 00 min", "3 h 05 min", "?"]
 
 
 HOSTILE = "[/nope][red]a[/red] :smile: \x1b]0;title\x07\x1b[2J \u202egnp.exe\nError: forged"

@@ -48,6 +48,7 @@ def test_the_least_that_must_be_given_comes_to_two_commands() -> None:
     request = read_request(LEAST)
     assert request.embed_command() == "sest embed data/starter.toml --encoder SE-600M --cache outputs/cache".split()
     expected = "sest train outputs/cache --run outputs/se_st_training --splits data/starter.toml --perturbations onehot"
+    expected += " --preset full"  # whatever the data
     assert request.train_command(None) == expected.split()
     assert request.train_command("auto")[5:7] == ["--resume", "auto"]
 

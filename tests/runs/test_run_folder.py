@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
 from sest.runs.checkpoint import BEST, LAST, open_checkpoint, save_checkpoint, step_folder
-from sest.runs.run_folder import CONFIG, METRICS, SPLITS, read_run_config, resumed_config
+from sest.runs.run_folder import CONFIG, METRICS, SPLITS, config_of, read_run_config, resumed_config
 from sest.runs.schema import MODEL, OPTIMIZER, STATE
 from sest.training.train import train
 
@@ -139,6 +140,19 @@ def test_resumed_config_takes_what_may_change_and_nothing_else(whole: Path, tmp_
     assert resumed_config(tmp_path / "new", str(whole / LAST), {}) == resumed_config(whole, "auto", {})
     with pytest.raises(InputError, match=r"is no run folder: it has no config.toml"):
         resumed_config(whole / LAST, "auto", {})
+
+
+def test_a_new_run_has_a_preset_unless_its_head_is_named_or_its_options_are_a_files(tmp_path: Path) -> None:
+    def preset(options: dict[str, Any], **how: Any) -> str | None:
+        return config_of(tmp_path / "run", options, None, "here", **how).preset
+
+    assert preset({}) == preset({"max_steps": 5, "lr": 0.1}) == "auto"
+    assert [preset({"preset": "full"}), preset({"preset": "small", "hidden": 8}, from_file=True)] == ["full", "small"]
+    for options in ({"hidden": 8}, {"ffn": 8}, {"head": "none"}, {"init_from": "x"}):
+        assert preset(options) is None
+    assert preset({"max_steps": 5}, from_file=True) is None
+    (tmp_path / "run").mkdir()
+    assert config_of(tmp_path / "run", {}, "auto", "here").preset == "auto"
 
 
 def spoil(folder: Path, name: str = MODEL) -> None:

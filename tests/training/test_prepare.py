@@ -17,7 +17,7 @@ from helpers.runs import files, metrics, signal_after
 from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
-from sest.runs.run_folder import read_run_config
+from sest.runs.run_folder import config_of, read_run_config
 from sest.training.train import train
 
 
@@ -154,3 +154,44 @@ def test_the_size_of_a_set_is_chosen_from_the_pairs_where_that_is_asked_for(tmp_
     assert said.startswith(f"Sets of 64 cells are filled by repeating cells: {64 / 9:.3g} times the cells")
     with pytest.raises(InputError, match="--set-size 1: the loss compares the cells of a set"):
         train(cache, tmp_path / "none", small_config(max_steps=1, set_size=1))
+
+
+def test_a_preset_chooses_what_was_not_given_once_and_the_run_keeps_what_and_why(cache: Path, tmp_path: Path) -> None:
+    run, notes = tmp_path / "run", Notes()
+    config = small_config(preset="auto", max_steps=2)
+    given = ("max_steps", "set_size", "device", "num_workers")
+    with reporting(notes):
+        train(cache, run, config, given=given)
+    (said,) = [text for text in notes.notes if text.startswith("Preset ")]
+    assert said.startswith("Preset small: hidden 128, 1 layer, 2 steps of 32 sets x 4 cells at lr 0.001, chosen for ")
+    values, provenance = read_run_config(run)
+    assert provenance["chosen"] == said and values["preset"] == "auto"
+    shown = {
+        key: values[key] for key in ("hidden", "n_layers", "lr", "max_steps", "set_size", "batch_size", "val_every")
+    }
+    assert shown == {
+        "hidden": 128, "n_layers": 1, "lr": 1e-3, "max_steps": 2, "set_size": 4, "batch_size": 32, "val_every": 1,
+    }  # fmt: skip
+    notes = Notes()
+    with reporting(notes):
+        train(cache, run, config_of(run, {"max_steps": 3}, "auto", "here"), resume="auto", given=("max_steps",))
+    assert not [text for text in notes.notes if text.startswith("Preset ")]
+    values, provenance = read_run_config(run)
+    assert provenance["chosen"] == said and (values["hidden"], values["max_steps"]) == (128, 3)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_keeps_what_it_was_begun_with(cache: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", small_config(preset="small", max_steps=2, lr=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, run, config, given=("lr", "max_steps", "device"), on_log=mock.Mock(side_effect=KeyboardInterrupt))
+    train(cache, run, config_of(run, {}, "auto", "here"), resume="auto")
+    values, provenance = read_run_config(run)
+    assert (values["lr"], values["hidden"]) == (0.01, 128) and "Preset small" in provenance["chosen"]
+
+
+def test_a_preset_beside_another_head_or_none_is_refused(cache: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--init-from brings its own"):
+        train(cache, tmp_path / "run", small_config(preset="small", init_from=str(whole)))
+    with pytest.raises(InputError, match="--head none leaves it out"):
+        train(cache, tmp_path / "run", small_config(preset="small", head="none"))
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""--batch-size auto: how many sets a step has memory for."""
+"""--batch-size auto: how many sets a step has memory for; and how long a step is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.machine.memory import SHARE
 from sest.progress import reporting
 from sest.runs.run_folder import read_run_config, resumed_config
-from sest.training.step_memory import BYTES_A_PARAMETER, LARGEST_BATCH, bytes_of_set, largest_batch
+from sest.training.step_memory import (
+    BYTES_A_PARAMETER,
+    LARGEST_BATCH,
+    bytes_of_set,
+    largest_batch,
+    seconds_of_step,
+)
 from sest.training.train import train
 
 SIZES = HeadSizes(dim=8, n_features=5, n_genes=3000, hidden=16, n_layers=1, n_heads=2, ffn=32)
@@ -117,3 +123,23 @@ def test_storages_that_several_tensors_share_are_counted_once() -> None:
 
     plain = bytes_of_set(model, SIZES, 8, lambda predicted, target: predicted.square().sum((1, 2)), nullcontext)
     assert bytes_of_set(model, SIZES, 8, criterion, nullcontext) == plain
+
+
+def test_a_steps_seconds_are_those_of_its_passes_and_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = head()
+    model.basal_encoder.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    passes = []
+
+    def criterion(predicted: Tensor, target: Tensor) -> Tensor:
+        passes.append(predicted.shape)
+        return energy_distance(predicted, target)
+
+    seconds = seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext)
+    assert passes == [(3, 8, SIZES.n_genes)] * 3
+    assert 0 < seconds < seconds_of_step(model, SIZES, 48, 8, energy_distance, nullcontext)
+    monkeypatch.setattr(sest.training.step_memory, "LONG_STEP", 0.0)
+    seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext)
+    assert len(passes) == 4
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(p.grad is None for p in model.parameters())

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -538,3 +541,17 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_ends_training(
     with pytest.raises(OSError, match="No space left"):
         train(cache, tmp_path / "run", small_config(checkpoint_every=4))
     assert [at for at, _ in step_folders(tmp_path / "run")] == [4] and not list((tmp_path / "run").glob(".*"))
+
+
+def test_how_long_it_will_take_is_said_before_the_first_step(cache: Path, tmp_path: Path) -> None:
+    for seconds, said in (
+        (0.5, r"60 steps will take about 30 s here, validations aside \(0.5 s a step\); an hour would hold 7,200."),
+        (90.0, "60 steps will take about 1 h 30 min here, .*an hour is about 40 steps \\(--max-steps 40\\)."),
+        (math.nan, None),
+    ):
+        notes = Notes()
+        measured = mock.patch("sest.training.train.seconds_of_step", return_value=seconds)
+        with measured, reporting(notes), pytest.raises(Crash):
+            train(cache, tmp_path / str(seconds), small_config(max_steps=60), on_log=crash_after(0))
+        found = [text for text in notes.notes if "validations aside" in text]
+        assert len(found) == (said is not None) and (said is None or re.fullmatch(said, found[0])), found
