@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
-from sest.cli.evaluate import show_summary
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
+from sest.cli.run import shown_on
 from sest.simulation.simulation import Simulation
 
 
@@ -30,12 +30,10 @@ def demo(
     Takes under 3 minutes on 2 CPU cores. Shows the command of every step, and the model beside baselines at the end.
     """
     seed = Simulation.from_values(options, "the command line").seed
-    from sest.demo import run_demo
+    from sest.pipeline.demo import run_demo
 
     with ConsoleProgress() as progress:
-        result = run_demo(out, quick=quick, seed=seed, force=force, on_command=progress.command, on_log=progress.show)
-    title = f"Held-out perturbations after {result.training.step:,} steps: the model beside baselines"
-    show_summary(result.evaluation.summary, title)
+        result = run_demo(out, quick=quick, seed=seed, force=force, watcher=shown_on(progress, out))
     if quick:
         console.say("Tiny sizes: these figures only show that the pipeline runs.")
-    console.say(f"Everything is in {out}; open {result.report.path} in a browser.")
+    console.say(f"\nEverything is in {out}; open {result.plan.report} in a browser.")

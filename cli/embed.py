@@ -134,7 +134,7 @@ def embed(
             write_obsm(inputs[0], group, to_h5ad, obsm_key, plan.dim)
             if not is_kept:
                 shutil.rmtree(folder)
-    _show(plan, cache, to_h5ad, obsm_key, dry_run)
+    show_embedded(plan, cache, to_h5ad, obsm_key, dry_run)
 
 
 def _check_copied(inputs: list[Path], config: EmbedConfig, world_size: int) -> None:
@@ -155,7 +155,9 @@ def _whole(config: EmbedConfig) -> EmbedConfig:
     return dataclasses.replace(config, dim=dim, dtype="float32")
 
 
-def _show(plan: EmbedPlan, cache: str | None, to_h5ad: Path | None, obsm_key: str, dry_run: bool) -> None:
+def show_embedded(
+    plan: EmbedPlan, cache: str | None, to_h5ad: Path | None = None, obsm_key: str = STATE_KEY, dry_run: bool = False
+) -> None:
     """Say what was embedded, or would be."""
     total = sum(c.file.n_cells for c in plan.cells)
     embedded = f"{plan.n_selected:,} of {total:,} cells"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from sest.config import EvaluateConfig
 from sest.errors import InputError, nearest
 from sest.evaluation.ceiling import Ceiling
 from sest.outputs import check_output
+
+if TYPE_CHECKING:
+    from sest.evaluation.results import Evaluation
 
 GROUPS = {
     "What REAL is": "pert_col cell_type_col control labels gene_col layer modality counts",
@@ -55,11 +58,16 @@ def evaluate(
     with ConsoleProgress():
         evaluation = score(predicted, real, config)
     evaluation.write(out, force=force)
+    show_evaluation(evaluation, f"{predicted.name} against {real.name}")
+    console.say(f"Written: {out / 'results.csv'}, {out / 'summary.json'}")
+
+
+def show_evaluation(evaluation: Evaluation, title: str) -> None:
+    """Scores of all predictors, and what half of the real cells shows of the other."""
     for note in evaluation.notes:
         console.say(note)
-    show_summary(evaluation.summary, f"{predicted.name} against {real.name}")
+    show_summary(evaluation.summary, title)
     show_ceilings(evaluation.ceilings)
-    console.say(f"Written: {out / 'results.csv'}, {out / 'summary.json'}")
 
 
 def _suite(predicted: Path, real: Path, suite: str, out: Path, force: bool, config: EvaluateConfig) -> None:

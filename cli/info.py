@@ -48,27 +48,32 @@ def info(
     if json:
         console.say_json(facts)
     else:
-        groups, metrics = facts.pop("groups", None), facts.pop("metrics", None)
-        decisions = facts.pop("labels", None)
-        table, notes = facts.pop("splits", None), facts.pop("split_notes", ())
-        console.table(str(path), ["what", "value"], [[k.replace("_", " "), _text(v)] for k, v in facts.items()])
-        if decisions:
-            _show_labels(decisions)
-        if groups:
-            names = list(next(iter(groups.values())))
-            rows = [[name, *(_text(group[n]) for n in names)] for name, group in groups.items()]
-            console.table("groups", ["group", *(n.removeprefix("n_") for n in names)], rows)
-        if table is not None:
-            show_splits([list(row.values()) for row in table])
-            for note in notes:
-                console.say(note)
-        if metrics:
-            metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
-            show_validation(f"validation at step {metrics['step']:,}", metrics)
+        show_facts(path, facts)
     if damaged:
         raise InputError(
             f"{path} is damaged: {len(damaged)} files differ from their sha256, the first is {damaged[0]}."
         )
+
+
+def show_facts(path: Path, facts: dict[str, Any]) -> None:
+    """What a path is, as tables."""
+    groups, metrics = facts.pop("groups", None), facts.pop("metrics", None)
+    decisions = facts.pop("labels", None)
+    table, notes = facts.pop("splits", None), facts.pop("split_notes", ())
+    console.table(str(path), ["what", "value"], [[k.replace("_", " "), _text(v)] for k, v in facts.items()])
+    if decisions:
+        _show_labels(decisions)
+    if groups:
+        names = list(next(iter(groups.values())))
+        rows = [[name, *(_text(group[n]) for n in names)] for name, group in groups.items()]
+        console.table("groups", ["group", *(n.removeprefix("n_") for n in names)], rows)
+    if table is not None:
+        show_splits([list(row.values()) for row in table])
+        for note in notes:
+            console.say(note)
+    if metrics:
+        metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
+        show_validation(f"validation at step {metrics['step']:,}", metrics)
 
 
 def _show_labels(decisions: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from sest.cli.options import Command
 from sest.cli.predict import predict
 from sest.cli.push import push
 from sest.cli.report import report
+from sest.cli.run import run
 from sest.cli.simulate import simulate
 from sest.cli.train import train
 from sest.errors import Error, TrainingFailed, is_out_of_memory
@@ -44,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (embed, train, blend, predict, evaluate, report, info, convert, export, push, demo, simulate):
+for command in (run, embed, train, blend, predict, evaluate, report, info, convert, export, push, demo, simulate):
     app.command(cls=Command)(command)
 app.command("import", cls=Command)(import_)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from sest.cli import console
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import VCC2026, PredictConfig
+
+if TYPE_CHECKING:
+    from sest.prediction.predict import Prediction
 
 GROUPS = {
     "What to predict": "template list only all_perturbations n_cells cell_type perturbations genes",
@@ -48,6 +51,11 @@ def predict(
 
     with ConsoleProgress():
         result = run_prediction(run, out, config, force=force)
+    show_prediction(result, out, config)
+
+
+def show_prediction(result: Prediction, out: Path, config: PredictConfig) -> None:
+    """Say what was predicted."""
     controls = f" and {result.n_controls:,} real controls" if config.format != VCC2026 else ", whole counts"
     console.say(
         f"{out}: {result.n_predicted:,} predicted cells of {result.n_perturbations:,} perturbations{controls}, "

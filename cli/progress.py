@@ -134,8 +134,12 @@ class ConsoleProgress:
 
     def command(self, text: str) -> None:
         """A command line that is about to be carried out, below the step that came before it."""
-        self._finish()
+        self.end()
         console.command(text)
+
+    def end(self) -> None:
+        """The step that runs has ended: what is printed next stands below it."""
+        self._finish()
 
     def show(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl: into the panel, or in words."""

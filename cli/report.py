@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.cli.train import show_findings
 from sest.config import ReportConfig
+
+if TYPE_CHECKING:
+    from sest.report.write import Report
 
 
 @options(ReportConfig)
@@ -47,6 +50,11 @@ def report(
             perturbations=config.perturbations,
             force=force,
         )
+    show_report(written)
+
+
+def show_report(written: Report) -> None:
+    """Say what was written, what was left out, and what the curves say."""
     for note in written.notes:
         console.say(f"Left out: {note}")
     for name, findings in written.findings.items():

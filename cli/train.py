@@ -115,17 +115,17 @@ def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | No
     with ConsoleProgress(patience=patience) as progress:
 
         def start(data: Dataset, model: StateTransition | None) -> None:
-            _show_start(data, model)
+            show_start(data, model)
             if (run / METRICS).exists():
                 progress.remember(read_lines(run / METRICS))
 
         result = run_training(
             cache, run, resolved, resume=resume, ranks=ranks, given=options, on_start=start, on_log=progress.show
         )
-    _show_end(result, cache, run, read_run_config(run)[0]["max_steps"], patience)
+    show_end(result, cache, run, read_run_config(run)[0]["max_steps"], patience)
 
 
-def _show_end(result: TrainResult, cache: Path, run: Path, max_steps: int, patience: int | None) -> None:
+def show_end(result: TrainResult, cache: Path, run: Path, max_steps: int, patience: int | None) -> None:
     """Say what became of a run."""
     from sest.runs.curves import read_curves
     from sest.runs.diagnose import diagnose
@@ -186,7 +186,7 @@ def show_splits(rows: list[list[Any]]) -> None:
     console.table("Cells", columns, [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows])
 
 
-def _show_start(data: Dataset, model: StateTransition | None) -> None:
+def show_start(data: Dataset, model: StateTransition | None) -> None:
     """Show what will be trained on, and what."""
     from sest.head.model import n_parameters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from sest.options import (
     LABELS,
     LARGEST_SEED,
     LAYER,
+    MAX_STEPS,
     MAX_TIME,
     MISSING_GENES,
     MIXED,
@@ -29,6 +31,7 @@ from sest.options import (
     PERT_COL,
     PRECISION,
     PRECISIONS,
+    PRESET,
     RENAMED,
     SEED,
     SPLITS,
@@ -130,11 +133,11 @@ class TrainConfig(Config):
     )
     preset: str | None = option(
         None,
-        "head, steps, sets and learning rate that fit the data, where no option names them; full: the defaults below; "
+        f"{PRESET}; full: the defaults below; "
         "default: auto, or full with an option for the size of the head, --init-from or --config",
         choices=("auto", "small", "medium", "full"),
     )
-    max_steps: int = option(40_000, "optimizer steps in all, a resumed run's earlier ones included", least=1)
+    max_steps: int = option(40_000, MAX_STEPS, least=1)
     batch_size: int = option(
         16,
         "sets a forward pass, of all processes together; auto (0): as many as memory holds, at most 64",
@@ -350,6 +353,38 @@ class ReportConfig(Config):
     cache: str | None = option(None, f"{CACHE}: where the run's is now; default: where the run says")
     perturbations: str | None = option(None, f"{FEATURES}: where their file is now; default: where the run says")
     device: str = option("auto", DEVICE)
+
+
+def _of(stage: type[Config], name: str, default: Any = None, help: str = "") -> Any:
+    """An option of another stage under the same name, here with another default."""
+    metadata = next(f for f in dataclasses.fields(stage) if f.name == name).metadata
+    return dataclasses.field(default=default, metadata={**metadata, **({"help": help} if help else {})})
+
+
+@dataclass(frozen=True)
+class PipelineConfig(Config):
+    """`sest run`: the options of its stages that matter most."""
+
+    encoder: str = option(
+        "pca", f"{ENCODER}: SE folder, file of weights, Hugging Face repo id, 'pca', 'genes' or 'obsm:KEY'"
+    )
+    splits: str | None = option(
+        None, f"{SPLITS}: what trains and what is tested; default: chosen from the cells and written into the folder"
+    )
+    perturbations: str | None = option(
+        None, f"{FEATURES}: a file, or a word, as of `sest train`; default: chosen from the cells"
+    )
+    pert_col: str | None = _of(EmbedConfig, "pert_col")
+    cell_type_col: str | None = _of(EmbedConfig, "cell_type_col")
+    batch_col: str | None = _of(EmbedConfig, "batch_col")
+    control: str | tuple[str, ...] | None = _of(EmbedConfig, "control")
+    head: str = _of(TrainConfig, "head", "st")
+    preset: str | None = _of(TrainConfig, "preset", help=f"{PRESET}; default: auto")
+    max_steps: int | None = _of(
+        TrainConfig, "max_steps", help=f"{MAX_STEPS}; more of them go on with a run; default: by --preset"
+    )
+    device: str = option("auto", DEVICE)
+    seed: int = option(0, f"{SEED}: of all stages", least=0, most=LARGEST_SEED)
 
 
 RESUMABLE = (  # what a resumed run may change without becoming another run

@@ -45,6 +45,8 @@ LABELS = (
     "what labels are; auto: guides of controls are controls, A+ctrl is A, cells without a perturbation are left out"
 )
 LAYER = "layer to read instead of X; raw: raw/X"
+MAX_STEPS = "optimizer steps in all, a resumed run's earlier ones included"
+PRESET = "head, steps, sets and learning rate that fit the data, where no option names them"
 MISSING_GENES = "genes that new cells lack: not expressed, or the mean of the cells known"
 MODALITY = "part of a MuData file to read, such as rna; default: the only one"
 VALUES = "what the values are; auto: found out"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sest.demo import DemoResult
+    from sest.evaluation.results import Evaluation
+    from sest.training.train import TrainResult
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,8 @@ class Demo:
 
     folder: Path
     commands: list[str]  # as shown
-    result: DemoResult
+    training: TrainResult
+    evaluation: Evaluation
 
     @property
     def cells(self) -> Path:
@@ -76,11 +78,13 @@ class Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """One small trained run for all tests that only read it: 12 perturbations, 300 genes, 880 cells, two cell types."""
-    from sest.demo import run_demo  # imports torch
+    from helpers.watching import Recorder
+    from sest.pipeline.demo import run_demo  # imports torch
 
-    folder, commands = tmp_path_factory.mktemp("demo") / "out", list[str]()
-    result = run_demo(folder, quick=True, on_command=commands.append)
-    return Demo(folder, commands, result)
+    folder, watcher = tmp_path_factory.mktemp("demo") / "out", Recorder()
+    result = run_demo(folder, quick=True, watcher=watcher)
+    assert result.training is not None and result.evaluation is not None
+    return Demo(folder, watcher.commands, result.training, result.evaluation)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,21 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sest.config import RESUMABLE, EmbedConfig, EvaluateConfig, PredictConfig, ReportConfig, TrainConfig, upgraded
+from sest.config import (
+    RESUMABLE,
+    EmbedConfig,
+    EvaluateConfig,
+    PipelineConfig,
+    PredictConfig,
+    ReportConfig,
+    TrainConfig,
+    upgraded,
+)
 from sest.errors import InputError
 from sest.options import RENAMED, Config
 from sest.simulation.simulation import Simulation
 
-CLASSES = (Simulation, EmbedConfig, TrainConfig, PredictConfig, EvaluateConfig, ReportConfig)
+CLASSES = (Simulation, EmbedConfig, TrainConfig, PredictConfig, EvaluateConfig, ReportConfig, PipelineConfig)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:

@@ -321,6 +321,8 @@ def _reduced(words: list[str], page: str, before: list[str]) -> list[str]:
         words = [word for word in words if word != flag]
     if words[1] == "train" and "--resume" not in words:
         words += ["--config", "tiny.toml"]
+    if words[1] == "run":
+        words += ["--max-steps", "8"]
     if words[1] == "simulate":
         for option, value in TINY_CELLS.items():
             words = _with(words, option, value)

@@ -20,7 +20,7 @@ FLOORS = (
     ("embedding", "runs", "evaluation", "simulation"),
     ("training", "prediction"),
     ("report", "compat", "describe"),
-    ("api", "demo"),
+    ("api", "pipeline"),
     ("cli",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -129,7 +129,7 @@ def test_cells_in_memory_are_those_of_the_file_which_may_be_kept(
     assert same(kept, ad.read_h5ad(tmp_path / "kept.h5ad"))
     of_list = predict_cells(demo.run, names[:2], PredictConfig(cell_type="beta", n_cells=5, seed=4))
     assert same(of_list, predicted(only=",".join(names[:2]), cell_type="beta", n_cells=5, seed=4))
-    assert evaluate(cells, demo.cells, EvaluateConfig(cell_eval=False)).summary == demo.result.evaluation.summary
+    assert evaluate(cells, demo.cells, EvaluateConfig(cell_eval=False)).summary == demo.evaluation.summary
 
 
 def test_any_checkpoint_of_a_run_can_predict_and_the_file_says_which(

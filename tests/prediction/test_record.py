@@ -62,7 +62,7 @@ def test_a_stored_baseline_has_its_learned_effect_around_the_controls_of_the_fil
 def test_evaluate_scores_the_stored_baselines(
     demo: Demo, real: ad.AnnData, values: np.ndarray, held_out: dict[str, list[str]], names: list[str]
 ) -> None:
-    summary, learned = demo.result.evaluation.summary, effects(real, values, held_out, names)
+    summary, learned = demo.evaluation.summary, effects(real, values, held_out, names)
     assert list(summary["mae"]) == ["model", *BASELINES, "real_half"]
     control = values[rows_of(real, CONTROL, "beta")].mean(0)
     errors = [

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import Demo
 
-from sest import demo as demo_module
+from helpers.watching import Recorder
 from sest.baselines.effects import BASELINES
 from sest.cli.main import main
-from sest.demo import run_demo
 from sest.errors import InputError
+from sest.pipeline import demo as demo_module
+from sest.pipeline import stages
+from sest.pipeline.demo import run_demo
 
 
 def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
@@ -26,12 +28,13 @@ def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:
         "run",
         "predicted.h5ad",
         "evaluation",
+        "report.html",
     }
     summary = json.loads((demo.folder / "evaluation" / "summary.json").read_text())["metrics"]
     assert set(summary) == {"pearson_delta", "pearson_delta_independent", "mae", "pds", "energy_distance"}
     assert set(summary["mae"]) == {"model", *BASELINES, "real_half"}
-    assert summary["mae"]["model"] == demo.result.evaluation.summary["mae"]["model"]
-    assert demo.result.training.step == 20
+    assert summary["mae"]["model"] == demo.evaluation.summary["mae"]["model"]
+    assert demo.training.step == 20
 
 
 def test_the_commands_shown_give_the_same_files(
@@ -61,12 +64,12 @@ def test_another_seed_is_shown_in_the_commands_that_depend_on_it(
         raise Stop
 
     monkeypatch.setattr(demo_module, "write_screen", lambda *_, **__: None)
-    monkeypatch.setattr(demo_module, "embed", lambda *_, **__: None)
-    monkeypatch.setattr(demo_module, "train", stop)
-    commands: list[str] = []
+    monkeypatch.setattr(stages, "embed", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "train", stop)
+    watcher = Recorder()
     with pytest.raises(Stop):
-        run_demo(tmp_path / "out", seed=7, on_command=commands.append)
-    assert [command.count("--seed 7") for command in commands] == [1, 1, 1]
+        run_demo(tmp_path / "out", seed=7, watcher=watcher)
+    assert [command.count("--seed 7") for command in watcher.commands] == [1, 1, 1]
 
 
 def test_an_older_folder_is_never_written_into(demo: Demo, tmp_path: Path) -> None:
@@ -86,4 +89,4 @@ def test_an_older_demo_is_replaced_when_that_is_asked_for(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"Pass --force to replace"):
         run_demo(out, quick=True)
     run_demo(out, quick=True, force=True)
-    assert sorted(path.name for path in out.iterdir()) == sorted(demo_module.MADE)
+    assert {path.name for path in out.iterdir()} == {*demo_module.MADE} - {stages.STATE, "splits.toml"}

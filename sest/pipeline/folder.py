@@ -1,0 +1,202 @@
+"""One folder from one file of cells to a report: what `sest run` carries out.
+
+What is held out is chosen from the cells where no splits file says it. The folder keeps what it was begun with, so that
+the same call again goes on, and another is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sest.cache.disk import write_durably
+from sest.cells.choose_splits import ChosenSplits, choose_splits
+from sest.cells.columns import detect_columns, labels, perturbations
+from sest.cells.genes import all_names, gene_names
+from sest.cells.split_file import TEST, read_splits
+from sest.cells.splits import GroupCells
+from sest.config import EmbedConfig, EvaluateConfig, PipelineConfig, PredictConfig, TrainConfig
+from sest.describe import describe
+from sest.errors import InputError, shown
+from sest.files.cell_file import CellFile
+from sest.files.containers import stem_of
+from sest.options import read_toml
+from sest.outputs import check_output, is_same
+from sest.pipeline.stages import (
+    EMBED,
+    MAY_CHANGE,
+    STAGES,
+    STATE,
+    Ledger,
+    PipelineResult,
+    Plan,
+    Watcher,
+    carry_out,
+    changed,
+    command_line,
+)
+
+
+def run_pipeline(
+    cells: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    watcher: Watcher | None = None,
+) -> PipelineResult:
+    """Embed, train, predict, evaluate and report; again: go on where it stopped.
+
+    Args:
+        cells: one file of cells.
+        out: a folder for everything, new or from an earlier call with the same cells and options.
+        options: fields of `PipelineConfig` that were given; a folder that was begun keeps its own.
+        watcher: is told of every step.
+
+    Raises:
+        InputError, CacheError: bad input, or a folder that was begun with something else; finished stages are kept.
+        TrainingFailed: see `sest.training.train.train`.
+        Interrupted: after SIGINT or SIGTERM; the same call goes on.
+    """
+    cells, out, watcher = Path(cells), Path(out), watcher or Watcher()
+    ledger, config = _begun(cells, out, options)
+    columns = EmbedConfig.from_values(_columns(config), "the options")
+    if "perturbations" not in ledger.begun_with:
+        _look(cells, columns, watcher)
+        out.mkdir(parents=True, exist_ok=True)
+        ledger.save()
+        if config.splits is None:
+            chosen = _chosen(cells, columns, config)
+            write_durably(out / "splits.toml", chosen.toml(stem_of(cells), Path(os.path.abspath(cells))).encode())
+            watcher.note(f"{chosen.why} Written to {out / 'splits.toml'}; --splits takes another file.")
+            by_genes = chosen.by_genes and config.perturbations is None
+            ledger.begun_with["perturbations"] = "genes+onehot" if by_genes else config.perturbations or "auto"
+        else:
+            _check_splits(Path(config.splits), cells)
+            ledger.begun_with["perturbations"] = config.perturbations or "auto"
+        ledger.save()
+    plan = _plan(cells, out, config, columns, str(ledger.begun_with["perturbations"]))
+    return carry_out(plan, watcher, ledger)
+
+
+def _begun(cells: Path, out: Path, options: Mapping[str, Any]) -> tuple[Ledger, PipelineConfig]:
+    """The folder's ledger, and its options with those given now on top.
+
+    Raises:
+        InputError: no such cells, a folder of something else, or one that was begun with other cells or options.
+    """
+    if not cells.exists():
+        raise InputError(f"{cells} does not exist.")
+    if cells.suffix == ".toml":
+        raise InputError(f"{cells}: sest run takes one file of cells, with --splits for the TOML that names it.")
+    file = cells.stat()
+    now = {"cells": str(cells.resolve()), "bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
+    if not (out / STATE).is_file():
+        read = [options.get(name) for name in ("splits", "perturbations", "encoder")]
+        check_output(out, inputs=[cells, *read], made=())
+        config = PipelineConfig.from_values(options, "the options")
+        return Ledger(out / STATE, {"options": config.to_values(), **now}), config
+    kept = read_toml(out / STATE)
+    done = [stage for stage in kept.pop("done", []) if stage in STAGES]
+    before = PipelineConfig.from_values(kept["options"], str(out / STATE))
+    config = PipelineConfig.from_values({**kept["options"], **options}, "the options")
+    for name in PipelineConfig.names():
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new and name not in MAY_CHANGE:
+            raise InputError(
+                f"{out} was begun with --{name.replace('_', '-')} {'unset' if old is None else old}, not {new}. Choose "
+                "another --out."
+            )
+    if {key: kept.get(key) for key in now} != now:
+        raise InputError(f"{out} was begun with other cells than {cells} holds now. Choose another --out.")
+    if config.max_steps != before.max_steps:
+        done = [stage for stage in done if stage == EMBED]
+    return Ledger(out / STATE, {**kept, "options": config.to_values()}, done), config
+
+
+def _columns(config: PipelineConfig) -> dict[str, Any]:
+    names = ("pert_col", "cell_type_col", "batch_col", "control")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _look(cells: Path, columns: EmbedConfig, watcher: Watcher) -> None:
+    """Tell what `sest info` says of the cells, and refuse what cannot be trained on."""
+    watcher.command(command_line("info", cells, *changed(columns)))
+    facts, _ = describe(cells, columns=columns)
+    if facts["kind"] != "cells":
+        raise InputError(f"{cells} is a {facts['kind']}; sest run takes a file of cells.")
+    watcher.facts(cells, facts)
+    if "columns" in facts:  # why they were not found
+        raise InputError(str(facts["columns"]))
+    if facts["perturbation_column"] is None:
+        raise InputError(
+            f"{cells} has no perturbation column that is known by its name. It has: {shown(facts['obs_columns'])}. "
+            "Pass --pert-col."
+        )
+
+
+def _chosen(cells: Path, columns: EmbedConfig, config: PipelineConfig) -> ChosenSplits:
+    """What to hold out of the cells."""
+    with CellFile(cells) as file:
+        found = detect_columns(
+            file.obs,
+            pert_col=columns.pert_col,
+            cell_type_col=columns.cell_type_col,
+            batch_col=columns.batch_col,
+            control=columns.control,
+            rule=columns.labels,
+            genes=all_names(file.var),
+        )
+        codes, names = perturbations(file.obs, found)
+        kinds = labels(file.obs, found.cell_type) if found.cell_type is not None else (codes * 0, ("unknown",))
+        genes = gene_names(file.var).names
+    name = stem_of(cells)
+    group = GroupCells(name, name, codes, tuple(names), kinds[0], tuple(kinds[1]), str(found.control))
+    known = config.perturbations not in (None, "auto", "onehot", "genes", "genes+onehot", "onehot+genes")
+    use_genes = config.perturbations != "onehot"
+    return choose_splits(group, genes if use_genes else (), everything_known=known, seed=config.seed)
+
+
+def _check_splits(splits: Path, cells: Path) -> None:
+    """Refuse a splits file that is not about these cells, or holds nothing out to test."""
+    file = read_splits(splits, roots=(Path(os.path.abspath(cells)).parent,))
+    files = [path for paths in file.datasets.values() for path in paths]
+    if len(files) != 1 or not is_same(files[0], cells):
+        raise InputError(
+            f"{splits} names {shown(map(str, files))}, and sest run takes one file of cells, {cells}. Name it, and no "
+            "other; of several files run the commands one by one."
+        )
+    tests = TEST in file.zeroshot.values() or any(held.get(TEST) for held in file.fewshot.values())
+    if not tests:
+        raise InputError(f"{splits} holds nothing out to test. Name a test split in [zeroshot] or [fewshot].")
+
+
+def _plan(cells: Path, out: Path, config: PipelineConfig, columns: EmbedConfig, features: str) -> Plan:
+    splits = Path(config.splits) if config.splits is not None else out / "splits.toml"
+    shared: dict[str, Any] = {"seed": config.seed, "device": config.device}
+    here = [Path(os.path.abspath(splits)).parent, Path.cwd()]
+    places = {Path(os.path.abspath(cells)).parent, Path(os.path.realpath(cells)).parent}
+    roots = sorted(place for place in places if not any(place.is_relative_to(root) for root in here))
+    usual = TrainConfig()
+    training = {
+        "splits": str(splits),
+        "perturbations": features if features != usual.perturbations else None,
+        "head": config.head if config.head != usual.head else None,
+        "preset": config.preset,
+        "max_steps": config.max_steps,
+        "seed": config.seed or None,
+        "device": config.device if config.device != usual.device else None,
+    }
+    return Plan(
+        cells=cells,
+        folder=out,
+        splits=splits,
+        embed=EmbedConfig.from_values({**asdict(columns), "encoder": config.encoder, **shared}, "the options"),
+        train={key: value for key, value in training.items() if value is not None},
+        predict=PredictConfig(**shared),
+        evaluate=EvaluateConfig.from_values(
+            {k: v for k, v in _columns(config).items() if k != "batch_col"} | {"seed": config.seed}, "the options"
+        ),
+        data_roots=tuple(roots),
+    )
