@@ -82,7 +82,7 @@ def run_command(command: Callable[[], object]) -> None:
         console.error(str(error))
         sys.exit(1)
     except Interrupted as stopped:
-        console.error(str(stopped))
+        console.note(str(stopped))
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit(130)

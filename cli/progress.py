@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -101,14 +102,14 @@ class ConsoleProgress:
             from sest.cli.panel import TrainingPanel  # NumPy, which help texts do not need
 
             ascii_only = not console.err.encoding.startswith("utf")
-            self._panel = TrainingPanel(total, patience=self._patience, width=console.err.width, ascii_only=ascii_only)
+            self._panel = TrainingPanel(total, patience=self._patience, ascii_only=ascii_only)
             for line in self._history:
                 self._panel.add(line)
             self._said = self._warnings()
-            self._panel.step = done
+            self._panel.begin(done)
             if self._is_live:
                 self._stop()
-                self._live = Live(get_renderable=self._panel.render, console=console.err, refresh_per_second=4)
+                self._live = Live(get_renderable=self._drawn, console=console.err, refresh_per_second=4)
                 self._live.start()
         elif self._is_live:
             if self._bars is None:
@@ -116,14 +117,19 @@ class ConsoleProgress:
                 self._bars.start()
             self._task = self._bars.add_task(visible(task), total=total, completed=done, unit=unit, detail=self._detail)
 
+    def _drawn(self) -> RenderableType:
+        """The panel, as large as the terminal is now."""
+        return "" if self._panel is None else self._panel.render(console.err.width, console.err.height)
+
     def advance(self, n: int = 1) -> None:
         self._done += n
-        if self._live is not None and self._panel is not None:
+        if self._panel is not None:  # a training ends when its last line was shown
             self._panel.step = self._done
-        elif self._bars is not None and self._task is not None:
+            if self._live is None and time.monotonic() - self._printed > PLAIN_SECONDS:
+                self._line()
+            return
+        if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, n)
-        if self._panel is not None:
-            return  # a training ends when its last line was shown
         if self._done >= self._total:
             self._finish()
         elif not self._is_live and time.monotonic() - self._printed > PLAIN_SECONDS:
@@ -146,6 +152,7 @@ class ConsoleProgress:
         if self._panel is None:
             return
         self._panel.add(line)
+        self._printed = time.monotonic()
         if self._live is not None:
             return
         if "val_loss" in line:

@@ -92,6 +92,8 @@ def train(
         start = find_start(run, resume, config)
         trainer = prepare(cache, run, config, device, team, start, given)
         trainer.check_disk()
+        if trainer.finished and team.leads:
+            logger.info(f"All {trainer.config.max_steps:,} steps are done. A larger --max-steps goes on.")
         if team.leads:
             at = trainer.state.step
             stack.enter_context(opened_run(run, trainer.config, trainer.data, start, at, trainer.chosen))

@@ -66,7 +66,7 @@ def test_the_exit_code_is_130_or_143_when_it_was_stopped_and_saved_its_rows(
     monkeypatch.setattr(SeEncoder, "run", stopped)
     done = sest(*words, "--batch-size", 10)
     assert done.code == code
-    last = f"Error: Stopped. Finished rows are in {tmp_path / 's.zarr'}; the same command continues there."
+    last = f"Stopped. Finished rows are in {tmp_path / 's.zarr'}; the same command continues there."
     assert done.err.strip().splitlines()[-1] == last
     assert [len(np.load(file)) for file in (tmp_path / "s.zarr" / SPOOL).rglob("*.npy")] == [20]
 

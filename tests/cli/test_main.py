@@ -23,7 +23,7 @@ def test_every_command_has_help_in_the_readme_and_in_its_tests(sest: Callable[..
     tests = {p.name: p.read_text() for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_main.py"}
     overview = sest("--help").out
     assert set(COMMANDS) == set(
-        "embed convert train blend predict evaluate report info demo simulate import export push".split()
+        "run embed convert train blend predict evaluate report info demo simulate import export push".split()
     )
     for name, command in COMMANDS.items():
         assert command.help and len(command.help) > 30

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sest.cli.panel import TrainingPanel, sparkline
+from sest.cli.panel import TrainingPanel, _Row, chart, sparkline
 
 
 def log_line(step: int, **changes: Any) -> dict[str, Any]:
@@ -30,16 +30,16 @@ def validation(step: int, **changes: Any) -> dict[str, Any]:
     return line | changes
 
 
-def drawn(panel: TrainingPanel, width: int = 80) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    console.print(panel.render())
+def drawn(panel: TrainingPanel, width: int = 80, height: int = 24) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+    console.print(panel.render(width, height))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
 
-def full_panel(width: int = 80) -> TrainingPanel:
+def full_panel() -> TrainingPanel:
     """A panel after 12,350 of 40,000 steps, with validations that were best at step 9,000."""
-    panel = TrainingPanel(40_000, width=width)
+    panel = TrainingPanel(40_000)
     for step in range(50, 12_351, 50):
         panel.add(log_line(step))
         if step % 500 == 0:
@@ -52,18 +52,52 @@ def test_the_panel_shows_everything_a_run_is_watched_for() -> None:
     for part in (
         "step 12,350/40,000", "31%, 2 min left", "212 it/s, 35% of the limit (compute), 0.1% waiting for data",
         "loss      0.01606", "val_loss  1.44", "best 1.4100, step 9,000",
-        "beaten  controls 1.9400, perturbation mean 1.5400",
+        "beaten  perturbation mean 1.5400  controls 1.9400",
         "pearson_delta 0.820 > 0.790", "mae 0.070 > 0.060", "pds 0.970 > 0.900",
         "lr 0.0001, gradient norm 0.52, 3 skipped, memory 3.2 GB",
     ):  # fmt: skip
         assert part in text, part
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_panel_fits_80_by_12_and_narrower_terminals(width: int) -> None:
-    lines = drawn(full_panel(width), width)
-    assert len(lines) <= 12
-    assert max(map(len, lines)) == min(width, 80)
+@pytest.mark.parametrize(("width", "height"), [(40, 24), (80, 24), (80, 12), (120, 40), (200, 60), (20, 5)])
+def test_the_panel_is_as_large_as_the_terminal_and_leaves_a_row_for_the_cursor(width: int, height: int) -> None:
+    lines = drawn(full_panel(), max(width, 40), height)
+    assert len(lines) <= max(height - 1, 11)
+    assert max(map(len, lines)) == max(width, 40)
+    assert "step 12,350/40,000" in lines[1] and "2 min left" in lines[1]
+    text = " ".join(line.strip("│ ") for line in lines)
+    assert ("val_loss 1.41 to 1.49" in text) == (height >= 24 and width >= 80)
+    for part in ("212 it/s", "35% of the limit", "pearson_delta 0.820 > 0.790"):
+        assert part in text or width < 80, part
+
+
+def test_the_time_left_is_known_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("sest.cli.panel.time.monotonic", lambda: clock[0])
+    panel = TrainingPanel(1_000)
+    panel.begin(400)
+    assert "left" not in drawn(panel)[1]
+    clock[0], panel.step = 10.0, 401
+    assert "40%, 1 h 40 min left" in drawn(panel)[1] and "speed     0.1 it/s" in "\n".join(drawn(panel))
+    panel.add(log_line(450))
+    assert "3 s left" in drawn(panel)[1]
+
+
+def test_a_row_is_broken_between_its_parts() -> None:
+    row = _Row("speed", ["212 it/s", "35% of the limit", "0.1% waiting"], ", ")
+    assert [text.plain for text in row.wrapped(80, 5)] == ["speed     212 it/s, 35% of the limit, 0.1% waiting"]
+    assert [text.plain for text in row.wrapped(37, 5)] == [
+        "speed     212 it/s, 35% of the limit,", "          0.1% waiting",
+    ]  # fmt: skip
+    assert [text.plain for text in row.wrapped(37, 1)] == ["speed     212 it/s, 35% of the limit…"]
+    assert row.wrapped(36, 0) == [] and [text.plain for text in _Row("loss", []).wrapped(20, 3)] == ["loss      "]
+
+
+def test_a_chart_has_its_range_above_and_its_steps_below() -> None:
+    lines = chart("loss", [10, 20, 30, 40], [4.0, 3.0, math.nan, 1.0], width=12, height=5, bars="_#")
+    assert lines == ["loss 1 to 4", "####", "########", "########____", "step 10   40"]
+    assert chart("loss", [1, 2], [math.nan] * 2, width=6, height=4) == ["loss", "", "", ""]
+    assert chart("loss", [1, 2], [5.0, 5.0], width=20, height=3)[1] == "▁" * 20
 
 
 def test_the_panel_names_what_is_wrong_first() -> None:
@@ -109,7 +143,7 @@ def test_baselines_that_are_not_beaten_are_named_so() -> None:
     panel = TrainingPanel(100)
     panel.add(log_line(10))
     panel.add(validation(10, val_loss=1.6))
-    assert "not beaten  controls 1.9400, perturbation mean 1.5400" in "\n".join(drawn(panel))
+    assert "not beaten  perturbation mean 1.5400  controls 1.9400" in "\n".join(drawn(panel))
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest_bar() -> None:
@@ -137,5 +171,6 @@ def test_the_energy_distance_stands_beside_the_best_baseline_and_the_controls_an
     panel.add(log_line(10))
     panel.add(validation(10, **line, mae_stack=0.05, pearson_delta_stack=0.9, pds_stack=0.5))
     text = drawn(panel)
-    assert any("not beaten  energy 5.16; perturbation mean 0.217, controls 0.865 " in row for row in text)
+    assert any("not beaten  energy 5.16  perturbation mean 0.217  stack 0.4" in row for row in text)
+    assert any("          controls 0.865 " in row for row in text)
     assert any("pearson_delta 0.820 < 0.900" in row for row in text)  # the metrics beside the stack's

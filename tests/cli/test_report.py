@@ -30,8 +30,9 @@ def test_only_a_report_at_its_default_place_is_replaced_without_being_asked(
     run, mine = tmp_path / "run", tmp_path / "report.html"
     shutil.copytree(demo.run, run)
     shutil.copytree(demo.run, tmp_path / "other")
-    (run / "report.html").write_text("older")
-    assert sest("report", run, "--no-model").code == 0 and (run / "report.html").read_text() != "older"
+    shutil.copy(demo.folder / "report.html", run / "report.html")
+    older = (run / "report.html").read_bytes()
+    assert sest("report", run, "--no-model").code == 0 and (run / "report.html").read_bytes() != older
     assert "exists. Pass --force" in refused("report", run, "--no-model", "--out", run / "report.html")
     monkeypatch.chdir(tmp_path)
     mine.write_text("<html>mine</html>")

@@ -189,7 +189,7 @@ def test_the_command_saves_its_rows_and_exits_when_the_scheduler_asks(tmp_path: 
         run.send_signal(signum)
         said = run.communicate(timeout=60)[1]
     assert run.returncode == code, said
-    assert said.splitlines()[-1] == f"Error: Stopped. Finished rows are in {cache}; the same command continues there."
+    assert said.splitlines()[-1] == f"Stopped. Finished rows are in {cache}; the same command continues there."
     assert "Traceback" not in said
     (spooled,) = (cache / schema.SPOOL).rglob("*.npy")
     rows = np.load(spooled)
