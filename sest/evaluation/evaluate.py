@@ -106,6 +106,7 @@ def evaluate(
         summary["overall_score_over"] = overall
     provenance: dict[str, object] = {
         "predicted": p_name,
+        "made_by": record.made_by if record is not None else {},
         "real": r_name,
         "layer": config.layer,
         "modality": config.modality,

@@ -26,6 +26,8 @@ from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
 from sest.machine.team import ALONE, Team
 
+ROWS_AT_ONCE = 64  # pairs scored in float64 at one time: of more, each step would be new memory for the system to clear
+
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
@@ -139,7 +141,9 @@ def predicted_means(
                 predicted = model(basal, features[perturbation.to(cells.device)])
             if each is not None:
                 each(sets, predicted)
-            sums.index_add_(0, torch.as_tensor(held.pair[part], device=cells.device), predicted.double().mean(1))
+            sums.index_add_(
+                0, torch.as_tensor(held.pair[part], device=cells.device), predicted.float().mean(1).double()
+            )
     model.train(was_training)
     counts = np.bincount(held.pair, minlength=len(sums))
     means: np.ndarray = team.sum(sums).cpu().numpy() / counts[:, None]
@@ -203,12 +207,16 @@ def pair_metrics(
     for context in np.unique(pairs.context).tolist():
         mine, measured = pairs.context == context, data.measured_in(context)
         names = [data.labels.perturbations[p] for p in pairs.perturbation[mine]]
-        sides, genes = [predicted[mine], pairs.observed[mine], pairs.control[mine]], list(data.targets.genes)
+        control = pairs.controls.mean[pairs.own[mine]]
+        sides, genes = [predicted[mine], pairs.observed[mine], control], list(data.targets.genes)
         if measured is not None:
             sides, genes = [side[:, measured] for side in sides], np.array(genes)[measured].tolist()
         ours, observed, control = sides
-        found["pearson_delta"][mine] = pearson_delta(ours, observed, control)
-        found["mae"][mine] = mean_absolute_error(ours, observed)
+        for start in range(0, len(ours), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            at = np.flatnonzero(mine)[rows]
+            found["pearson_delta"][at] = pearson_delta(ours[rows], observed[rows], control[rows])
+            found["mae"][at] = mean_absolute_error(ours[rows], observed[rows])
         ranked = np.arange(len(names))
         if most_ranked is not None and len(names) > most_ranked:
             ranked = np.sort(np.random.default_rng(len(names)).choice(len(names), most_ranked, replace=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Record:
     target_sum: float | None  # counts a cell, where the run was trained on counts
     baselines: dict[str, np.ndarray]  # name -> (rows, G)
     pairs: dict[str, Any]  # cell_type, perturbation: of those rows
+    made_by: dict[str, Any] = field(default_factory=dict)  # run, checkpoint, step, model_sha256, cache_sha256
     is_mixed: bool = False  # the run was trained, as asked, on files that were normalised differently
 
     def baselines_of(self, pairs: list[tuple[str, str]], n_genes: int) -> dict[str, np.ndarray]:
@@ -82,5 +83,12 @@ def read_record(file: CellFile) -> Record | None:
         target_sum=None if is_log1p or target_sum is None else float(target_sum),
         baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in not_stored},
         pairs=told.get("pairs", {}),
+        made_by=_made_by(told.get("provenance", {})),
         is_mixed=told.get("scale") == "mixed",
     )
+
+
+def _made_by(told: dict[str, Any]) -> dict[str, Any]:
+    """Which checkpoint predicted, by plain values."""
+    found = {key: str(told[key]) for key in ("run", "checkpoint", "model_sha256", "cache_sha256") if key in told}
+    return found | ({"step": int(told["step"])} if "step" in told else {})

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from sest.cache.disk import folder_aside, write_flushed
+from sest.errors import InputError
 from sest.evaluation.ceiling import Ceiling
 from sest.evaluation.metrics import mean_score
 from sest.outputs import check_output, to_csv
@@ -64,6 +65,36 @@ class Evaluation:
         with folder_aside(Path(folder).resolve()) as aside:
             write_flushed(aside / RESULTS, str(to_csv(self.table)).encode())
             write_flushed(aside / SUMMARY, text.encode())
+
+
+def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
+    """What `Evaluation.write` wrote.
+
+    Raises:
+        InputError: no such folder, or its files are not those of an evaluation.
+    """
+    folder = Path(folder)
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise InputError(f"{folder} is no folder that `sest evaluate` wrote: it has no {' and no '.join(missing)}.")
+    names = dict.fromkeys(("cell_type", "perturbation", "predictor"), str)  # converters: "NA" is a name
+    try:
+        table = pd.read_csv(folder / RESULTS, converters=names)
+        told = json.loads((folder / SUMMARY).read_text())
+        table[["n_real", "pearson_delta", "mae", "pds"]].astype(np.float64)
+        table[list(names)]
+        nan = float("nan")
+        summary = {
+            str(metric): {str(name): nan if value is None else float(value) for name, value in scores.items()}
+            for metric, scores in told["metrics"].items()
+        }
+        ceilings = []
+        for one in told["ceilings"]:
+            values: dict[str, Any] = {field.name: one[field.name] for field in dataclasses.fields(Ceiling)}
+            values |= {key: nan for key, value in values.items() if value is None}
+            ceilings.append(Ceiling(**values))
+        return Evaluation(table, summary, dict(told["provenance"]), tuple(map(str, told["notes"])), tuple(ceilings))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} cannot be read as an evaluation ({error}). Run `sest evaluate` again.") from error
 
 
 def means_over_pairs(table: pd.DataFrame) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from helpers.two_files import Written, write_two_files
 from sest.config import EvaluateConfig
 from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
-from sest.evaluation.results import Evaluation, means_over_pairs
+from sest.evaluation.results import Evaluation, means_over_pairs, read_evaluation
 
 
 @pytest.fixture
@@ -96,3 +96,36 @@ def test_means_are_over_pairs_and_a_pair_without_a_score_is_not_passed_over(tmp_
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["metrics"]["des"] == {"model": 0.75, "context_mean": None}  # JSON has no NaN
     assert summary["notes"] == ["said"]
+
+
+def test_what_was_written_is_read_again(written: Callable[..., Written], tmp_path: Path) -> None:
+    made = evaluate(*written(), EvaluateConfig(cell_eval=False))
+    made.table.loc[0, "cell_type"] = "NA"  # a name, and no missing value
+    made.write(tmp_path / "scores")
+    found = read_evaluation(tmp_path / "scores")
+    pd.testing.assert_frame_equal(found.table, made.table, check_dtype=False)
+    assert found.provenance == made.provenance and found.notes == made.notes and found.ceilings == made.ceilings
+    for metric, scores in made.summary.items():
+        assert found.summary[metric] == pytest.approx(scores, nan_ok=True), metric
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("summary.json", "{", "cannot be read as an evaluation"),
+        ("summary.json", "[]", "cannot be read as an evaluation"),
+        ("results.csv", "a,b\n1,2\n", "cannot be read as an evaluation"),
+        (None, "", "it has no results.csv"),
+    ],
+)
+def test_what_is_no_evaluation_is_said(
+    written: Callable[..., Written], tmp_path: Path, name: str | None, text: str, said: str
+) -> None:
+    folder = tmp_path / "scores"
+    evaluate(*written(), EvaluateConfig(cell_eval=False)).write(folder)
+    if name is None:
+        (folder / "results.csv").unlink()
+    else:
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_evaluation(folder)
