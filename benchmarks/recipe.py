@@ -27,8 +27,8 @@ from torch import Tensor
 from sest.config import TrainConfig
 from sest.data.dataset import read_dataset
 from sest.evaluation.means import training_effects
+from sest.facts.run import read_runs
 from sest.head.loss import HeadLoss
-from sest.report.run_facts import read_runs
 from sest.training.train import train
 from sest.training.trainer import Trainer
 
@@ -113,7 +113,7 @@ def run(
     else:
         train(cache, folder / "run", config)
         train(cache, folder / "run", replace(config, max_steps=steps, lr=config.lr * SLOW_END), resume="auto")
-    scores = {score.metric: score.head for score in read_runs([folder / "run"])[0].scores()}
+    scores = {score.metric: score.model for score in read_runs([folder / "run"])[0].scores()}
     return {metric: scores[metric] for metric in METRICS}
 
 

@@ -32,7 +32,7 @@ def report(
     force: Force = False,
     **options: Any,
 ) -> None:
-    """Write a run's report: curves, diagnosis, held-out perturbations, a map of the embeddings.
+    """Write a run's report: scores beside every baseline, held-out perturbations, diagnosis, curves.
 
     One HTML file that opens in any browser, without a network. Several runs are compared side by side.
     """
@@ -48,6 +48,8 @@ def report(
             device=config.device,
             cache=config.cache,
             perturbations=config.perturbations,
+            evaluation=config.evaluation,
+            umap=config.umap,
             force=force,
         )
     show_report(written)

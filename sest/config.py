@@ -350,6 +350,11 @@ class ReportConfig(Config):
         "sets of each split to predict at most, one of each cell type and perturbation at least; 0: every cell",
         least=0,
     )
+    evaluation: str | None = option(
+        None,
+        "folder of `sest evaluate`, scores of the run's prediction; default: `evaluation` in or beside the run folder",
+    )
+    umap: bool = option(False, "draw a UMAP of the embeddings too; needs the extra umap")
     cache: str | None = option(None, f"{CACHE}: where the run's is now; default: where the run says")
     perturbations: str | None = option(None, f"{FEATURES}: where their file is now; default: where the run says")
     device: str = option("auto", DEVICE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from helpers.pages import Trained
     from sest.evaluation.results import Evaluation
     from sest.training.train import TrainResult
 
@@ -47,6 +48,22 @@ def shared_cases() -> Path:
 def shared_reference() -> Path:
     """Numbers computed by upstream (arc-state 0.11.1), see shared/reference/README.md."""
     return _folder("SEST_REFERENCE", "reference")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of 12 steps with a val and a test split and hostile names, which the tests of reports share."""
+    from helpers.caches import small_screen, write_cache
+    from helpers.configs import small_config
+    from helpers.pages import CELL_TYPE, SIZES, SPLITS, Trained
+    from sest.training.train import train
+
+    folder = tmp_path_factory.mktemp("report")
+    group = small_screen(sizes=SIZES, cell_types=("x", CELL_TYPE), n_controls=12)
+    cache = write_cache(folder / "s.zarr", [group])
+    (folder / "splits.toml").write_text(SPLITS)
+    train(cache, folder / "run", small_config(splits=str(folder / "splits.toml")))
+    return Trained(group, cache, folder / "run")
 
 
 @dataclass(frozen=True)

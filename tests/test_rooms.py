@@ -19,6 +19,7 @@ FLOORS = (
     ("encoder", "data", "blend"),
     ("embedding", "runs", "evaluation", "simulation"),
     ("training", "prediction"),
+    ("facts",),
     ("report", "compat", "describe"),
     ("api", "pipeline"),
     ("cli",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -30,13 +29,16 @@ class EmbeddingMap:
 
     labels: dict[str, list[str]]  # of LABELS; each (n,)
     is_control: np.ndarray  # (n,) bool
-    places: dict[str, np.ndarray]  # "PCA" and, where umap-learn is installed, "UMAP": (n, 2)
+    places: dict[str, np.ndarray]  # "PCA" and, if asked for, "UMAP": (n, 2)
     explained: tuple[float, float]  # share of the sample's variance along the two principal components
     n_cells: int  # embedded in the cache
 
 
-def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
+def map_embeddings(cache: Cache, *, seed: int = 0, umap: bool = False) -> EmbeddingMap:
     """Draw a sample of the embedded cells and lay them out.
+
+    Args:
+        umap: by UMAP too, where the sample has more cells than NEIGHBOURS.
 
     Raises:
         InputError: no cell of the cache has a finite embedding.
@@ -62,7 +64,7 @@ def map_cells(cache: Cache, *, seed: int = 0) -> EmbeddingMap:
     mine = pd.concat(tables, ignore_index=True)[finite]
     pca, explained = principal_components(found)
     places = {"PCA": pca}
-    if find_spec("umap") is not None and len(found) > NEIGHBOURS:
+    if umap and len(found) > NEIGHBOURS:
         logger.info("UMAP of the embeddings: half a minute.")
         places["UMAP"] = _umap(found, seed)
     labels = {name: mine[name].tolist() for name in LABELS}
@@ -107,20 +109,25 @@ def _read(group: Group, rows: np.ndarray) -> list[np.ndarray]:
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """The first two principal components of rows (n, E), and their shares of the variance.
-
-    The sign of a component is such that its largest loading is positive.
-    """
+    """The first two principal components of rows (n, E), and their shares of the variance."""
     centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    basis, explained = principal_axes(centred)
+    return centred @ basis.T, explained
+
+
+def principal_axes(rows: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """The two principal axes (2, E) of rows (n, E), and their shares of the variance.
+
+    The sign of an axis is such that its largest loading is positive.
+    """
+    centred = rows - rows.mean(0)
     _, sizes, basis = np.linalg.svd(centred, full_matrices=False)
     basis = np.vstack([basis[:2], np.zeros((2 - len(basis[:2]), basis.shape[1]))])
     largest = basis[np.arange(2), np.abs(basis).argmax(1)]
     variance = np.pad(sizes**2, (0, 2))
     total = float(variance.sum()) or 1.0
-    return centred @ (basis * np.where(largest < 0, -1.0, 1.0)[:, None]).T, (
-        float(variance[0]) / total,
-        float(variance[1]) / total,
-    )
+    axes: np.ndarray = basis * np.where(largest < 0, -1.0, 1.0)[:, None]
+    return axes, (float(variance[0]) / total, float(variance[1]) / total)
 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:

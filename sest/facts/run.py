@@ -14,14 +14,17 @@ import numpy as np
 from sest.baselines.effects import BASELINES
 from sest.config import TrainConfig
 from sest.errors import InputError
+from sest.facts.scores import Score, Scoreboard
 from sest.runs.checkpoint import Checkpoint, checkpoints, find_checkpoint, sound_checkpoint
 from sest.runs.curves import (
-    HIGHER_IS_BETTER,
     METRICS,
+    NOT_LEARNED,
+    NOT_MEASURABLE,
+    VAL_PAIRS,
     Curves,
     best_of,
     curves_of,
-    judged_by,
+    is_no_measure,
     read_lines,
 )
 from sest.runs.diagnose import Finding, diagnose
@@ -29,20 +32,6 @@ from sest.runs.run_folder import METRICS as METRICS_FILE
 from sest.runs.run_folder import read_run_config
 
 NOT_OF_ALL = ("energy_distance", "pearson_delta_independent")  # metrics that older runs lack, or those of few controls
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """A metric at the best validation, beside what needs no network."""
-
-    metric: str
-    head: float
-    baselines: dict[str, float]  # by name
-
-    def beats(self, baseline: str) -> bool:
-        """Whether the head is better than a baseline; not where one of them is no number."""
-        other = self.baselines.get(baseline, math.nan)
-        return self.head > other if self.metric in HIGHER_IS_BETTER else self.head < other
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +84,25 @@ class RunFacts:
         known = [m for m in METRICS if m not in NOT_OF_ALL or m in columns]
         return [Score(m, at(m), {b: at(f"{m}_{b}") for b in baselines}) for m in known]
 
-    def judged(self) -> Score | None:
-        """The score by which the head is held against baselines; None before there is one."""
-        return next((score for score in self.scores() if score.metric == judged_by(self.curves.validation)), None)
+    def validation(self) -> Scoreboard | None:
+        """The scores at the best validation; None before there is one."""
+        if not (scores := self.scores()):
+            return None
+        said = {name: self.last(name) for name in (VAL_PAIRS, NOT_MEASURABLE, NOT_LEARNED)}
+        no_measure = ""
+        if is_no_measure(said):
+            why = "training says nothing about its perturbations" if said[NOT_LEARNED] else "no measurable effect"
+            no_measure = f"The validation is no measure of the head ({why}): no score there is a win or a loss."
+        who = "the stack of baselines" if self.config.head == "none" else "the head alone"
+        return Scoreboard(
+            of="validation",
+            by=f"{who} at the best {self.config.monitor}, step {self.best_step:,}",
+            scores=tuple(scores),
+            n_pairs=int(said[VAL_PAIRS] or 0),
+            real_half={m: half for m in METRICS if (half := self.last(f"{m}_real_half")) is not None},
+            is_measured=said[NOT_MEASURABLE] is not None,
+            no_measure=no_measure,
+        )
 
     @property
     def best_step(self) -> int | None:

@@ -16,10 +16,11 @@ from sest.cache.disk import write_durably
 from sest.cells.split_file import SPLIT_NAMES, VAL
 from sest.config import TrainConfig
 from sest.errors import InputError
+from sest.facts.run import RunFacts, read_runs
+from sest.facts.scores import Score
 from sest.hub import NAME, Repository
 from sest.options import read_toml
 from sest.outputs import check_output
-from sest.report.run_facts import RunFacts, Score, read_runs
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint, without_optimizer
 from sest.runs.known import CELLS
 from sest.runs.run_folder import CONFIG, PATHS, SPLITS
@@ -144,7 +145,7 @@ def _scores(facts: RunFacts | None) -> str:
 
 
 def _row(score: Score, columns: list[str]) -> str:
-    values = [score.head, *(score.baselines.get(name, math.nan) for name in columns)]
+    values = [score.model, *(score.baselines.get(name, math.nan) for name in columns)]
     return f"| {score.metric} | " + " | ".join("-" if math.isnan(v) else f"{v:.4g}" for v in values) + " |"
 
 

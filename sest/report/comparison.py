@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from sest.config import TrainConfig
+from sest.facts.run import RunFacts
 from sest.report.figures import overlaid
 from sest.report.page import Html, Page, element, grid, join, paragraph, table
-from sest.report.run_facts import RunFacts
 from sest.report.sections import WORDS, direction
 from sest.runs.curves import METRICS
 from sest.runs.diagnose import WARNING
@@ -54,7 +54,7 @@ def _scores(runs: Sequence[RunFacts]) -> list[list[Any]]:
     """A row a run, then the baselines: once where all runs have the same, else those of every run."""
     rows: list[list[Any]] = []
     for run in runs:
-        heads_of = {score.metric: score.head for score in run.scores()}
+        heads_of = {score.metric: score.model for score in run.scores()}
         rows.append([run.name, run.best_step, *(heads_of.get(metric) for metric in METRICS)])
     alike = same_baselines(runs)
     validated = [run for run in runs if run.scores()]
@@ -73,7 +73,7 @@ def _plain(value: Any) -> Any:
 
 def ranking(runs: Sequence[RunFacts]) -> str:
     """One sentence: which run has the lower best val_loss, and by how much."""
-    found = [(run.scores()[0].head, run) for run in runs if run.scores()]
+    found = [(run.scores()[0].model, run) for run in runs if run.scores()]
     if len(found) < 2:
         return "Fewer than two of these runs have been validated, so there is nothing to compare yet."
     (low, best), *others = sorted(found, key=lambda pair: pair[0])

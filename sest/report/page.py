@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
@@ -18,6 +19,7 @@ from sest.report.figures import Figure, escape
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 GENERATOR = '<meta name="generator" content="sest report">'
 
+CODE = re.compile("`([^`]*)`")
 LONG = 30  # characters of a cell that wants a wide column
 
 
@@ -53,7 +55,8 @@ def element(tag: str, *content: Any, **attributes: str) -> Html:
 
 
 def paragraph(*content: Any) -> Html:
-    return element("p", *content)
+    """Text between backticks becomes code."""
+    return element("p", *(Html(CODE.sub(r"<code>\1</code>", text(part))) for part in content))
 
 
 def note(*content: Any) -> Html:
@@ -87,45 +90,51 @@ def section(identity: str, title: str, *content: Html, level: int = 2) -> Html:
 
 
 class Page:
-    """Collects figures while the sections are written, then writes the whole page."""
+    """Collects figures while the sections are written, then writes the whole page.
+
+    Numbers of figures stand in the page once, as JSON, and become a table when a reader opens it.
+    """
 
     def __init__(self) -> None:
         self._figures: dict[str, Any] = {}
 
-    def _add(self, figure: Figure, *, with_rows: bool = False) -> str:
+    def _add(self, values: dict[str, Any]) -> str:
         key = f"f{len(self._figures)}"
-        rows = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in figure.rows]
-        self._figures[key] = figure.plot | ({"columns": figure.columns, "rows": rows} if with_rows else {})
+        self._figures[key] = values
         return key
 
-    def plot(self, title: str, figure: Figure | None) -> Html:
-        """A plot with its title, and its numbers below."""
+    def _figure(self, figure: Figure) -> str:
+        numbers = {"columns": figure.columns, "rows": [list(map(_plain, row)) for row in figure.rows]}
+        key = [(visible(words), colour, symbol) for words, colour, symbol in figure.key]
+        more = {"key": key, "height": figure.height}
+        return self._add(figure.plot | numbers | {name: value for name, value in more.items() if value})
+
+    def plot(self, title: str, figure: Figure | None, *words: Any) -> Html:
+        """A plot with its title and what is said of it, and its numbers below."""
         if figure is None:
             return element("figure", element("figcaption", title), note("No values."))
-        numbers = details("Numbers", table(figure.columns, figure.rows))
-        return element("figure", element("figcaption", title), _canvas(self._add(figure), title), numbers)
+        said = [element("p", *words)] if words else []
+        return element("figure", element("figcaption", title), *said, *_shown(self._figure(figure), title, figure))
 
-    def buttons(self, title: str, figures: dict[str, Figure]) -> Html:
-        """A plot of which one form is shown, chosen by buttons; the numbers of all forms below."""
-        keys = {name: self._add(figure, with_rows=True) for name, figure in figures.items()}
-        first = next(iter(keys.values()))
+    def buttons(self, title: str, figures: dict[str, Figure], *words: Any, by: str = "Show") -> Html:
+        """A plot of which one form is shown, chosen by buttons."""
+        keys = {name: self._figure(figure) for name, figure in figures.items()}
+        first = next(iter(keys))
         choice = join(
-            element("button", name, type="button", data_figure=key, aria_pressed="true" if key == first else "false")
+            element("button", name, type="button", data_figure=key, aria_pressed="true" if name == first else "false")
             for name, key in keys.items()
         )
-        tables = [table(figure.columns, figure.rows) for figure in figures.values()]
         return element(
             "figure",
             element("figcaption", title),
-            element("div", choice, class_="choice", role="group", aria_label="Colour by"),
-            _canvas(first, title, tall=True),
-            element("p", class_="key dots"),
-            details("Numbers", *tables),
+            *([element("p", *words)] if words else []),
+            element("div", choice, class_="choice", role="group", aria_label=by),
+            *_shown(keys[first], title, figures[first]),
         )
 
     def choices(self, titles: Sequence[str], chosen: Sequence[int], figures: dict[str, Figure]) -> Html:
-        """Plots side by side that each show one of the same figures, chosen from a list (tables by the script)."""
-        keys = {name: self._add(figure, with_rows=True) for name, figure in figures.items()}
+        """Plots side by side that each show one of the same figures, chosen from a list."""
+        keys = {name: self._figure(figure) for name, figure in figures.items()}
         names = list(keys)
         parts = []
         for title, number in zip(titles, chosen, strict=True):
@@ -133,21 +142,18 @@ class Page:
                 Html(f'<option value="{key}"{" selected" if name == names[number] else ""}>{text(name)}</option>')
                 for name, key in keys.items()
             )
-            parts.append(
-                element(
-                    "figure",
-                    element("figcaption", title),
-                    element("select", options, aria_label=title),
-                    _canvas(keys[names[number]], title, tall=True),
-                    element("details", element("summary", "Numbers"), element("div", class_="scroll filled")),
-                )
-            )
+            select = element("select", options, aria_label=title)
+            shown = _shown(keys[names[number]], title, figures[names[number]])
+            parts.append(element("figure", element("figcaption", title), select, *shown))
         return grid(parts)
+
+    def numbers(self, summary: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Html:
+        """A long table, closed, that the script fills."""
+        key = self._add({"columns": list(columns), "rows": [list(map(_plain, row)) for row in rows]})
+        return _filled(summary, key)
 
     def whole(self, title: str, contents: Sequence[tuple[str, str]], body: Html) -> str:
         """The page. contents: (id, title) of the sections."""
-        from plotly.offline import get_plotlyjs
-
         links = join(element("li", element("a", name, href=f"#{identity}")) for identity, name in contents)
         figures = json.dumps(self._figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         ours = resources.files("sest.report")
@@ -162,20 +168,43 @@ class Page:
                 f"<style>{(ours / 'report.css').read_text()}</style></head><body>",
                 element("nav", element("ul", links), aria_label="Contents"),
                 element("main", body),
-                "<noscript><p class='absent'>The plots need JavaScript; their numbers are in tables.</p></noscript>",
+                "<noscript><p class='absent'>The plots and their numbers need JavaScript.</p></noscript>",
                 f'<script type="application/json" id="figures">{figures}</script>',
-                f"<script>{get_plotlyjs()}</script>",
+                f"<script>{_plotly()}</script>",
                 f"<script>{(ours / 'report.js').read_text()}</script>",
                 "</body></html>\n",
             ]
         )
 
 
-def _canvas(key: str, title: str, *, tall: bool = False) -> Html:
+def _shown(key: str, title: str, figure: Figure) -> list[Html]:
+    """The place of a plot, of what its marks mean, of its numbers and of the links that save it."""
     label = f"Plot: {title}. Its numbers are in the table below."
-    return element("div", class_="plot tall" if tall else "plot", data_figure=key, role="img", aria_label=label)
+    height = {"style": f"height:{figure.height}px"} if figure.height else {}
+    saved = (element("button", kind.upper(), type="button", data_save=kind) for kind in ("svg", "png"))
+    return [
+        element("p", class_="key"),
+        element("div", class_="plot", data_figure=key, role="img", aria_label=label, **height),
+        element("div", _filled("Numbers", key), element("p", "Save as ", *saved, class_="save"), class_="below"),
+    ]
+
+
+def _filled(summary: str, key: str) -> Html:
+    return element("details", element("summary", summary), element("div", class_="scroll"), data_rows=key)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; of text what is invisible as well."""
+    if isinstance(value, str):
+        return visible(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def grid(parts: Iterable[Html], *, three: bool = False) -> Html:
     """Figures side by side where there is room."""
     return element("div", join(parts), class_="grid three" if three else "grid")
+
+
+def _plotly() -> str:
+    """Plotly's script; its Python modules are slow to import."""
+    return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")

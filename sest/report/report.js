@@ -18,55 +18,77 @@
 
   function draw(plot) {
     const style = getComputedStyle(root);
-    const { data, layout } = figures[plot.dataset.figure];
+    const { data, layout, height } = figures[plot.dataset.figure];
     const shown = coloured(layout, style);
     shown.font.family = getComputedStyle(document.body).fontFamily;
     shown.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom"; // a finger scrolls the page
+    plot.style.height = height ? `${height}px` : "";
     drawn.add(plot);
     name(plot);
     Plotly.react(plot, coloured(data, style), shown, settings);
   }
 
-  // The groups of a map, with their colours.
+  // What the marks of a plot mean.
   function name(plot) {
-    const key = plot.parentElement.querySelector(".dots");
-    if (!key) return;
-    const { data, rows } = figures[plot.dataset.figure]; // a row of the table for every trace
-    const groups = data.map((trace, i) => {
+    const marks = (figures[plot.dataset.figure].key || []).map(([words, colour, symbol]) => {
       const made = document.createElement("span");
-      made.className = trace.marker.symbol;
-      made.style.setProperty("--dot", trace.marker.color);
-      made.textContent = rows[i][0];
+      made.className = symbol;
+      made.style.setProperty("--mark", colour);
+      made.textContent = words;
       return made;
     });
-    key.replaceChildren(...groups);
+    plot.parentElement.querySelector(".key").replaceChildren(...marks);
   }
 
-  function fill(figure) {
-    const box = figure.querySelector(".filled");
-    if (!box || !box.parentElement.open) return;
-    const { columns, rows } = figures[figure.querySelector(".plot").dataset.figure];
+  // The numbers of a table, once it is open.
+  function fill(details) {
+    if (!details.open) return;
+    const { columns, rows } = figures[details.dataset.rows];
     const table = document.createElement("table");
+    const numeric = columns.map((_, i) => rows.some((row) => typeof row[i] === "number"));
     const line = (cells, tag, parent) => {
       const row = parent.insertRow();
-      for (const cell of cells) {
+      cells.forEach((cell, i) => {
         const made = document.createElement(tag);
         made.textContent = cell === null ? "-" : typeof cell === "number" ? Number(cell.toPrecision(4)) : cell;
-        if (typeof cell === "number") made.className = "number";
+        if (numeric[i]) made.className = "number";
         row.append(made);
-      }
+      });
     };
     line(columns, "th", table.createTHead());
     const body = table.createTBody();
     for (const row of rows) line(row, "td", body);
-    box.replaceChildren(table);
+    details.querySelector(".scroll").replaceChildren(table);
+  }
+
+  // A figure as a file, on white, with a key of its own and the title of its caption.
+  async function save(figure, format) {
+    const plot = figure.querySelector(".plot");
+    const { data, layout, key, height } = figures[plot.dataset.figure];
+    root.classList.add("print");
+    const style = getComputedStyle(root);
+    const [traces, shown] = [coloured(data, style), coloured(layout, style)];
+    root.classList.remove("print");
+    const title = figure.querySelector("figcaption").textContent;
+    shown.font.family = "Arial, Helvetica, sans-serif";
+    shown.paper_bgcolor = shown.plot_bgcolor = "white";
+    shown.showlegend = Boolean(key);
+    shown.title = { text: title.replace(/&/g, "&amp;").replace(/</g, "&lt;"), font: { size: 14 }, x: 0.02, xanchor: "left" };
+    shown.margin = { ...shown.margin, t: shown.margin.t + 40 + (key ? 30 : 0) };
+    const size = { width: 800, height: (height || 360) + 70, scale: 2 };
+    const link = document.createElement("a");
+    link.href = await Plotly.toImage({ data: traces, layout: shown }, { format, ...size });
+    link.download = `${title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}.${format}`;
+    link.click();
   }
 
   function choose(figure, key) {
     const plot = figure.querySelector(".plot");
     plot.dataset.figure = key;
     draw(plot);
-    fill(figure);
+    const numbers = figure.querySelector("details[data-rows]");
+    numbers.dataset.rows = key;
+    fill(numbers);
   }
 
   const plots = [...document.querySelectorAll(".plot")];
@@ -83,16 +105,17 @@
   plots.forEach((plot) => seen.observe(plot));
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest("button[data-figure]");
-    if (!button) return;
+    const button = event.target.closest("button");
+    if (button && button.dataset.save) save(button.closest("figure"), button.dataset.save);
+    if (!button || !button.dataset.figure) return;
     for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
     choose(button.closest("figure"), button.dataset.figure);
   });
   document.addEventListener("change", (event) => {
     if (event.target.matches("figure select")) choose(event.target.closest("figure"), event.target.value);
   });
-  for (const box of document.querySelectorAll(".filled")) {
-    box.parentElement.addEventListener("toggle", () => fill(box.closest("figure")));
+  for (const details of document.querySelectorAll("details[data-rows]")) {
+    details.addEventListener("toggle", () => fill(details));
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
   addEventListener("beforeprint", () => {

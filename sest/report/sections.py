@@ -9,116 +9,18 @@ from typing import Any
 import numpy as np
 
 from sest.config import TrainConfig
-from sest.data.vectors import DRUGS, GENES, ONE_HOT
-from sest.report.cache_facts import CacheFacts
-from sest.report.embedding_map import LABELS, MOST_CELLS
+from sest.facts.cache import CacheFacts
+from sest.facts.embeddings import LABELS, MOST_CELLS
+from sest.facts.run import RunFacts
+from sest.facts.scores import Score, Scoreboard
 from sest.report.figures import MOST_POINTS, MOST_ROWS, embedding_map, log_curve, validation_curve
 from sest.report.held_out import NO_CACHE, perturbations
 from sest.report.page import Html, Page, details, element, grid, join, note, paragraph, sentence_case, table
-from sest.report.run_facts import RunFacts, Score
-from sest.runs.curves import (
-    HIGHER_IS_BETTER,
-    METRICS,
-    NOT_LEARNED,
-    NOT_MEASURABLE,
-    VAL_PAIRS,
-    WITH_CELLS,
-    is_no_measure,
-    strongest,
-)
+from sest.runs.curves import HIGHER_IS_BETTER, METRICS
 from sest.runs.diagnose import GOOD, NOTE, WARNING, Finding
 
 WORDS = {GOOD: "Good", NOTE: "Note", WARNING: "Warning"}
-MEANINGS = {
-    "val_loss": "the training loss, of held-out cells; lower is better",
-    "energy_distance": "between predicted and real held-out cells, none compared with itself; lower is better",
-    "pearson_delta": "correlation over genes of predicted and observed change; higher is better",
-    "pearson_delta_independent": "the same where both changes are from different halves of the controls",
-    "mae": "mean absolute error of the mean log1p expression; lower is better",
-    "pds": "how well perturbations are told apart by the predictions, 0.5 is chance; higher is better",
-}
 NOT_RECORDED = "not recorded"
-
-
-# --- header
-
-
-def header(run: RunFacts, cache: CacheFacts | None) -> Html:
-    """What the run is, in one sentence, and its headline figures."""
-    return join([paragraph(sentence(run, cache)), _cards(run), _score_table(run)])
-
-
-def sentence(run: RunFacts, cache: CacheFacts | None) -> str:
-    """What the run is, in one sentence."""
-    state, done = run.state, f"trained for {run.step:,} of {run.config.max_steps:,} steps"
-    if not state:
-        return f"A State Transition head, {done}; it has no checkpoint that can be read."
-    encoder, sizes, source = state["encoder"], state["sizes"], state["features"]["source"]
-    known = {ONE_HOT: "one-hot features", GENES: "the genes' own features", DRUGS: "drugs and doses"}
-    features = known.get(source, f"the features in {source}")
-    if run.config.head == "none":
-        return (
-            f"Stack of baselines without a head, which predicts the expression of {sizes['n_genes']:,} genes after a "
-            f"perturbation from its effects in other cells and from {features} of the perturbation."
-        )
-    cells = f" of {cache.map.n_cells:,} cells" if cache is not None and cache.map is not None else ""
-    return (
-        f"A State Transition head with {state['trainable_parameters']:,} parameters that predicts the expression of "
-        f"{sizes['n_genes']:,} genes after a perturbation, from embeddings{cells} by {encoder['name']} ({sizes['dim']} "
-        f"numbers a cell) and {features} of the perturbation; {done}."
-    )
-
-
-def _cards(run: RunFacts) -> Html:
-    scores = run.scores()
-    if not scores:
-        return note("No validation yet, so there is nothing to hold against the baselines.")
-    score = run.judged()
-    assert score is not None
-    name = score.metric.replace("_", " ") if score.metric != "val_loss" else score.metric
-    cards = [_card(f"{score.head:.4g}", f"{name} at the best {run.config.monitor}, step {run.best_step:,}")]
-    for baseline, other in score.baselines.items():
-        if baseline not in WITH_CELLS:
-            continue
-        beats = score.beats(baseline)
-        verdict = element("span", "beaten" if beats else "not beaten", class_=_yes(beats))
-        if _is_no_measure(run):
-            verdict = Html("no measure, see the diagnosis")
-        words = f"{name} of the {baseline.replace('_', ' ')}: "
-        cards.append(_card(f"{other:.4g}" if np.isfinite(other) else "-", words, verdict))
-    return element("div", *cards, class_="cards")
-
-
-def _is_no_measure(run: RunFacts) -> bool:
-    return is_no_measure({name: run.last(name) for name in (VAL_PAIRS, NOT_MEASURABLE, NOT_LEARNED)})
-
-
-def _card(figure: str, *words: Any) -> Html:
-    return element("div", element("b", figure), element("span", *words), class_="card")
-
-
-def _yes(beats: bool) -> str:
-    return "yes" if beats else "no"
-
-
-def _score_table(run: RunFacts) -> Html:
-    scores = run.scores()
-    if not scores:
-        return Html("")
-    baselines = [name.replace("_", " ") for name in scores[0].baselines]
-    who = "stack" if run.config.head == "none" else f"head, step {run.best_step:,}"
-    columns = ["metric", who, *baselines, "beats all", "what it is"]
-    return table(columns, [_score_row(score, no_measure=_is_no_measure(run)) for score in scores])
-
-
-def _score_row(score: Score, *, no_measure: bool) -> list[Any]:
-    if no_measure or not np.isfinite(score.head):
-        return [score.metric, score.head, *score.baselines.values(), None, MEANINGS[score.metric]]
-    known = {name: value for name, value in score.baselines.items() if np.isfinite(value)}
-    beats = all(score.beats(name) for name in known)
-    equals = not beats and all(score.beats(name) or score.head == value for name, value in known.items())
-    verdict: Any = "equal" if equals else element("span", _yes(beats), class_=_yes(beats))
-    return [score.metric, score.head, *score.baselines.values(), verdict, MEANINGS[score.metric]]
 
 
 # --- diagnosis
@@ -156,16 +58,24 @@ def curves(page: Page, run: RunFacts) -> Html:
     loss = page.plot("Training loss", log_curve(run.curves, "loss", "loss"))
     norm = page.plot("Gradient norm, before clipping", log_curve(run.curves, "grad_norm", "norm"))
     rate = page.plot("Speed", log_curve(run.curves, "it_per_s", "it/s", limit="limit_it_per_s"))
-    beside = strongest(run.curves.validation).replace("_", " ")
-    key = element(
-        "p",
-        *(element("span", words) for words in ("head", beside, "controls", "best step")),
-        class_="key",
-    )
     parts = [grid([loss, metrics[0]]), grid(metrics[1:], three=True), grid([norm, rate])]
-    if run.best() is not None:
-        parts.insert(0, key)
+    if (board := run.validation()) is not None:
+        who = "Stack of baselines" if run.config.head == "none" else f"Head alone at step {run.best_step:,}"
+        parts += [element("h3", f"{who}, beside every baseline"), _score_table(board)]
     return join([*([paragraph(thinned)] if thinned else []), *parts])
+
+
+def _score_table(board: Scoreboard) -> Html:
+    columns = ["metric", "this", *(name.replace("_", " ") for name in board.scores[0].baselines), "beats all"]
+    return table(columns, [_score_row(score, board) for score in board.scores])
+
+
+def _score_row(score: Score, board: Scoreboard) -> list[Any]:
+    verdict: Any = None
+    if not board.no_measure and np.isfinite(score.model):
+        word, kind = ("yes", "yes") if score.beats_all else ("level", "") if score.is_level else ("no", "no")
+        verdict = element("span", word, class_=kind)
+    return [score.metric, score.model, *score.baselines.values(), verdict]
 
 
 def direction(metric: str) -> str:
@@ -184,20 +94,20 @@ def embeddings(page: Page, cache: CacheFacts | None) -> Html:
     n = len(cells.is_control)
     sample = f"A sample of {n:,} of {cells.n_cells:,}" if n < cells.n_cells else f"All {n:,}"
     first, second = cells.explained
-    umap = (
-        "UMAP keeps neighbours, not distances."
-        if "UMAP" in cells.places
-        else "With umap-learn installed (the extra umap of sest) a UMAP stands here too."
-    )
+    umap = "UMAP keeps neighbours, not distances. " if "UMAP" in cells.places else ""
     parts = [
         paragraph(
             f"{sample} embedded cells (at most {MOST_CELLS:,} are drawn), as the head sees them. The two principal "
             f"components hold {first:.1%} and {second:.1%} of the variance: what they do not show may still be there. "
-            f"{umap} The most frequent labels have a colour of their own."
+            f"{umap}The most frequent labels have a colour of their own."
         )
     ]
     plots = [
-        page.buttons(f"{layout} of the embeddings, coloured by", {x: embedding_map(cells, layout, x) for x in LABELS})
+        page.buttons(
+            f"{layout} of the embeddings, coloured by",
+            {label: embedding_map(cells, layout, label) for label in LABELS},
+            by="Colour by",
+        )
         for layout in cells.places
     ]
     return join([*parts, grid(plots) if len(plots) > 1 else plots[0]])
@@ -295,12 +205,14 @@ def _splits(cache: CacheFacts | None) -> Html:
     )
 
 
-def run_sections(page: Page, run: RunFacts, cache: CacheFacts | None, prefix: str = "") -> list[tuple[str, str, Html]]:
-    """All sections of a run after its header: (id, title, content)."""
+def run_sections(
+    page: Page, run: RunFacts, cache: CacheFacts | None, boards: Sequence[Scoreboard], prefix: str = ""
+) -> list[tuple[str, str, Html]]:
+    """All sections of a run after its header: (id, title, content). boards: what is scored pair by pair."""
     made = [
+        ("perturbations", "Held-out perturbations", perturbations(page, run, cache, boards)),
         ("diagnosis", "Diagnosis", diagnosis(run.findings)),
         ("curves", "Curves", curves(page, run)),
-        ("perturbations", "Held-out perturbations", perturbations(page, run, cache)),
         ("embeddings", "Embeddings", embeddings(page, cache)),
         ("speed", "Speed and its limit", speed(run)),
         ("configuration", "Configuration and provenance", configuration(run, cache)),

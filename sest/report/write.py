@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +12,24 @@ from pathlib import Path
 from sest import __version__
 from sest.cache.disk import write_durably
 from sest.config import ReportConfig
+from sest.errors import InputError
+from sest.evaluation.results import Evaluation, read_evaluation
+from sest.facts.cache import CacheFacts, read_cache
+from sest.facts.run import RunFacts, read_runs
+from sest.facts.scores import Scoreboard, made_by, of_evaluation, of_pairs
 from sest.machine.devices import choose_device
 from sest.outputs import check_output
-from sest.report.cache_facts import CacheFacts, read_cache
 from sest.report.comparison import comparison
+from sest.report.headline import header
 from sest.report.page import GENERATOR, Html, Page, element, join, section
-from sest.report.run_facts import RunFacts, read_runs
-from sest.report.sections import header, run_sections
+from sest.report.sections import run_sections
 from sest.runs.diagnose import Finding
 from sest.runs.provenance import files_of
 from sest.runs.run_folder import seeds_of
+from sest.runs.schema import MODEL
 
 REPORT = "report.html"
+EVALUATION = "evaluation"  # folder in a run, or beside it
 HEAD = 4096  # bytes of a page within which it says what made it
 
 
@@ -45,6 +52,8 @@ def write_report(
     device: str = ReportConfig.device,
     cache: str | os.PathLike[str] | None = None,
     perturbations: str | os.PathLike[str] | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
+    umap: bool = ReportConfig.umap,
     force: bool = False,
 ) -> Report:
     """Write the report.
@@ -56,10 +65,14 @@ def write_report(
         n_sets: sets of each split to predict at most, but one of every pair; 0: all.
         device: to predict on: auto, cpu, cuda or cuda:N.
         cache, perturbations: where the cache and the features file are now, if not where the runs say.
+        evaluation: folder that `sest evaluate` wrote about the run's prediction; None: `evaluation` in or beside the
+            run folder, if it is of the checkpoint that is reported.
+        umap: draw a UMAP of the embeddings too.
         force: replace `out` where it exists. At its default place an older report is replaced without it.
 
     Raises:
-        InputError: no such run or device, or a place that cannot or must not be written to (see `check_output`). A
+        InputError: no such run, device or evaluation, several runs with one evaluation, no umap-learn for a UMAP, or a
+            place that cannot or must not be written to (see `check_output`). A
             cache that cannot be used is no error: the page says so where it would have been needed.
     """
     given = [Path(folder) for folder in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
@@ -68,20 +81,57 @@ def write_report(
         cache=None if cache is None else os.fspath(cache),
         perturbations=None if perturbations is None else os.fspath(perturbations),
     )
+    scored = _evaluations(facts, evaluation)
+    if umap and importlib.util.find_spec("umap") is None:
+        raise InputError("--umap needs umap-learn. Run pip install 'sest[umap]'.")
     place = Path(out) if out is not None else (facts[0].folder if len(facts) == 1 else Path()) / REPORT
     check_output(
         place,
-        inputs=[cache, perturbations, *(file for run in facts for file in files_of(run.folder))],
+        inputs=[cache, perturbations, evaluation, *(file for run in facts for file in files_of(run.folder))],
         force=force or (out is None and _is_report(place)),
         suffixes=(".html",),
     )
     page, caches, chosen = Page(), list[CacheFacts | None](), choose_device(device)
     for run in facts:
-        caches.append(read_cache(run, n_sets=n_sets, device=chosen) if with_model else None)
-    data = _page(page, facts, caches).encode()
+        caches.append(read_cache(run, n_sets=n_sets, device=chosen, umap=umap) if with_model else None)
+    data = _page(page, facts, caches, scored).encode()
     write_durably(place, data)
     notes = [f"{r.name}: {n}" for r, c in zip(facts, caches, strict=True) if c for n in dict.fromkeys(c.notes.values())]
     return Report(place, len(data), {run.name: run.findings for run in facts}, notes)
+
+
+def _evaluations(runs: Sequence[RunFacts], given: str | os.PathLike[str] | None) -> list[Evaluation | None]:
+    """The evaluation of each run, None where there is none."""
+    if given is not None and len(runs) > 1:
+        raise InputError(f"--evaluation {os.fspath(given)} is of one prediction, and {len(runs)} runs are given.")
+    return [read_evaluation(given) if given is not None else _found(run) for run in runs]
+
+
+def _found(run: RunFacts) -> Evaluation | None:
+    """The evaluation in or beside a run folder, if its cells were predicted by the checkpoint that is reported."""
+    if run.checkpoint is None:
+        return None
+    state = run.state
+    mine = {"step": state["step"], "model_sha256": state["files"].get(MODEL, ""), "cache_sha256": state["cache_sha256"]}
+    for folder in (run.folder / EVALUATION, run.folder.parent / EVALUATION):
+        try:
+            found = read_evaluation(folder)
+        except InputError:
+            continue
+        if {key: made_by(found).get(key) for key in mine} == mine:
+            return found
+    return None
+
+
+def _boards(run: RunFacts, cache: CacheFacts | None, evaluation: Evaluation | None) -> list[Scoreboard]:
+    """What is scored pair by pair: evaluated cells, else the test split as it is predicted here; then the val split."""
+    boards = [of_evaluation(evaluation)] if evaluation is not None else []
+    for result in reversed(cache.pairs or []) if cache is not None else ():
+        if result.split == "val" or evaluation is None:
+            assert run.checkpoint is not None
+            by = "head and baselines together" if run.checkpoint.has_blend else "the head"
+            boards.append(of_pairs(result.scores, of=f"{result.split} split", by=f"{by}, as predicted for this page"))
+    return boards
 
 
 def _is_report(path: Path) -> bool:
@@ -92,7 +142,12 @@ def _is_report(path: Path) -> bool:
         return GENERATOR.encode() in file.read(HEAD)
 
 
-def _page(page: Page, runs: Sequence[RunFacts], caches: Sequence[CacheFacts | None]) -> str:
+def _page(
+    page: Page,
+    runs: Sequence[RunFacts],
+    caches: Sequence[CacheFacts | None],
+    evaluations: Sequence[Evaluation | None],
+) -> str:
     now = datetime.now(UTC)
     several, parts, contents = len(runs) > 1, list[Html](), list[tuple[str, str]]()
     if several:
@@ -105,18 +160,23 @@ def _page(page: Page, runs: Sequence[RunFacts], caches: Sequence[CacheFacts | No
         contents.append(("comparison", "Comparison"))
     else:
         title = runs[0].name
-    for number, (run, cache) in enumerate(zip(runs, caches, strict=True), 1):
-        prefix = f"run-{number}-" if several else ""
-        sections = run_sections(page, run, cache, prefix)
+    for number, (run, cache, evaluation) in enumerate(zip(runs, caches, evaluations, strict=True), 1):
+        prefix, boards, validation = (
+            f"run-{number}-" if several else "",
+            _boards(run, cache, evaluation),
+            run.validation(),
+        )
+        top = header(run, cache, [*boards, *([validation] if validation is not None else [])])
+        sections = run_sections(page, run, cache, boards, prefix)
         made = join(section(identity, name, body, level=3 if several else 2) for identity, name, body in sections)
         date = element("p", f"Last step logged {run.written:%d %B %Y, %H:%M} UTC.", class_="quiet")
         if several:
             identity = f"run-{number}"
             contents.append((identity, run.name))
-            parts.append(element("div", section(identity, run.name, date, header(run, cache)), made, class_="run"))
+            parts.append(element("div", section(identity, run.name, date, top), made, class_="run"))
         else:
             contents = [(identity, name) for identity, name, _ in sections]
-            parts += [element("h1", title), date, header(run, cache), made]
+            parts += [element("h1", title), date, top, made]
     footer = f"Written by sest {__version__} on {now:%d %B %Y, %H:%M} UTC. This file loads nothing from the network."
     parts.append(element("footer", footer))
     return page.whole(f"{title} - sest report", contents, join(parts))

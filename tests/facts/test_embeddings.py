@@ -11,8 +11,8 @@ from helpers.caches import DIM, small_screen, write_cache
 from helpers.pages import Trained
 from sest.cache import open_cache
 from sest.errors import InputError
-from sest.report import embedding_map
-from sest.report.embedding_map import map_cells, principal_components
+from sest.facts import embeddings
+from sest.facts.embeddings import map_embeddings, principal_components
 
 
 def test_principal_components_are_those_of_the_covariance() -> None:
@@ -29,9 +29,9 @@ def test_principal_components_are_those_of_the_covariance() -> None:
 def test_the_map_is_a_seeded_sample_with_the_labels_of_its_cells(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding_map, "MOST_CELLS", 30)
+    monkeypatch.setattr(embeddings, "MOST_CELLS", 30)
     group, cache = trained.group, open_cache(trained.cache)
-    cells, again = (map_cells(cache, seed=3) for _ in range(2))
+    cells, again = (map_embeddings(cache, seed=3) for _ in range(2))
     assert cells.n_cells == len(group.obs) and len(cells.is_control) == 30
     assert cells.labels == again.labels and (cells.places["PCA"] == again.places["PCA"]).all()
     rows = np.sort(np.random.default_rng(3).choice(len(group.obs), 30, replace=False))
@@ -44,7 +44,7 @@ def test_the_map_is_a_seeded_sample_with_the_labels_of_its_cells(
 
 def test_batches_of_several_files_never_have_one_name(tmp_path: Path) -> None:
     groups = [small_screen(path, sizes={"P": 3}, n_controls=2, batches=("b",), seed=i) for i, path in enumerate("ab")]
-    cells = map_cells(open_cache(write_cache(tmp_path / "s.zarr", groups)))
+    cells = map_embeddings(open_cache(write_cache(tmp_path / "s.zarr", groups)))
     assert set(cells.labels["batch"]) == {"a/b", "b/b"} and cells.n_cells == 2 * 2 * (2 + 3)
     assert set(cells.labels["perturbation"]) == {"P", "control"}
 
@@ -52,7 +52,14 @@ def test_batches_of_several_files_never_have_one_name(tmp_path: Path) -> None:
 def test_cells_without_an_embedding_are_left_out_and_none_at_all_is_said(tmp_path: Path) -> None:
     group = small_screen(sizes={"P": 3}, n_controls=2)
     group.embeddings[2:] = np.nan
-    assert len(map_cells(open_cache(write_cache(tmp_path / "s.zarr", [group]))).is_control) == 2
+    assert len(map_embeddings(open_cache(write_cache(tmp_path / "s.zarr", [group]))).is_control) == 2
     group.embeddings[:] = np.nan
     with pytest.raises(InputError, match=r"No cell of .*t\.zarr has a finite embedding"):
-        map_cells(open_cache(write_cache(tmp_path / "t.zarr", [group])))
+        map_embeddings(open_cache(write_cache(tmp_path / "t.zarr", [group])))
+
+
+def test_a_umap_is_drawn_only_if_it_is_asked_for(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "_umap", lambda vectors, seed: vectors[:, :2])
+    cache = open_cache(trained.cache)
+    assert list(map_embeddings(cache).places) == ["PCA"]
+    assert list(map_embeddings(cache, umap=True).places) == ["PCA", "UMAP"]

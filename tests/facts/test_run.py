@@ -10,7 +10,7 @@ import pytest
 
 from helpers.pages import Trained, facts, validation
 from sest.errors import InputError
-from sest.report.run_facts import Score, read_runs
+from sest.facts.run import read_runs
 
 
 def test_runs_of_the_same_name_are_told_apart_and_one_given_twice_is_refused(trained: Trained, tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_run_that_is_read_says_what_its_folder_holds(trained: Trained) -> None
     assert run.config.set_size == 4 and run.cache == str(trained.cache)
     assert run.checkpoint is not None and run.checkpoint.folder.name == "best"
     assert run.state["step"] == trained.best["step"] and run.lines == trained.lines
-    assert run.scores()[0].head == trained.best["val_loss"]
+    assert run.scores()[0].model == trained.best["val_loss"]
 
 
 def test_files_that_have_moved_are_read_where_they_are_now(trained: Trained) -> None:
@@ -51,16 +51,19 @@ def test_no_run_at_all_is_refused() -> None:
 def test_a_validation_that_is_nan_is_never_the_best() -> None:
     run = facts("a", [validation(4, math.nan), validation(8, 1.5), validation(12, 2.5)])
     assert run.best_step == 8 and run.scores()[0].baselines == {"perturbation_mean": 2.0, "controls": 3.0}
-    assert math.isnan(run.scores()[1].head)  # pearson_delta, which no line has
+    assert math.isnan(run.scores()[1].model)  # pearson_delta, which no line has
     nothing = facts("b", [validation(4, math.nan)])
     assert nothing.best_step is None and nothing.scores() == []
 
 
-def test_higher_is_better_for_some_metrics_and_a_tie_beats_nothing() -> None:
-    for metric, head, better in (("val_loss", 1.0, True), ("pds", 1.0, False), ("mae", 2.0, False), ("pds", 3.0, True)):
-        assert Score(metric, head, {"controls": 2.0}).beats("controls") is better
-    assert not Score("pds", math.nan, {"controls": 2.0}).beats("controls")
-    assert not Score("mae", 1.0, {"controls": math.nan}).beats("controls")
+def test_the_best_validation_is_a_scoreboard_that_says_when_it_measures_nothing() -> None:
+    board = facts("a", [validation(4, 1.5), validation(8, 2.5)]).validation()
+    assert board is not None and board.by == "the head alone at the best val_loss, step 4" and not board.no_measure
+    assert board.scores[0].model == 1.5 and board.verdict()[0].startswith("Better than every baseline on")
+    nothing = facts("b", [validation(4, 1.5) | {"val_pairs": 3, "val_pairs_not_measurable": 3}]).validation()
+    assert nothing is not None and nothing.verdict() == (nothing.no_measure, "")
+    assert "no measurable effect" in nothing.no_measure and "no score there is a win or a loss" in nothing.no_measure
+    assert facts("c").validation() is None
 
 
 def test_the_last_value_of_a_key_is_that_of_the_last_line_that_has_it() -> None:

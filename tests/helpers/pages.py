@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers.caches import CellGroup
 from helpers.configs import small_config
-from sest.report.run_facts import RunFacts
+from sest.facts.run import RunFacts
 from sest.report.write import write_report
 from sest.runs.curves import curves_of
 
@@ -65,7 +65,8 @@ class Opened(HTMLParser):
 
     def curve(self, y: str, number: int = 0) -> dict[int, float | None]:
         """Step -> value of a curve of the first figure with this y axis."""
-        plot = next(f for f in self.figures.values() if f["layout"]["yaxis"]["title"]["text"] == y)
+        plots = [figure for figure in self.figures.values() if "layout" in figure]
+        plot = next(f for f in plots if f["layout"]["yaxis"]["title"]["text"] == y)
         return dict(zip(plot["data"][number]["x"], plot["data"][number]["y"], strict=True))
 
     def section(self, identity: str) -> str:

@@ -7,21 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
-from helpers.pages import CELL_TYPE, SIZES, SPLITS, Opened, Trained, opened
+from helpers.pages import Opened, Trained, opened
 from sest.report.write import write_report
 from sest.training.train import train
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("report")
-    group = small_screen(sizes=SIZES, cell_types=("x", CELL_TYPE), n_controls=12)
-    cache = write_cache(folder / "s.zarr", [group])
-    (folder / "splits.toml").write_text(SPLITS)
-    train(cache, folder / "run", small_config(splits=str(folder / "splits.toml")))
-    return Trained(group, cache, folder / "run")
 
 
 @pytest.fixture(scope="session")

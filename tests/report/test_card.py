@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Demo
 
+from sest.facts.run import read_runs
 from sest.report.card import card_of
-from sest.report.run_facts import read_runs
 from sest.runs.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -29,7 +29,7 @@ def test_scores_stand_beside_the_baselines(demo: Demo, best: Checkpoint) -> None
     text = card_of(best, "lab/head")
     rows = table(text)
     for score in read_runs([demo.run])[0].scores():
-        assert float(rows[score.metric]["this"]) == pytest.approx(score.head, rel=1e-3)
+        assert float(rows[score.metric]["this"]) == pytest.approx(score.model, rel=1e-3)
         for name, value in score.baselines.items():
             shown = rows[score.metric][name.replace("_", " ")]
             assert shown == "-" or float(shown) == pytest.approx(value, rel=1e-3)

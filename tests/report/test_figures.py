@@ -9,10 +9,9 @@ import pytest
 
 from helpers.pages import Trained, facts, validation
 from sest.cache import open_cache
+from sest.facts.embeddings import map_embeddings
 from sest.report import figures as report_figures
-from sest.report.cache_facts import PairResults
-from sest.report.embedding_map import map_cells
-from sest.report.figures import Line, choosable, curve, gene_scatter, overlaid, ranked, validation_curve
+from sest.report.figures import Line, curve, numbers, overlaid, validation_curve
 
 
 def test_long_curves_are_thinned_and_keep_their_end() -> None:
@@ -28,51 +27,15 @@ def test_long_curves_are_thinned_and_keep_their_end() -> None:
 
 def test_only_the_most_frequent_labels_have_a_colour(monkeypatch: pytest.MonkeyPatch, trained: Trained) -> None:
     monkeypatch.setattr(report_figures, "MOST_GROUPS", 2)
-    cells = map_cells(open_cache(trained.cache))
+    cells = map_embeddings(open_cache(trained.cache))
     figure = report_figures.embedding_map(cells, "PCA", "perturbation")
     assert [row[0] for row in figure.rows] == ["3 others", "control", "T", "P"]
     assert [row[1] for row in figure.rows] == [2 * (5 + 6 + 7), 24, 18, 16]
+    assert [name for name, _, _ in figure.key] == [row[0] for row in figure.rows]
 
 
-def results(
-    scores: list[float], observed: np.ndarray | None = None, predicted: np.ndarray | None = None
-) -> PairResults:
-    """Pairs P0, P1 ... of one cell type with these pearson_deltas."""
-    n, none = len(scores), np.zeros((len(scores), 0))
-    values = {name: np.array(scores) for name in ("pearson_delta", "mae", "pds", "perturbation_mean")}
-    return PairResults(
-        split="val",
-        cell_types=["x"] * n,
-        perturbations=[f"P{k}" for k in range(n)],
-        n_cells=np.full(n, 3),
-        effect=np.ones(n),
-        scores=values,
-        observed=none if observed is None else observed,
-        predicted=none if predicted is None else predicted,
-        n_sets=n,
-        of_sets=n,
-    )
-
-
-def test_pairs_are_ranked_from_the_worst_and_one_without_a_number_stands_first() -> None:
-    assert ranked(results([0.5, math.nan, -0.2, 0.9])).tolist() == [1, 2, 0, 3]
-
-
-def test_of_many_pairs_the_worst_and_the_best_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = [results([0.1, 0.4]), results([0.3, 0.2, 0.5])]
-    assert [float(r.scores["pearson_delta"][k]) for r, k in choosable(splits)] == [0.1, 0.2, 0.3, 0.4, 0.5]
-    monkeypatch.setattr(report_figures, "MOST_PAIRS", 2)
-    assert [float(r.scores["pearson_delta"][k]) for r, k in choosable(splits)] == [0.1, 0.5]
-
-
-def test_the_genes_shown_are_those_with_the_largest_change_of_either_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_figures, "MOST_GENES", 3)
-    observed, predicted = np.array([[0.1, -2.0, 0.0, 0.3, math.nan]]), np.array([[0.2, 0.0, 1.0, 0.3, math.nan]])
-    figure = gene_scatter(results([0.5], observed, predicted), 0, list("abcde"))
-    assert figure.rows == [["b", -2.0, 0.0], ["c", 0.0, 1.0], ["d", 0.3, 0.3]]
-    low, high = figure.plot["layout"]["xaxis"]["range"]
-    assert low == pytest.approx(-2.18) and high == pytest.approx(1.18)  # 6% of 3 beyond either end
-    assert figure.plot["layout"]["yaxis"]["range"] == [low, high]
+def test_numbers_have_six_digits_and_none_where_there_is_none() -> None:
+    assert numbers([1.23456789, math.nan, -math.inf]) == [1.23457, None, None]
 
 
 def test_the_best_validation_is_marked_on_val_loss_alone() -> None:
@@ -82,11 +45,12 @@ def test_the_best_validation_is_marked_on_val_loss_alone() -> None:
     assert marked.plot["data"][-1]["x"] == [8.0] and marked.plot["data"][-1]["y"] == [1.5]
     other = validation_curve(run, "mae")
     assert other is not None and [trace["name"] for trace in other.plot["data"]] == ["head"]
+    assert ("best, step 8", "var(--blue)", "circle-open") in marked.key and other.key == ()
     assert validation_curve(facts("b"), "val_loss") is None
 
 
 def test_many_runs_are_told_apart_by_colour_and_then_by_dash() -> None:
-    runs = [facts(f"r{i}", [validation(4, 1.0 + i)]) for i in range(8)]
+    runs = [facts(f"r{i}", [validation(4, 1.0 + i), validation(8, 1.0 + i)]) for i in range(8)]
     figure = overlaid(runs, "validation", "val_loss")
     assert figure is not None and figure.columns == ["step", *(run.name for run in runs)]
     looks = [(trace["line"]["color"], trace["line"]["dash"]) for trace in figure.plot["data"]]

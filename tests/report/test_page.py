@@ -9,7 +9,7 @@ import pytest
 
 from helpers.pages import Opened
 from sest.report.figures import Figure, Line, curve
-from sest.report.page import Html, Page, details, element, note, section, sentence_case, table, text
+from sest.report.page import Html, Page, details, element, note, paragraph, section, sentence_case, table, text
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,17 @@ def test_choices_show_the_figure_that_is_named_for_each_place() -> None:
     assert made.count('<option value="f0" selected>a') == 1 and made.count('<option value="f2" selected>c') == 1
     assert made.count("<option") == 6 and made.count("<figure>") == 2
     buttons = page.buttons("colour", figures)
+    assert made.count('data-save="svg"') == made.count('data-save="png"') == 2 and buttons.count("data-save") == 2
     assert buttons.count('aria-pressed="true"') == 1 and 'data-figure="f3" aria-pressed="true">a' in buttons
+
+
+def test_numbers_stand_in_the_page_once_and_become_a_table_when_it_is_opened() -> None:
+    page = Page()
+    made = page.numbers("all", ["name", "x"], [["<b>", 1.5], ["c", math.nan]])
+    whole = Opened(page.whole("t", [], made))
+    assert whole.figures["f0"] == {"columns": ["name", "x"], "rows": [["<b>", 1.5], ["c", None]]}
+    assert "<table" not in made and 'data-rows="f0"' in made
+
+
+def test_words_between_backticks_are_code() -> None:
+    assert paragraph("run `sest <x>` now") == "<p>run <code>sest &lt;x&gt;</code> now</p>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -10,13 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from helpers.caches import small_screen, write_cache
 from helpers.pages import CELL_TYPE, HOSTILE, SIZES, Opened, Trained, brief, opened
 from sest.cli.main import main
 from sest.errors import InputError
-from sest.report.run_facts import read_runs
+from sest.evaluation.results import Evaluation
+from sest.facts.run import read_runs
 from sest.report.write import write_report
 
 
@@ -44,8 +47,8 @@ def test_nothing_is_loaded_from_anywhere(page: Opened) -> None:
 def test_names_from_the_data_are_never_markup(page: Opened) -> None:
     assert "<script>alert" not in page.source and "<img" not in page.source.split("plotly.js v")[0]
     assert HOSTILE in page.words and CELL_TYPE in page.words  # as text
-    hovers = json.dumps([trace.get("text") for f in page.figures.values() for trace in f["data"]])
-    names = json.dumps([trace.get("name") for f in page.figures.values() for trace in f["data"]])
+    hovers = json.dumps([trace.get("text") for f in page.figures.values() for trace in f.get("data", [])])
+    names = json.dumps([trace.get("name") for f in page.figures.values() for trace in f.get("data", [])])
     for plotly in (hovers, names):  # plotly reads tags in both
         assert "&lt;script&gt;alert(1)" in plotly and "<script" not in plotly and "<img" not in plotly
     assert "&lt;img" in hovers and "&lt;img" in names
@@ -53,11 +56,14 @@ def test_names_from_the_data_are_never_markup(page: Opened) -> None:
 
 def test_every_plot_has_a_name_and_a_table(page: Opened) -> None:
     plots = [attributes for tag, attributes in page.elements if tag == "div" and "data-figure" in attributes]
-    assert len(plots) == 9 + 1 + 2 + 1  # curves, overview, two of genes, map
+    # curves, bars of two splits, overview and sizes, cells and heat map of one pair, genes, map of the embeddings
+    assert len(plots) == 9 + 2 + 2 + 1 + 1 + 2 + 1
     assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
     assert all(plot["data-figure"] in page.figures for plot in plots)
     figures = re.findall(r"<figure>.*?</figure>", page.source, re.DOTALL)
-    assert len(figures) == len(plots) and all("<summary>Numbers" in figure for figure in figures)
+    assert len(figures) == len(plots) and all(
+        "<summary>Numbers" in figure and "data-save" in figure for figure in figures
+    )
 
 
 def test_sections_can_be_reached_from_the_contents(page: Opened) -> None:
@@ -115,6 +121,56 @@ def test_no_model_leaves_the_cache_alone(copy: Path, trained: Trained) -> None:
     for identity in ("perturbations", "embeddings"):
         assert "--no-model was given" in page.section(identity)
     assert page.curve("val_loss") and f"{trained.best['val_loss']:.4g}" in page.words
+
+
+# --- the evaluation
+
+
+def scored(run: Path, folder: Path, **made_by: object) -> Path:
+    """An evaluation of the prediction of a run's best checkpoint, in which the head is better on mae alone."""
+    state = json.loads((run / "best" / "state.json").read_text())
+    mine = {"step": state["step"], "model_sha256": state["files"]["model.safetensors"]}
+    values = {"model": (0.1, 0.3, 0.1), "controls": (0.0, 0.5, 0.5), "stack": (0.4, 0.4, 0.7)}
+    table = pd.DataFrame(
+        [("x", "Q", 5, 5, name, *scores) for name, scores in values.items()],
+        columns=["cell_type", "perturbation", "n_predicted", "n_real", "predictor", "pearson_delta", "mae", "pds"],
+    )
+    provenance: dict[str, object] = {
+        "made_by": {"run": "run", **mine, "cache_sha256": state["cache_sha256"], **made_by}
+    }
+    Evaluation(table, {"mae": {"model": 0.3}}, provenance, ()).write(folder)
+    return folder
+
+
+def test_the_evaluation_of_the_run_stands_at_the_top(copy: Path, tmp_path: Path) -> None:
+    scored(copy, copy / "evaluation")
+    page = opened(write_report(copy, with_model=False).path)
+    top = page.source.split('id="perturbations"')[0]
+    assert "Worse than doing nothing (predicting the controls) on 1 of 3 metrics, in pds 0.1 against 0.5" in top
+    assert "better than every baseline on 1 of 3 metrics, in mae 0.3 against 0.4, 1.3 times better of the stack" in top
+    assert "Evaluated cells, 1 pairs" in top and "as <code>sest evaluate</code> scored them" in top
+    tables = [f["columns"] for f in page.figures.values() if f["columns"][:2] == ["perturbation", "cell type"]]
+    assert tables == [["perturbation", "cell type", "cells", "this model", "controls", "stack"]] * 3
+
+
+def test_an_evaluation_of_another_checkpoint_is_used_only_if_it_is_named(copy: Path, tmp_path: Path) -> None:
+    scored(copy, copy / "evaluation", step=99)
+    assert "Evaluated cells" not in opened(write_report(copy, with_model=False).path).words
+    page = opened(write_report(copy, with_model=False, evaluation=copy / "evaluation").path)
+    assert "Evaluated cells" in page.words and "of run, step 99" in page.words
+    with pytest.raises(InputError, match="is no folder that `sest evaluate` wrote"):
+        write_report(copy, with_model=False, evaluation=tmp_path)
+
+
+def test_one_evaluation_is_not_that_of_several_runs(copy: Path, trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is of one prediction, and 2 runs are given"):
+        write_report([copy, trained.run], tmp_path / "r.html", with_model=False, evaluation=copy / "evaluation")
+
+
+def test_a_umap_without_its_package_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--umap needs umap-learn"):
+        write_report(copy, umap=True)
 
 
 # --- from Python
@@ -205,8 +261,8 @@ def test_a_browser_draws_every_plot_without_an_error(
 ) -> None:
     write_report([trained.run], tmp_path / "r.html")
     done = chromium(tmp_path / "r.html", tmp_path / "profile")
-    plots = re.findall(r'<div class="plot( tall)?( js-plotly-plot)?"', done.stdout)
-    assert len(plots) == 13 and all(drawn for _, drawn in plots)
+    plots = re.findall(r'<div class="plot( js-plotly-plot)?"', done.stdout)
+    assert len(plots) == 18 and all(plots)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not console, console
     assert "&lt;img src=x" in done.stdout  # the names are there, as text: no element came of one
