@@ -57,7 +57,7 @@ def shown_on(progress: ConsoleProgress, folder: Path) -> Watcher:
     """
     from sest.pipeline.stages import EMBED, EVALUATE, PREDICT, REPORT, TRAIN, Watcher  # imports torch
     from sest.runs.curves import read_lines
-    from sest.runs.run_folder import METRICS, read_run_config
+    from sest.runs.run_folder import METRICS
 
     cache, trained, predicted = folder / "cache.zarr", folder / "run", folder / "predicted.h5ad"
 
@@ -87,7 +87,7 @@ def shown_on(progress: ConsoleProgress, folder: Path) -> Watcher:
             if stage == EMBED:
                 show_embedded(result, str(cache))
             elif stage == TRAIN:
-                show_end(result, cache, trained, read_run_config(trained)[0]["max_steps"], None)
+                show_end(result, cache, trained)
             elif stage == PREDICT:
                 show_prediction(result, predicted, PredictConfig())
             elif stage == EVALUATE:

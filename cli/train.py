@@ -102,7 +102,7 @@ def train(
 
 def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | None, from_file: bool) -> None:
     from sest.runs.curves import read_lines
-    from sest.runs.run_folder import METRICS, config_of, read_run_config  # imports torch
+    from sest.runs.run_folder import METRICS, config_of  # imports torch
     from sest.training.train import train as run_training
 
     resolved = config_of(run, options, resume, "the command line", from_file=from_file)
@@ -122,22 +122,32 @@ def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | No
         result = run_training(
             cache, run, resolved, resume=resume, ranks=ranks, given=options, on_start=start, on_log=progress.show
         )
-    show_end(result, cache, run, read_run_config(run)[0]["max_steps"], patience)
+    show_end(result, cache, run)
 
 
-def show_end(result: TrainResult, cache: Path, run: Path, max_steps: int, patience: int | None) -> None:
+def show_end(result: TrainResult, cache: Path, run: Path) -> None:
     """Say what became of a run."""
+    from sest.cache import open_cache
     from sest.runs.curves import read_curves
     from sest.runs.diagnose import diagnose
-    from sest.runs.run_folder import METRICS
+    from sest.runs.run_folder import METRICS, read_run_config
 
+    config = TrainConfig.from_values(read_run_config(run)[0], str(run))
     why = {"early_stopping": "no improvement", "no_head": "no head"}.get(result.reason, "all steps done")
     best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
     console.say(f"{run}: step {result.step:,} ({why}){best}.")
     if result.metrics:
         show_validation("Last validation", result.metrics)
     curves = read_curves(run / METRICS)
-    findings = diagnose(curves, run=str(run), cache=str(cache), max_steps=max_steps, patience=patience)
+    findings = diagnose(
+        curves,
+        run=str(run),
+        cache=str(cache),
+        max_steps=config.max_steps,
+        patience=config.patience if config.early_stopping else None,
+        config=config,
+        encoder=str(open_cache(cache).attributes["encoder"]),
+    )
     show_findings("Diagnosis", findings)
     show_blend(result.blend)
     console.say(f"`sest report {shlex.quote(str(run))}` draws all of this.")

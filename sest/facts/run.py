@@ -142,18 +142,20 @@ def _read_run(folder: Path, name: str, cache: str | None, perturbations: str | N
     config = TrainConfig.from_values(values, str(folder / "config.toml"))
     lines = read_lines(folder / METRICS_FILE)
     curves = curves_of(lines)
-    findings = diagnose(
-        curves,
-        run=str(folder),
-        cache=str(provenance.get("cache", "CACHE")),
-        max_steps=config.max_steps,
-        patience=config.patience if config.early_stopping else None,
-    )
     checkpoint, problem = None, f"{folder} has no checkpoint yet."
     if checkpoints(folder):
         try:
             checkpoint = sound_checkpoint(find_checkpoint(folder))
         except InputError as error:
             problem = str(error)
+    findings = diagnose(
+        curves,
+        run=str(folder),
+        cache=str(provenance.get("cache", "CACHE")),
+        max_steps=config.max_steps,
+        patience=config.patience if config.early_stopping else None,
+        config=config,
+        encoder=str(checkpoint.state["encoder"]["name"]) if checkpoint is not None else "",
+    )
     written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
     return RunFacts(folder, name, written, config, provenance, lines, curves, findings, checkpoint, problem, cache)

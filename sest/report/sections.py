@@ -16,7 +16,7 @@ from sest.facts.scores import Score, Scoreboard
 from sest.report.figures import MOST_POINTS, MOST_ROWS, embedding_map, log_curve, validation_curve
 from sest.report.held_out import NO_CACHE, perturbations
 from sest.report.page import Html, Page, details, element, grid, join, note, paragraph, sentence_case, table
-from sest.runs.curves import HIGHER_IS_BETTER, METRICS
+from sest.runs.curves import HIGHER_IS_BETTER, METRICS, steady_speed
 from sest.runs.diagnose import GOOD, NOTE, WARNING, Finding
 
 WORDS = {GOOD: "Good", NOTE: "Note", WARNING: "Warning"}
@@ -125,17 +125,16 @@ def speed(run: RunFacts) -> Html:
 
     rate, wait, limit = finite("it_per_s"), finite("data_wait"), run.last("limit_it_per_s")
     memory, device_wait = run.last("memory_bytes"), finite("device_wait")
-    half = rate[len(rate) // 2 :]
-    steady = float(np.median(half)) if len(half) else None
+    steady = steady_speed(log)
     by = run.last("limited_by")
     rows: list[list[Any]] = [
-        ["speed, median of the second half", f"{steady:.4g} it/s" if steady is not None else NOT_RECORDED],
+        ["speed, median of the second half", f"{steady.it_per_s:.4g} it/s" if steady is not None else NOT_RECORDED],
         ["speed, last", f"{rate[-1]:.4g} it/s" if len(rate) else NOT_RECORDED],
         ["waiting for batches, mean share of the time", f"{wait.mean():.1%}" if len(wait) else NOT_RECORDED],
         ["waiting for batches, most", f"{wait.max():.1%}" if len(wait) else NOT_RECORDED],
         ["limit of the device for this step", f"{limit:.4g} it/s" if limit else NOT_RECORDED],
         ["what sets that limit", str(by) if by else NOT_RECORDED],
-        ["share of the limit reached", f"{steady / limit:.0%}" if limit and steady is not None else NOT_RECORDED],
+        ["share of the limit reached", f"{steady.share:.0%}" if limit and steady is not None else NOT_RECORDED],
         ["memory", f"{memory / 1e9:.2f} GB" if memory else NOT_RECORDED],
     ]
     if len(device_wait):

@@ -21,6 +21,7 @@ METRICS = ("val_loss", "energy_distance", "pearson_delta", "pearson_delta_indepe
 # baselines with an energy distance and a val_loss, for which they are made into cells
 WITH_CELLS = ("controls", "perturbation_mean", "stack")
 HIGHER_IS_BETTER = ("pearson_delta", "pearson_delta_independent", "pds")
+NEIGHBOURS = 4  # validations on either side of the best that say how much one differs by chance
 SMOOTHED = 3  # validations over which a metric of few pairs is averaged, to say which is the best
 VAL_PAIRS = "val_pairs"  # in a validation: its (cell type, perturbation) pairs
 NOT_MEASURABLE = "val_pairs_not_measurable"  # in a validation: pairs of cell types whose real cells show no effect
@@ -56,6 +57,85 @@ def judged_by(validation: Mapping[str, Any]) -> str:
     A val_loss counts each cell's distance to itself, by which cells of too little spread earn.
     """
     return "energy_distance" if "energy_distance" in validation else "val_loss"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How a head stands at its best validation beside what needs no network, by the metric that counts."""
+
+    step: float
+    metric: str  # see `judged_by`; lower is better
+    value: float
+    baselines: dict[str, float]  # of WITH_CELLS, those that are known
+    spread: float  # two standard deviations of a validation beside its neighbours: what it differs by for no reason
+    n_pairs: int  # 0: not known
+
+    @property
+    def best(self) -> str:
+        """The best baseline."""
+        return min(self.baselines, key=self.baselines.__getitem__)
+
+    @property
+    def is_level(self) -> bool:
+        """Whether head and best baseline differ by no more than validations do."""
+        return abs(self.value - self.baselines[self.best]) <= self.spread
+
+
+def judged(validation: Mapping[str, np.ndarray], monitor: str = "val_loss") -> Judged | None:
+    """The validation that the metric `monitor` says is the best; None where there is none, or no number in it."""
+    best = best_of(validation.get(monitor, np.zeros(0)), monitor)
+    if best is None:
+        return None
+    metric = judged_by(validation)
+    values = validation[metric]
+    known = {name: validation.get(f"{metric}_{name}", np.full(len(values), np.nan)) for name in WITH_CELLS}
+    if not np.isfinite(values[best]):
+        return None
+    return Judged(
+        step=float(validation["step"][best]),
+        metric=metric,
+        value=float(values[best]),
+        baselines={name: float(of[best]) for name, of in known.items() if np.isfinite(of[best])},
+        spread=2 * _noise(values[max(best - NEIGHBOURS, 0) : best + NEIGHBOURS + 1]),
+        n_pairs=int(pairs[best]) if (pairs := validation.get(VAL_PAIRS)) is not None and pairs[best] > 0 else 0,
+    )
+
+
+def _noise(values: np.ndarray) -> float:
+    """Standard deviation of single values around a straight line through their neighbours; 0 of fewer than four."""
+    bends = np.diff(values, 2)
+    bends = bends[np.isfinite(bends)]
+    return float(np.median(np.abs(bends)) / 0.6745 / np.sqrt(6)) if len(bends) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class SteadySpeed:
+    """How fast a run trains once it is under way."""
+
+    it_per_s: float  # median over the second half of its steps
+    limit: float  # of the device for such a step; NaN: not known
+
+    @property
+    def share(self) -> float:
+        """Of the limit; NaN: not known."""
+        return self.it_per_s / self.limit
+
+
+def steady_speed(log: Mapping[str, np.ndarray]) -> SteadySpeed | None:
+    """The one speed that is said everywhere; None before there is one. log: columns of log lines."""
+    steps, speed = finite(log, "it_per_s")
+    if not len(steps):
+        return None
+    _, limit = finite(log, "limit_it_per_s")
+    late = speed[steps >= (steps[0] + steps[-1]) / 2]
+    return SteadySpeed(float(np.median(late)), float(limit[-1]) if len(limit) else float("nan"))
+
+
+def finite(columns: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a column where it is a number."""
+    values = columns.get(name, np.full(len(columns["step"]), np.nan))
+    known = np.isfinite(values)
+    return columns["step"][known], values[known]
 
 
 def strongest(validation: Mapping[str, Any]) -> str:

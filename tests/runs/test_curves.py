@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sest.errors import InputError
-from sest.runs.curves import best_of, judged_by, read_curves, read_lines, strongest
+from sest.runs.curves import best_of, judged, judged_by, read_curves, read_lines, steady_speed, strongest
 
 LINES = """\
 {"step": 50, "loss": 2.0, "limited_by": "memory"}
@@ -64,3 +64,31 @@ def test_the_best_validation_is_the_lowest_loss_or_the_best_mean_of_three() -> N
 def test_runs_of_an_earlier_sest_are_judged_by_what_they_have() -> None:
     assert judged_by({"val_loss": 1.0}) == "val_loss" and judged_by({"energy_distance": 1.0}) == "energy_distance"
     assert strongest({"mae_perturbation_mean": 1.0}) == "perturbation_mean" and strongest({"mae_stack": 1.0}) == "stack"
+
+
+def test_the_speed_of_a_run_is_the_median_of_its_second_half() -> None:
+    log = {
+        "step": np.arange(1.0, 7.0),
+        "it_per_s": np.array([1.0, 1.0, 9.0, 10.0, np.nan, 12.0]),
+        "limit_it_per_s": np.array([np.nan, 40.0, 40.0, 40.0, 40.0, 40.0]),
+    }
+    found = steady_speed(log)
+    assert found is not None and (found.it_per_s, found.limit, found.share) == (11.0, 40.0, 0.275)
+    assert steady_speed({"step": np.zeros(0)}) is None
+    unknown = steady_speed({"step": np.ones(1), "it_per_s": np.ones(1)})
+    assert unknown is not None and np.isnan(unknown.share)
+
+
+def test_the_best_validation_is_judged_by_the_metric_that_counts() -> None:
+    validation = {
+        "step": np.array([10.0, 20.0, 30.0]),
+        "val_loss": np.array([3.0, 1.0, 2.0]),
+        "energy_distance": np.array([0.3, 0.2, 0.1]),
+        "energy_distance_controls": np.full(3, 0.5),
+        "energy_distance_stack": np.full(3, 0.25),
+        "val_pairs": np.full(3, 7.0),
+    }
+    found = judged(validation)
+    assert found is not None and (found.step, found.metric, found.value) == (20.0, "energy_distance", 0.2)
+    assert found.best == "stack" and found.n_pairs == 7 and found.spread == 0.0 and not found.is_level
+    assert judged({"step": np.zeros(0), "val_loss": np.zeros(0)}) is None

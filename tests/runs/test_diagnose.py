@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sest.config import TrainConfig
 from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, Curves, curves_of, read_curves
 from sest.runs.diagnose import Finding, diagnose
 
@@ -103,6 +104,80 @@ def test_a_run_that_waits_for_its_data_is_too_slow() -> None:
 
 def test_a_run_that_moves_no_more_has_converged() -> None:
     assert "converged" in names(found_in("converges", max_steps=21_000))
+
+
+CAUSES: dict[str, tuple[set[str], set[str]]] = {  # of tests/fixtures/curves: what is found, and what must not be
+    "learns": ({"beats the baselines"}, {"overfitting", "unstable", "diverged", "underfitting"}),
+    "too_early": ({"does not beat the baselines", "still falling at the end"}, {"overfitting", "unstable", "diverged"}),
+    "short": ({"still falling at the end"}, {"overfitting", "unstable", "diverged", "underfitting"}),
+    "noisy": ({"still falling at the end"}, {"overfitting", "unstable", "diverged", "underfitting"}),
+    "mse": ({"still falling at the end"}, {"overfitting", "unstable", "diverged", "underfitting"}),
+    "heavy_dropout": ({"validation far above training"}, {"overfitting", "unstable", "diverged", "underfitting"}),
+    "stops_late": ({"stopped early"}, {"overfitting", "unstable", "diverged", "still falling at the end"}),
+    "unseen": ({"validation of perturbations that cannot be learned"}, {"still falling at the end", "overfitting"}),
+    "diverges": ({"diverged", "unstable"}, {"overfitting", "underfitting", "converged"}),
+    "collapses": ({"diverged"}, {"overfitting", "underfitting", "converged"}),
+    "unstable": ({"unstable"}, {"overfitting", "underfitting", "converged"}),
+    "underfits": ({"underfitting"}, {"overfitting", "unstable", "diverged"}),
+    "overfits": ({"overfitting"}, {"underfitting", "diverged", "still falling at the end"}),
+    "falls": ({"still falling at the end"}, {"overfitting", "underfitting", "diverged", "converged"}),
+    "converges": ({"converged"}, {"overfitting", "underfitting", "diverged", "still falling at the end"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_runs_of_a_known_cause_are_given_it_and_no_other(name: str) -> None:
+    steps = int(read_curves(RECORDED / f"{name}.jsonl").log["step"][-1])
+    config, max_steps = TrainConfig(dropout=0.0), steps
+    if name == "stops_late":
+        config, max_steps = TrainConfig(dropout=0.0, early_stopping=True, patience=4), 2000
+    patience = config.patience if config.early_stopping else None
+    found = found_in(name, max_steps=max_steps, patience=patience, config=config, encoder="pca")
+    wanted, wrong = CAUSES[name]
+    assert wanted <= set(names(found)) and not wrong & set(names(found))
+    advice = " ".join(finding.advice for finding in found)
+    assert "--dropout 0" not in advice and "--encoder pca" not in advice and "gpu" not in advice  # has it, or cannot
+    assert not ("raise --lr" in advice.lower() and "lower --lr (" in advice.lower())
+    assert not ("train longer" in advice.lower() and {"stopped early", "converged"} & set(names(found)))
+
+
+def test_advice_that_is_followed_already_is_left_out() -> None:
+    curves = drawn(FALLING, np.full(5, 1.9), data_wait=0.2, device_wait=0.5)
+    every = " ".join(f.advice for f in diagnose(curves))
+    done = TrainConfig(
+        dropout=0.0, control_targets=True, data_device="gpu", compile=True, clip=0.2, early_stopping=True
+    )
+    rest = " ".join(f.advice for f in diagnose(curves, config=done, encoder="pca"))
+    for words in ("--dropout 0", "--control-targets", "--encoder pca", "--data-device gpu"):
+        assert words in every and words not in rest, words
+    rough = drawn(FALLING * np.tile([1.0, 1.0, 0.7, 0.7], 10))
+    assert "--clip" in diagnose(rough)[0].advice and "--clip" not in diagnose(rough, config=done)[0].advice
+
+
+def test_what_stops_early_is_judged_by_what_is_monitored() -> None:
+    curves = drawn(FALLING, np.linspace(1.5, 1.0, 6))
+    curves.validation["pearson_delta"] = np.array([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
+    config = TrainConfig(monitor="pearson_delta", early_stopping=True, patience=2)
+    stopped = next(f for f in diagnose(curves, max_steps=9000, patience=2, config=config) if f.name == "stopped early")
+    # each counts as its mean with the two before it, as training does: 0.4 at the fourth
+    assert stopped.evidence.startswith("pearson_delta has not been better than 0.3 (step 1,333) for 2 validations")
+
+
+def test_a_difference_that_validations_make_by_chance_is_level() -> None:
+    noise = 0.05 * np.array([1, -1, 1, -1, 1, -1, 1, -1, 1])
+    found = diagnose(drawn(FALLING, 1.8 + noise))
+    level = next(f for f in found if f.name == "level with the baselines")
+    assert level.level == "note" and "(± 0.24)" in level.evidence  # bends of 0.2 over 0.6745 and the root of 6, twice
+    assert "beats the baselines" in names(diagnose(drawn(FALLING, 1.2 + noise)))
+    assert "does not beat the baselines" in names(diagnose(drawn(FALLING, 2.4 + noise)))
+
+
+def test_few_validation_pairs_are_said_to_be_few() -> None:
+    curves = drawn(FALLING, np.linspace(1.5, 1.0, 5))
+    curves.validation[VAL_PAIRS] = np.full(5, 3.0)
+    assert "These are 3 validation pairs" in next(f for f in diagnose(curves) if "beats" in f.name).evidence
+    curves.validation[VAL_PAIRS] = np.full(5, 30.0)
+    assert "validation pairs" not in " ".join(f.evidence for f in diagnose(curves))
 
 
 # ---- drawn
