@@ -172,7 +172,7 @@ def _genes(page: Page, results: Sequence[PairResults], genes: Sequence[str]) -> 
     last, pairs = results[-1], choosable(results)
     maps = [
         page.plot(
-            f"Genes that change most, observed and predicted, {last.split} split",
+            f"Genes that change most, log2 fold change, {last.split} split",
             heat_map(last, genes),
             f"The {min(HEAT_PAIRS, len(last.perturbations))} pairs of largest effect and the genes whose change is "
             "surest there, beside the spread of the controls. Change of mean log1p expression, divided by ln 2.",

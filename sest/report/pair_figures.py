@@ -267,7 +267,7 @@ def heat_map(result: PairResults, genes: Sequence[str]) -> Figure:
             "xgap": 1,
             "ygap": 1,
             "showscale": axis == "x",
-            "colorbar": {**bar, "title": {"text": "log2 fold change", "side": "top"}},
+            "colorbar": bar,
             "text": texts,
             "hovertemplate": "%{text}: %{z:.3f}<extra></extra>",
         }
@@ -288,7 +288,7 @@ def heat_map(result: PairResults, genes: Sequence[str]) -> Figure:
         for i, g in enumerate(chosen)
     ]
     columns = ["gene", *(f"{name}, {side}" for name in names for side in ("observed", "predicted"))]
-    return Figure(plot, columns, rows, height=210 + 17 * len(chosen))
+    return Figure(plot, columns, rows, height=190 + 17 * len(chosen))
 
 
 def discrimination(result: PairResults, genes: Sequence[str]) -> Figure | None:

@@ -69,13 +69,18 @@
     const style = getComputedStyle(root);
     const [traces, shown] = [coloured(data, style), coloured(layout, style)];
     root.classList.remove("print");
-    const title = figure.querySelector("figcaption").textContent;
+    const chosen = figure.querySelector("select option:checked, button[aria-pressed=true]");
+    const caption = figure.querySelector("figcaption").textContent;
+    const title = chosen ? `${caption}: ${chosen.textContent}` : caption;
     shown.font.family = "Arial, Helvetica, sans-serif";
     shown.paper_bgcolor = shown.plot_bgcolor = "white";
     shown.showlegend = Boolean(key);
-    shown.title = { text: title.replace(/&/g, "&amp;").replace(/</g, "&lt;"), font: { size: 14 }, x: 0.02, xanchor: "left" };
-    shown.margin = { ...shown.margin, t: shown.margin.t + 40 + (key ? 30 : 0) };
-    const size = { width: 800, height: (height || 360) + 70, scale: 2 };
+    const words = title.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+    const t = traces.some(({ showscale }) => showscale) ? 40 : 14; // Plotly lifts a title by the height of a scale
+    shown.title = { text: words, font: { size: 14 }, x: 0.02, xanchor: "left", y: 1, yanchor: "top", pad: { t } };
+    const above = 40 + 22 * Math.ceil((key || []).length / 4); // the title, and four entries of the key a row
+    shown.margin = { ...shown.margin, t: shown.margin.t + above };
+    const size = { width: 800, height: (height || 360) + above, scale: 2 };
     const link = document.createElement("a");
     link.href = await Plotly.toImage({ data: traces, layout: shown }, { format, ...size });
     link.download = `${title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}.${format}`;
