@@ -40,7 +40,7 @@ faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, dam
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed-docs ## the documentation as a website, into build/docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict
 
 format: $(VENV)/.installed-test ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import sest
 from helpers.source_tree import FOLDERS, ROOT, imported, modules
 
 PACKAGES = {name: path.parent for name, path in modules().items() if path.name == "__init__.py"}
@@ -70,6 +72,61 @@ def test_every_third_party_import_is_a_declared_dependency(project: dict[str, An
         for top in {name.split(".")[0] for name in imported(path)} - {"sest"} - sys.stdlib_module_names:
             names = {_canonical(name) for name in distributions.get(top, [top])}
             assert names & declared, f"{path.name} imports {top}, which pyproject.toml does not name"
+
+
+CONTAINERS = ("Dockerfile", "apptainer.def")
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_installs_this_at_the_pinned_versions(name: str, project: dict[str, Any]) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    version = re.search(r"(?:FROM|From:) python:(3\.\d+)-slim", text)
+    assert version is not None and (3, 11) <= tuple(map(int, version[1].split("."))) <= (3, 13)  # as constraints.txt
+    install = next(line for line in text.splitlines() if "pip install" in line)
+    extras = re.search(r'EXTRAS="([\w,]+)"' if name == "Dockerfile" else r"/src\[([\w,]+)\]", text)
+    assert "-c /src/constraints.txt" in install and extras is not None
+    assert set(extras[1].split(",")) <= set(project["project"]["optional-dependencies"])
+    copied = {*re.findall(r"[\w.]+(?= (?:[\w.]+ )*/src)", text)} & {path.name for path in ROOT.iterdir()}
+    needed = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "constraints.txt",
+        "sest",
+        *project["tool"]["setuptools"]["package-dir"].values(),
+    }
+    assert copied == needed
+    assert re.search(r'ENTRYPOINT \["sest"\]' if name == "Dockerfile" else r'exec sest "\$@"', text)
+
+
+def test_the_dockerfile_and_the_recipe_are_well_formed() -> None:
+    joined = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+    assert {line.split()[0] for line in lines} <= {"FROM", "RUN", "ARG", "ENV", "COPY", "WORKDIR", "ENTRYPOINT", "CMD"}
+    assert lines[0].startswith("FROM ")
+    recipe = (ROOT / "apptainer.def").read_text(encoding="utf-8")
+    sections = re.findall(r"^%(\w+)$", recipe, re.MULTILINE)
+    assert sections == ["files", "post", "environment", "runscript", "test"]
+    header = [line for line in recipe.partition("%files")[0].splitlines() if line and not line.startswith("#")]
+    assert dict(line.split(": ") for line in header) == {"Bootstrap": "docker", "From": "python:3.12-slim"}
+    for section in ("post", "environment", "runscript"):  # shell
+        body = recipe.partition(f"%{section}\n")[2].partition("\n%")[0]
+        subprocess.run(["bash", "-n", "-c", body], check=True, timeout=10)
+
+
+def test_the_workflow_runs_what_anyone_can_run() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == ["bash .ci/run", "make docs"] and (ROOT / ".ci" / "run").is_file()
+    assert re.search(r"^docs:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_citation_and_the_changes_are_of_this_version(project: dict[str, Any]) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
+    assert citation["version"] == sest.__version__ and citation["license"] == project["project"]["license"]
+    changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert changes[0] == "Unreleased" and sest.__version__ in changes
 
 
 def test_every_extra_an_error_message_names_exists(project: dict[str, Any]) -> None:
