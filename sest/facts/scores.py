@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from sest.baselines.effects import BASELINES
+from sest.evaluation.ceiling import means_of_halves
 from sest.evaluation.metrics import SOME_HAVE, mean_score
 from sest.evaluation.results import Evaluation
 from sest.runs.curves import HIGHER_IS_BETTER
@@ -232,12 +233,13 @@ def of_evaluation(evaluation: Evaluation) -> Scoreboard:
     )
     none = [c.cell_type for c in evaluation.ceilings if not c.is_measurable]
     known = {c.cell_type for c in evaluation.ceilings} >= set(evaluation.table["cell_type"])
-    halves = {m: s["real_half"] for m, s in evaluation.summary.items() if math.isfinite(s.get("real_half", math.nan))}
+    halves = means_of_halves([c for c in evaluation.ceilings if c.is_measurable] or evaluation.ceilings)
+    halves["pearson_delta_independent"] = halves.pop("pearson_delta")  # each half has its own controls
     return of_pairs(
         evaluation.table,
         of="evaluated cells",
         by=f"the predicted cells{of}, as `sest evaluate` scored them",
-        real_half=halves,
+        real_half={metric: half for metric, half in halves.items() if math.isfinite(half)},
         no_effect=none if known or none else None,
     )
 

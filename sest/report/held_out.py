@@ -76,7 +76,7 @@ def scores(page: Page, board: Scoreboard) -> Html:
     ]
     if not metrics:
         return join(parts)
-    bars = {plain(metric): score_bars(board.by_pair[metric], metric) for metric in metrics}
+    bars = {plain(metric): score_bars(board.by_pair[metric], metric, board.no_effect) for metric in metrics}
     n = len(next(iter(board.by_pair.values())))
     few = f" Of {n:,} pairs the {MOST_BARS // 2} furthest behind and ahead." if n > MOST_BARS else ""
     said = f"The bar is this model; each mark a baseline. At the top the pairs furthest behind the best baseline.{few}"

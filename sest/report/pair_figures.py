@@ -57,11 +57,12 @@ def pair_name(result: PairResults, k: int) -> str:
 # --- scores
 
 
-def score_bars(table: pd.DataFrame, metric: str) -> Figure:
+def score_bars(table: pd.DataFrame, metric: str, no_effect: Sequence[str] = ()) -> Figure:
     """A bar a pair for the model and a mark for every baseline, of the pairs that differ most from the best of them.
 
     Args:
         table: a row a (cell_type, perturbation), a column a predictor, the model first.
+        no_effect: cell types without a measurable effect, which is said beside the names.
     """
     table = table[table[MODEL].notna()]
     baselines = [name for name in table.columns if name != MODEL]
@@ -73,6 +74,8 @@ def score_bars(table: pd.DataFrame, metric: str) -> Figure:
     shown = table.iloc[order]
     several = shown.index.get_level_values(0).nunique() > 1
     names = [f"{perturbation} in {kind}" if several else str(perturbation) for kind, perturbation in shown.index]
+    kinds = shown.index.get_level_values(0)
+    ticks = [f"{brief(n)}{' (no effect)' if kind in no_effect else ''}" for n, kind in zip(names, kinds, strict=True)]
     places = list(range(len(names)))
     bar = {
         "type": "bar",
@@ -93,7 +96,7 @@ def score_bars(table: pd.DataFrame, metric: str) -> Figure:
         hover = f"{plain(name)}: %{{x:.4g}}<extra></extra>"
         traces.append(dots(shown[name], places, plain(name), colour, symbol, marker=marker, hovertemplate=hover))
         key.append((plain(name), colour, symbol))
-    axis = {"tickvals": places, "ticktext": [brief(n) for n in names], "autorange": "reversed", "zeroline": False}
+    axis = {"tickvals": places, "ticktext": ticks, "autorange": "reversed", "zeroline": False}
     plot = plotted(traces, plain(metric), "", yaxis=axis)
     columns = ["pair", "this model", *map(plain, baselines)]
     rows = [[n, *numbers(row)] for n, row in zip(names, shown[[MODEL, *baselines]].to_numpy(), strict=True)]

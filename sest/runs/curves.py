@@ -66,8 +66,9 @@ class Judged:
     step: float
     metric: str  # see `judged_by`; lower is better
     value: float
+    smoothed: float  # mean with the validations on either side: the best of many is lucky
     baselines: dict[str, float]  # of WITH_CELLS, those that are known
-    spread: float  # two standard deviations of a validation beside its neighbours: what it differs by for no reason
+    spread: float  # two standard errors of that mean: what it differs by for no reason
     n_pairs: int  # 0: not known
 
     @property
@@ -78,7 +79,7 @@ class Judged:
     @property
     def is_level(self) -> bool:
         """Whether head and best baseline differ by no more than validations do."""
-        return abs(self.value - self.baselines[self.best]) <= self.spread
+        return abs(self.smoothed - self.baselines[self.best]) <= self.spread
 
 
 def judged(validation: Mapping[str, np.ndarray], monitor: str = "val_loss") -> Judged | None:
@@ -91,12 +92,15 @@ def judged(validation: Mapping[str, np.ndarray], monitor: str = "val_loss") -> J
     known = {name: validation.get(f"{metric}_{name}", np.full(len(values), np.nan)) for name in WITH_CELLS}
     if not np.isfinite(values[best]):
         return None
+    beside = values[max(best - 1, 0) : best + 2]
+    beside, noise = beside[np.isfinite(beside)], _noise(values[max(best - NEIGHBOURS, 0) : best + NEIGHBOURS + 1])
     return Judged(
         step=float(validation["step"][best]),
         metric=metric,
         value=float(values[best]),
+        smoothed=float(beside.mean()),
         baselines={name: float(of[best]) for name, of in known.items() if np.isfinite(of[best])},
-        spread=2 * _noise(values[max(best - NEIGHBOURS, 0) : best + NEIGHBOURS + 1]),
+        spread=2 * noise / float(np.sqrt(len(beside))),
         n_pairs=int(pairs[best]) if (pairs := validation.get(VAL_PAIRS)) is not None and pairs[best] > 0 else 0,
     )
 

@@ -126,7 +126,8 @@ def _baselines(curves: Curves, max_steps: int | None, monitor: str, to_try: str)
         return
     figures = ", ".join(f"{name.replace('_', ' ')} {other:.4g}" for name, other in found.baselines.items())
     where = "Best" if found.metric == monitor else f"At the best {monitor}"
-    text = f"{where} {found.metric} {found.value:.4g} at step {found.step:,.0f} ({figures})"
+    text = f"{where} {found.metric} {found.value:.4g} at step {found.step:,.0f}"
+    text += f", {found.smoothed:.4g} with the validations beside it ({figures})"
     best = f"the {found.best.replace('_', ' ')}"
     few = ""
     if 0 < found.n_pairs < FEW_PAIRS:
@@ -154,7 +155,7 @@ def _baselines(curves: Curves, max_steps: int | None, monitor: str, to_try: str)
             f"{text}: no further from {best} than validations differ by chance (± {found.spread:.2g}).{few}",
             to_try,
         )
-    elif found.value < found.baselines[found.best]:
+    elif found.smoothed < found.baselines[found.best]:
         yield Finding("beats the baselines", GOOD, f"{text}: lower than all of them.{few}")
     else:
         early = max_steps is not None and curves.validation["step"][-1] < max_steps / 2

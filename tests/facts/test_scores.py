@@ -102,6 +102,10 @@ def test_an_evaluation_brings_its_ceilings_and_what_it_is_of() -> None:
     made: dict[str, object] = {"made_by": {"run": "run1", "step": 40}}
     summary = {"mae": {"model": 1.0, "controls": 2.0, "real_half": 0.1}}
     found = of_evaluation(Evaluation(rows, summary, made, (), (low,)))
-    assert found.no_effect == ("a",) and found.no_measure and found.real_half == {"mae": 0.1}
+    assert (
+        found.no_effect == ("a",)
+        and found.no_measure
+        and found.real_half == {"pearson_delta_independent": 0.01, "mae": 0.1}
+    )
     assert "of run1, step 40" in found.by
     assert not of_evaluation(Evaluation(rows, summary, {}, ())).is_measured

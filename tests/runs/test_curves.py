@@ -90,5 +90,6 @@ def test_the_best_validation_is_judged_by_the_metric_that_counts() -> None:
     }
     found = judged(validation)
     assert found is not None and (found.step, found.metric, found.value) == (20.0, "energy_distance", 0.2)
+    assert found.smoothed == pytest.approx(0.2)
     assert found.best == "stack" and found.n_pairs == 7 and found.spread == 0.0 and not found.is_level
     assert judged({"step": np.zeros(0), "val_loss": np.zeros(0)}) is None

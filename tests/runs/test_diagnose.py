@@ -167,7 +167,8 @@ def test_a_difference_that_validations_make_by_chance_is_level() -> None:
     noise = 0.05 * np.array([1, -1, 1, -1, 1, -1, 1, -1, 1])
     found = diagnose(drawn(FALLING, 1.8 + noise))
     level = next(f for f in found if f.name == "level with the baselines")
-    assert level.level == "note" and "(± 0.24)" in level.evidence  # bends of 0.2 over 0.6745 and the root of 6, twice
+    # bends of 0.2 over 0.6745 and the root of 6, twice, over the root of three validations
+    assert level.level == "note" and "(± 0.14)" in level.evidence and "1.817 with the validations" in level.evidence
     assert "beats the baselines" in names(diagnose(drawn(FALLING, 1.2 + noise)))
     assert "does not beat the baselines" in names(diagnose(drawn(FALLING, 2.4 + noise)))
 
