@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import numcodecs
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -25,6 +26,8 @@ from sest.cache.journal import Entries
 from sest.cache.schema import CacheError
 from sest.cache.shards import Shards, shards_of
 from sest.cache.storage import LocalStorage, Storage, open_group, reading, storage_at, unlike
+
+COUNT = 4  # bytes at the beginning of a chunk of names: how many they are
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,41 @@ class Group:
     def obs(self) -> pd.DataFrame:
         """(n_cells, 3) perturbation, cell_type and batch (categorical); the index has the original names."""
         with reading(self.storage, f"{self.path}/obs"):
-            return anndata.io.read_elem(self._zarr["obs"])
+            table = self._zarr["obs"]
+            columns: Any = table.attrs["column-order"]
+            self._check_names(f"obs/{table.attrs['_index']}", *(f"obs/{name}/categories" for name in columns))
+            return anndata.io.read_elem(table)
 
     def read_labels(self) -> pd.DataFrame:
         """The columns of `obs` without the cells' names, which take most of its memory."""
         with reading(self.storage, f"{self.path}/obs"):
             table = self._zarr["obs"]
             columns: Any = table.attrs["column-order"]
+            self._check_names(*(f"obs/{name}/categories" for name in columns))
             return pd.DataFrame({name: anndata.io.read_elem(table[name]) for name in columns}, range(self.n_cells))
 
     @cached_property
     def genes(self) -> list[str]:
         """(n_genes,) gene names, in the order of the columns of the targets."""
         with reading(self.storage, f"{self.path}/var"):
-            return [str(name) for name in anndata.io.read_elem(self._zarr["var"]).index]
+            table = self._zarr["var"]
+            self._check_names(f"var/{table.attrs['_index']}")
+            return [str(name) for name in anndata.io.read_elem(table).index]
+
+    def _check_names(self, *arrays: str) -> None:
+        """Raise ValueError where a chunk says that it holds other than as many names: room is made for what it says."""
+        for name in arrays:
+            about = schema.parsed(self.storage.read(f"{self.path}/{name}/{schema.ROOT}"))
+            (length,), (per_chunk,) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+            for chunk in range(-(-length // per_chunk)):
+                try:
+                    data = self.storage.read(f"{self.path}/{name}/c/{chunk}")
+                except FileNotFoundError:
+                    continue  # of empty names alone
+                if len(about["codecs"]) > 1:
+                    data = numcodecs.Zstd().decode(data)
+                if int.from_bytes(data[:COUNT], "little") != per_chunk:
+                    raise ValueError(f"{name}/c/{chunk} holds more or fewer names than its array says")
 
     @cached_property
     def indptr(self) -> np.ndarray:

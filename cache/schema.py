@@ -269,18 +269,19 @@ def _check_codecs(codecs: Any, kind: str, shard: tuple[int, ...] | None) -> tupl
     """Those of an array; of one in shards, whose shape is given, returns the shape of a chunk in them."""
     if shard is None:
         first, *others = [codec["name"] for codec in codecs]
-        if first != ("vlen-utf8" if kind == STRING else "bytes") or not set(others) <= {"zstd", "blosc", "crc32c"}:
+        known = (["zstd"], []) if kind == STRING else (["zstd"], [], ["zstd", "crc32c"], ["blosc"])
+        if first != ("vlen-utf8" if kind == STRING else "bytes") or others not in known:
             raise ValueError(f"it names the codecs {shown([first, *others])}")
         return None
     (sharding,) = codecs
     inner = sharding["configuration"]
     names = [codec["name"] for codec in inner["codecs"]]
     of_index = [codec["name"] for codec in inner["index_codecs"]]
-    known = ["bytes", "crc32c"]
+    plain = ["bytes", "crc32c"]
     if (
         sharding["name"] != "sharding_indexed"
-        or names not in (known, ["bytes", "blosc", "crc32c"])
-        or of_index != known
+        or names not in (plain, ["bytes", "blosc", "crc32c"])
+        or of_index != plain
     ):
         raise ValueError(f"it names the codecs {shown([sharding['name'], *names, *of_index])}")
     chunk = _lengths(inner["chunk_shape"])

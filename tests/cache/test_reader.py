@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -243,6 +244,19 @@ def test_codes_of_labels_that_are_not_there_are_refused(path: Path) -> None:
         codes[4] = value
         said = forged(path, "obs/perturbation/codes", codes)
         assert "a/obs cannot be read (codes need to be" in said
+
+
+def test_a_chunk_of_names_that_says_it_holds_billions_is_refused(path: Path) -> None:
+    """A chunk of text begins with how many strings it has, for which room is made before they are read."""
+    array = path / "a/obs/perturbation/categories"
+    for n in (2**32 - 1, 2**31, 4):
+        packed = numcodecs.Zstd().encode(n.to_bytes(4, "little") + bytes(8))
+        (array / "c/0").write_bytes(packed)
+        with pytest.raises(
+            CacheError, match=r"categories/c/0 holds more or fewer names than its array says"
+        ) as refused:
+            _ = open_cache(reseal(path)).groups["a"].labels
+        assert "\n" not in str(refused.value)
 
 
 def test_a_chunk_that_the_journal_does_not_have_is_refused(path: Path) -> None:
