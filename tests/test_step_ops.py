@@ -15,7 +15,7 @@ import torch
 
 from sest.config import TrainConfig
 from sest.head.model import HeadSizes, StateTransition
-from sest.training.limit import step_cost
+from sest.training.limit import step_cost, step_launches
 
 if TYPE_CHECKING:
     from step_ops import Op
@@ -50,6 +50,7 @@ def test_a_step_of_the_default_sizes_launches_and_moves_no_more_than_it_did(trac
     for phase, (n, gb) in most.items():
         assert found[phase][0] <= n and found[phase][1] <= gb, (phase, found[phase])
     assert sum(op.flops for op in ops) == pytest.approx(step_cost(StateTransition(sizes), 16, 128)[0], rel=0.02)
+    assert len(ops) == pytest.approx(step_launches(sizes), rel=0.05)
     hashed = [op for op in ops if op.phase == "forward" and op.out.startswith("int32")]
     assert len(hashed) <= 60  # of the dropout masks; 234 when each layer made its own
 
@@ -67,6 +68,11 @@ def test_a_step_waits_for_nothing_and_each_of_its_batches_is_one_copy(
     assert not [op for op in ops if op.waits]
     assert [op.phase for op in ops if op.from_host] == ["data"] * changes.get("accumulate", 1)
     assert {op.phase for op in ops} == {"data", "forward", "loss", "backward", "update"}
+
+
+@pytest.mark.parametrize("sizes", [SMALL, HeadSizes(32, 40, 200, 64, n_layers=5, n_encoder_layers=2)], ids=str)
+def test_the_limit_of_a_run_knows_how_many_operations_a_step_starts(trace_step: Tracer, sizes: HeadSizes) -> None:
+    assert len(trace_step(sizes, small(), n_values=20)) == pytest.approx(step_launches(sizes), rel=0.02)
 
 
 def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch, trace_step: Tracer) -> None:

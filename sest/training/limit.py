@@ -1,4 +1,5 @@
-"""What limits a training step: its floating-point operations and its memory traffic, against what the device reaches.
+"""What limits a training step: its floating-point operations, its memory traffic and the operations that it starts,
+against what the device reaches.
 
 Shapes: B sets, S cells a set, G genes, H hidden width.
 """
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from sest.head.model import StateTransition, n_parameters
+from sest.head.model import HeadSizes, StateTransition, n_parameters
 
 PASSES_OVER_CELLS = 12  # reads and writes of a (B, S, G) float32 tensor a step: densify, ReLU, loss and their backward
 BYTES_A_PARAMETER = 28  # AdamW reads weight, gradient and two moments, and writes all but the gradient
+# Operations of a step that is not compiled, in a half; benchmarks/step_ops.py counts them: of a layer of the backbone,
+# of a linear layer of an MLP, and of all else, once a forward pass
+LAUNCHES_A_LAYER, LAUNCHES_A_LINEAR, LAUNCHES_A_PASS = 109, 16, 262
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,21 @@ class Limit:
     bytes: float  # read and written by it, at least
     flops_per_s: float  # of a matrix product in the step's precision
     bytes_per_s: float  # of copying, reads and writes together
+    launches: float = 0.0  # operations that the host starts, one by one; a compiled step has few
+    seconds_a_launch: float = 0.0
+
+    @property
+    def _seconds(self) -> dict[str, float]:
+        return {
+            "compute": self.flops / self.flops_per_s,
+            "memory": self.bytes / self.bytes_per_s,
+            "launches": self.launches * self.seconds_a_launch,
+        }
 
     @property
     def seconds(self) -> float:
-        """Of a step that does nothing but compute, or nothing but move numbers, whichever takes longer."""
-        return max(self.flops / self.flops_per_s, self.bytes / self.bytes_per_s)
+        """Of a step that does nothing but compute, move numbers, or start operations, whichever takes longest."""
+        return max(self._seconds.values())
 
     @property
     def it_per_s(self) -> float:
@@ -37,8 +51,8 @@ class Limit:
 
     @property
     def limited_by(self) -> str:
-        """ "compute" or "memory"."""
-        return "compute" if self.flops / self.flops_per_s >= self.bytes / self.bytes_per_s else "memory"
+        """ "compute", "memory" or "launches"."""
+        return max(self._seconds, key=lambda name: self._seconds[name])
 
 
 def step_cost(model: StateTransition, n_sets: int, set_size: int) -> tuple[float, float]:
@@ -58,28 +72,50 @@ def step_cost(model: StateTransition, n_sets: int, set_size: int) -> tuple[float
     return float(flops), float(moved)
 
 
+def step_launches(sizes: HeadSizes) -> int:
+    """Operations of a step of one forward pass that is not compiled."""
+    linear = 2 * sizes.n_encoder_layers + sizes.n_decoder_layers
+    return LAUNCHES_A_LAYER * sizes.n_layers + LAUNCHES_A_LINEAR * linear + LAUNCHES_A_PASS
+
+
 def measure_limit(
-    model: StateTransition, n_sets: int, set_size: int, dtype: torch.dtype, *, seconds: float = 0.05
+    model: StateTransition,
+    n_sets: int,
+    set_size: int,
+    dtype: torch.dtype,
+    *,
+    passes: int = 1,
+    compiled: bool = False,
+    seconds: float = 0.05,
 ) -> Limit:
-    """The limit on the device where the model lies; its speed is the best of about `seconds` of trying."""
+    """The limit on the device where the model lies; its speed is the best of about `seconds` of trying.
+
+    Args:
+        n_sets: of an optimizer step, in all of its forward passes.
+        passes: forward passes of an optimizer step.
+        compiled: whether its operations are started together.
+    """
     device = next(model.parameters()).device
-    speeds = _device_speed(device, dtype, seconds)
+    flops_per_s, bytes_per_s, a_launch = _device_speed(device, dtype, seconds)
     if device.type == "cuda":  # the half gigabyte that this took is no memory of the training
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return Limit(*step_cost(model, n_sets, set_size), *speeds)
+    flops, moved = step_cost(model, n_sets, set_size)
+    launches = 0 if compiled else passes * step_launches(model.sizes)
+    return Limit(flops, moved, flops_per_s, bytes_per_s, launches, a_launch)
 
 
-def _device_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, float]:
-    """FLOPs a second of a matrix product, and bytes a second of copying."""
+def _device_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
+    """FLOPs a second of a matrix product, bytes a second of copying, and seconds of the smallest operation."""
     is_gpu = device.type == "cuda"
-    n = 4096 if is_gpu else 512
+    n, n_launches = 4096 if is_gpu else 512, 200
     a = torch.ones(n, n, device=device, dtype=dtype)
     source = torch.ones(2**26 if is_gpu else 2**24, device=device)
-    out = torch.empty_like(source)
+    out, one = torch.empty_like(source), torch.ones(1, device=device)
     return (
         2 * n**3 / _shortest(lambda: torch.mm(a, a), device, seconds),
         2 * source.nbytes / _shortest(lambda: out.copy_(source), device, seconds),
+        _shortest(lambda: [one.add_(1.0) for _ in range(n_launches)], device, seconds / 5) / n_launches,
     )
 
 

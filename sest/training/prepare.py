@@ -129,7 +129,9 @@ def prepare(
         autocast=cast,
         batches=BatchSource(sampler, cells, config.batch_size, config.num_workers, team.ranks),
         validator=validator,
-        limit=measure_limit(model, n_sets, config.set_size, DTYPES[precision]),
+        limit=measure_limit(
+            model, n_sets, config.set_size, DTYPES[precision], passes=config.accumulate, compiled=config.compile
+        ),
         identity=identity,
         state=RunState() if start is None else _state_of(start),
         origin=started_from(start, taken),

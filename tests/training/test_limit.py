@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sest.head.loss import energy_distance
 from sest.head.model import HeadSizes, n_parameters, new_model
-from sest.training.limit import Limit, measure_limit, step_cost
+from sest.training.limit import Limit, measure_limit, step_cost, step_launches
 
 SIZES = HeadSizes(dim=32, n_features=40, n_genes=200, hidden=48, n_layers=2, n_heads=4, ffn=96, dropout=0.0)
 B, S = 3, 16
@@ -38,8 +38,14 @@ def test_the_limit_is_whichever_takes_longer() -> None:
     assert (limit.seconds, limit.it_per_s, limit.limited_by) == (2.0, 0.5, "compute")
     assert replace(limit, bytes_per_s=2.0).limited_by == "memory"
     assert replace(limit, bytes_per_s=2.0).it_per_s == 0.2
+    started = replace(limit, launches=1000.0, seconds_a_launch=0.004)
+    assert (started.seconds, started.limited_by) == (4.0, "launches")
 
 
 def test_the_device_is_measured() -> None:
     limit = measure_limit(new_model(SIZES, 0), B, S, torch.float32, seconds=0.0)
+    assert limit.launches == step_launches(SIZES) and 1e-8 < limit.seconds_a_launch < 1e-2
+    twice = measure_limit(new_model(SIZES, 0), B, S, torch.float32, passes=2, seconds=0.0)
+    assert twice.launches == 2 * limit.launches
+    assert measure_limit(new_model(SIZES, 0), B, S, torch.float32, compiled=True, seconds=0.0).launches == 0
     assert 1e8 < limit.flops_per_s < 1e13 and 1e8 < limit.bytes_per_s < 1e12  # of any CPU that runs this
