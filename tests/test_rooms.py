@@ -13,8 +13,8 @@ from helpers.source_tree import ROOT, imported, modules, parsed, used
 # From the ground up: a room imports only rooms on the floors below its own.
 FLOORS = (
     ("errors",),
-    ("cache", "progress", "outputs", "options", "hub", "baselines"),
-    ("config", "files", "head", "machine", "untrusted"),
+    ("cache", "progress", "outputs", "options", "hub", "untrusted", "baselines"),
+    ("config", "files", "head", "machine"),
     ("cells", "se", "notebook"),
     ("encoder", "data", "blend"),
     ("embedding", "runs", "evaluation", "simulation"),

@@ -15,6 +15,7 @@ from sest.errors import InputError, one_line, shown
 from sest.files import formats
 from sest.files.nodes import DAMAGE, Group, attribute, bad, child, is_array
 from sest.files.remote import RemoteFile, UrlPath, check_url, reason
+from sest.untrusted.probe import check_structure
 
 CHUNK_CACHE = 2**25  # bytes of decompressed chunks HDF5 keeps for each dataset
 SUFFIXES = (".h5ad", ".h5", ".h5mu", ".zarr", ".zarr.zip")  # by which a folder's files are found
@@ -41,6 +42,7 @@ def open_container(path: Path) -> tuple[Group, Close]:
     try:
         if not formats.is_hdf5(path):
             raise InputError(f"{path} is not an .h5ad file (not HDF5){formats.of_file(path)}.")
+        check_structure(path)
         file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
     except OSError as error:
         raise _unopened(path, error) from error

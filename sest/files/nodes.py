@@ -29,7 +29,7 @@ Node = Any  # Group | Array
 
 CHUNK_LIMIT = 2**29  # bytes of one chunk, which can only be decompressed whole
 MAX_DEPTH = 8  # of groups below one that is read whole
-MAX_NODES = 100_000  # groups and arrays below it
+MAX_NODES = 10_000  # groups and arrays below it
 SMALL = 2**28  # bytes of an array that need not be in the file
 MOST_COMPRESSED = 1100  # times, of which zlib reaches 1032
 # What h5py, zarr and numcodecs raise for a damaged file, wherever they first touch the damage.
