@@ -12,6 +12,7 @@ import itertools
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -93,8 +94,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
+        signal.alarm(round(2 * SECONDS))  # ends this process if nobody is left to do so
         with contextlib.suppress(Exception):  # damage that is an error is said by who reads the file
             _look_at(bytes.fromhex(line.strip()))
+        signal.alarm(0)
         sys.stdout.write("read\n")
         sys.stdout.flush()
 
