@@ -66,5 +66,6 @@ $(VENV)/.installed-demo $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "sest needs Python 3.11 or newer, and '$(PYTHON)' is not. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.$(extras)'
+	@echo "Installing sest$(extras) into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.$(extras)'
 	@touch $@

@@ -86,7 +86,11 @@ def file_aside(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, of this process alone. It becomes `path` at the end of the block, or goes."""
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask says, which some writers do not ask
+        aside.unlink()
         yield aside
+        os.chmod(aside, mode)
         flush(aside)
         os.replace(aside, path)
         flush(path.parent)

@@ -26,6 +26,7 @@ from sest.cache.journal import Entries
 from sest.cache.schema import CacheError
 from sest.cache.shards import Shards, shards_of
 from sest.cache.storage import LocalStorage, Storage, open_group, reading, storage_at, unlike
+from sest.errors import nearest_file
 
 COUNT = 4  # bytes at the beginning of a chunk of names: how many they are
 
@@ -267,7 +268,8 @@ def open_cache(path: str | Path) -> Cache:
     if schema.ROOT not in there:
         exists = there or (isinstance(storage, LocalStorage) and storage.root.exists())
         what = "is not a sest cache (no zarr.json in it)" if exists else "does not exist"
-        raise CacheError(f"{storage} {what}. Make one with `sest embed INPUT --encoder ... --cache {storage}`.")
+        close = "" if exists or not isinstance(storage, LocalStorage) else nearest_file(storage.root)
+        raise CacheError(f"{storage} {what}.{close} Make one with `sest embed INPUT --encoder ... --cache {storage}`.")
     attributes = journal.root_attributes(storage)
     if attributes is None:
         raise CacheError(f"{storage} is a Zarr store, but not one of sest's (no 'sest' attribute).")

@@ -342,11 +342,22 @@ def refuse_foreign(storage: Storage) -> None:
         raise CacheError(f"{storage} exists and is not a sest cache. Choose another --cache path.")
 
 
+WORDS = {  # keys whose values are hashes, which say nothing to anybody
+    "sha256": "what the file holds",
+    "labels_sha256": "the labels of its cells, or their columns",
+    "encoder_sha256": "the weights of the encoder",
+    "projection_sample_sha256": "the cells that the projection is fitted on (the splits, --seed or the files)",
+}
+
+
 def _differences(on_disk: Mapping[str, Any], asked: Mapping[str, Any], above: str = "") -> Iterator[str]:
     """Describe every value that differs, by its path of keys."""
     for key in sorted({*on_disk, *asked}):
         there, here = on_disk.get(key), asked.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             yield from _differences(there, here, f"{above}{key}.")
+        elif there != here and key in WORDS:
+            whose = above.removeprefix("inputs.").removesuffix(".")
+            yield f"{whose}: {WORDS[key]}" if whose else WORDS[key]
         elif there != here:
             yield f"{above}{key}: {brief(there)} there, {brief(here)} asked"

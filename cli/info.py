@@ -23,7 +23,10 @@ MOST_LABELS = 20  # perturbations shown; --json has all
 def info(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="cache, run folder, checkpoint folder, encoder folder or file of cells"),
+        typer.Argument(
+            metavar="PATH",
+            help="cache, run, checkpoint, encoder folder, file of cells, splits TOML or file of perturbation features",
+        ),
     ],
     json: Annotated[bool, typer.Option("--json", help="print JSON, for other programs [default: off]")] = False,
     verify: Annotated[
@@ -39,7 +42,8 @@ def info(
 ) -> None:
     """Say what a path is, and whether it is sound.
 
-    A cache, a run, a checkpoint, an encoder folder or a file of cells.
+    A cache, a run, a checkpoint, an encoder folder, a file of cells, a splits TOML (checked against its files, before
+    they are embedded) or a file of perturbation features.
     """
     from sest.describe import describe
 

@@ -14,10 +14,10 @@ from sest.cache import journal, open_cache
 from sest.cache.derived import derived_bytes
 from sest.cache.schema import COMPLETE, ROOT
 from sest.cache.storage import Storage, is_url, storage_at
-from sest.cells.split_file import read_splits
+from sest.cells.split_file import SPLIT_NAMES, read_splits
 from sest.cells.splits import assign_splits, split_table
 from sest.config import EmbedConfig, TrainConfig
-from sest.errors import Error, InputError, shown
+from sest.errors import Error, InputError, nearest_file, shown
 from sest.files.cell_file import CellFile
 from sest.files.containers import SUFFIXES
 from sest.files.formats import is_zarr, of_folder
@@ -34,6 +34,7 @@ CACHE_FACTS = (
 ).split()
 GROUP_FACTS = "n_cells n_genes perturbations controls n_embedded scale".split()
 FIRST_CELLS = 1_000
+FEATURES = (".pt", ".npz", ".safetensors", ".pickle", ".pkl", ".csv", ".tsv")
 WEIGHTS = (".ckpt", ".safetensors")
 RUN_FACTS = "trainable_parameters dim n_features n_genes val_loss best_val_loss best_step".split()
 
@@ -48,7 +49,8 @@ def describe(
     """Return the facts about a path and the files found damaged (only with `verify`).
 
     Args:
-        path: a cache (also its URL), a run, a checkpoint (also hf://owner/name), an encoder folder or a file of cells.
+        path: a cache (also its URL), a run, a checkpoint (also hf://owner/name), an encoder folder, a file of cells, a
+            splits TOML or a file of perturbation features.
         verify: read every file of a cache or a checkpoint and compare its sha256.
         splits: of a cache: also count its cells as this TOML divides them ("splits", one entry a table row, and
             "split_notes").
@@ -59,15 +61,19 @@ def describe(
     """
     path = located(os.fspath(fetched(Path(path)) if repository_of(path) else path))
     if not (path.exists() or is_url(path)):
-        raise InputError(f"{path} does not exist.")
+        raise InputError(f"{path} does not exist.{nearest_file(path)}")
     if _is_cache(path):
         facts, damaged = _cache(storage_at(path), verify)
         if splits is not None:
             usual = TrainConfig()
             facts |= _splits(path, usual, splits)
         return facts, damaged
+    if path.suffix == ".toml":
+        return _splits_file(path, columns or EmbedConfig()), []
     if splits is not None:
         raise InputError(f"--splits counts the cells of a cache, and {path} is none. Pass the cache's path.")
+    if path.is_file() and path.suffix in FEATURES and (found := _features(path)) is not None:
+        return found, []
     if is_url(path) or (path.is_file() and path.suffix not in WEIGHTS) or is_zarr(path):
         return _finite(_cells(path, columns or EmbedConfig())), []
     found = _run_or_checkpoint(path, verify)
@@ -116,6 +122,54 @@ def _cache(storage: Storage, verify: bool) -> tuple[Facts, list[str]]:
     if verify:
         facts["verified"] = not damaged
     return facts, damaged
+
+
+def _splits_file(path: Path, config: EmbedConfig) -> Facts:
+    """What a splits TOML names, checked against the labels of its files: before anything is embedded.
+
+    Raises:
+        InputError: it cannot be read, or names what the cells do not have.
+    """
+    from sest.cells.inputs import read_group, resolve_inputs
+
+    sources, file = resolve_inputs([path])
+    assert file is not None, "a .toml was given"
+    usual = TrainConfig()
+    divided = assign_splits(
+        groups := [read_group(source, config) for source in sources],
+        file,
+        seed=usual.seed,
+        val_fraction=usual.val_fraction,
+    )
+    return {
+        "kind": "splits",
+        "datasets": [f"{name} ({len(files)} files)" for name, files in file.datasets.items()],
+        "training": sorted(file.training),
+        "zeroshot": [f"{'.'.join(context)}: {SPLIT_NAMES[bit]}" for context, bit in sorted(file.zeroshot.items())],
+        "fewshot": [".".join(context) for context in sorted(file.fewshot)],
+        "splits": [dataclasses.asdict(row) for row in split_table(groups, divided)],
+        "split_notes": list(divided.notes),
+    }
+
+
+def _features(path: Path) -> Facts | None:
+    """The vectors in a file; None for a .safetensors or .pt that holds something else."""
+    from sest.untrusted.tensors import read_vectors
+
+    try:
+        names, matrix = read_vectors(path)
+    except InputError:
+        if path.suffix in (".safetensors", ".csv", ".tsv"):  # weights of an encoder, or a table of something else
+            return None
+        raise
+    return {
+        "kind": "features",
+        "n_perturbations": len(names),
+        "width": matrix.shape[1],
+        "names": shown(names, 6),
+        "values": f"from {float(matrix.min()):.4g} to {float(matrix.max()):.4g}",
+        "all_zero": [name for name, row in zip(names, matrix, strict=True) if not row.any()],
+    }
 
 
 def _splits(cache: str | Path, config: TrainConfig, splits: str | os.PathLike[str] | None) -> Facts:

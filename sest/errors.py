@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if not close:
         return ""
     return " Did you mean " + " or ".join(repr(by_lower[c]) for c in close) + "?"
+
+
+def nearest_file(path: str | os.PathLike[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the files of the same folder that are called nearly as `path`, or ""."""
+    folder, name = os.path.split(os.fspath(path).rstrip(os.sep))
+    try:
+        there = [entry for entry in sorted(os.listdir(folder or ".")) if not entry.startswith(".")]
+    except OSError:
+        return ""
+    return nearest(name, there)
 
 
 def shown(names: Iterable[str], limit: int = 8) -> str:

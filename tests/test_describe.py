@@ -217,3 +217,27 @@ def test_cells_say_what_their_labels_and_values_are(demo: Demo) -> None:
     facts = strict(describe(demo.cells)[0])
     assert (facts["perturbations"], facts["controls"], len(facts["cell_types"])) == (12, 160, 2)
     assert facts["values"].startswith("whole numbers from 1 to ") and "first 880 cells" in facts["values"]
+
+
+def test_a_splits_file_is_checked_against_its_cells_before_they_are_embedded(demo: Demo, tmp_path: Path) -> None:
+    facts = strict(describe(demo.folder / "starter.toml")[0])
+    assert facts["kind"] == "splits" and facts["training"] == ["cells"] and facts["datasets"] == ["cells (1 files)"]
+    assert facts["splits"] == strict(describe(demo.cache, splits=demo.folder / "starter.toml")[0])["splits"]
+    text = (demo.folder / "starter.toml").read_text()
+    shutil.copy(demo.cells, tmp_path / "cells.h5ad")
+    (tmp_path / "s.toml").write_text(text.replace("cells.beta", "cells.betta"))
+    with pytest.raises(InputError, match=r"has no cell type 'betta'.* Did you mean 'beta'"):
+        describe(tmp_path / "s.toml")
+
+
+def test_a_file_of_features_is_described_and_weights_are_not_taken_for_one(demo: Demo, tmp_path: Path) -> None:
+    facts = strict(describe(demo.features)[0])
+    assert (facts["kind"], facts["n_perturbations"], facts["width"]) == ("features", 12, 64) and not facts["all_zero"]
+    write_se(tmp_path / "se", gene_names(9))
+    assert describe(tmp_path / "se" / "model.safetensors")[0]["kind"] == "encoder"
+
+
+def test_what_is_not_there_is_answered_with_what_is_called_nearly_so(demo: Demo) -> None:
+    for path, said in ((demo.folder / "cach.zarr", "'cache.zarr'"), (demo.folder / "runn", "'run'")):
+        with pytest.raises(InputError, match=f"does not exist. Did you mean {said}"):
+            describe(path)

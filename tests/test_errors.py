@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sest.errors import Error, InputError, brief, is_out_of_memory, one_line, shown, visible
+from sest.errors import Error, InputError, brief, is_out_of_memory, nearest_file, one_line, shown, visible
 
 
 def test_the_first_line_of_what_an_error_says_is_cut_at_a_limit() -> None:
@@ -51,3 +52,15 @@ def test_no_memory_is_known_however_it_is_said() -> None:
     assert is_out_of_memory(ImportError("libtorch.so: failed to map segment from shared object"))
     for other in (RuntimeError("no"), OSError(errno.ENOSPC, "No space left"), ValueError("can't allocate memory")):
         assert not is_out_of_memory(other), other
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_nearest_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cells.h5ad", "other.txt", ".cells2.h5ad"):
+        (tmp_path / name).touch()
+    assert nearest_file(tmp_path / "cell.h5ad") == " Did you mean 'cells.h5ad'?"
+    assert nearest_file(f"{tmp_path}/cels.h5ad/") == " Did you mean 'cells.h5ad'?"
+    assert nearest_file(tmp_path / "zzz") == nearest_file(tmp_path / "no" / "cells.h5ad") == ""
+    monkeypatch.chdir(tmp_path)
+    assert nearest_file("Cells.h5ad") == " Did you mean 'cells.h5ad'?"

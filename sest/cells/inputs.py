@@ -223,6 +223,30 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     return result
 
 
+def read_group(source: Source, config: EmbedConfig) -> GroupCells:
+    """The labels of a file, of which nothing else is read.
+
+    Raises:
+        InputError: no columns that are understood, or no perturbation among them.
+    """
+    with CellFile(source.path, config.layer, config.modality) as file:
+        found = detect_columns(
+            file.obs,
+            pert_col=config.pert_col,
+            cell_type_col=config.cell_type_col,
+            batch_col=config.batch_col,
+            control=config.control,
+            rule=config.labels,
+            genes=all_names(file.var),
+        )
+        if found.perturbation is None:
+            raise InputError(
+                f"{source.path} has no perturbation column that is known by its name. It has: "
+                f"{shown(map(str, file.obs.columns))}. Pass --pert-col."
+            )
+        return group_cells(source.group, source.dataset, _obs(source, file, found), str(found.control))
+
+
 def unique_names(cells: Cells, names: Sequence[str]) -> list[str]:
     """Names for all genes; one without a name, or whose name repeats, keeps its name in the var index (which is said).
 

@@ -144,9 +144,12 @@ def make_features(vectors: Vectors, names: Sequence[str], missing: str, *, neede
     wanted = [name for name in names[1:] if needed is None or name in needed]
     absent = [name for name in wanted if name not in has]
     if absent and missing == "error":
+        near = absent_hint(absent, vectors.names) if len(absent) < len(wanted) else ""  # names of one kind
+        sides = f" It has, for example: {shown(vectors.names, 3)}; the data has: {shown(wanted, 3)}."
         raise InputError(
             f"{vectors.label} has no features for {len(absent)} of {len(wanted)} perturbations: {shown(absent)}."
-            f"{absent_hint(absent, vectors.names)} Pass --missing-perturbations drop (leave their cells out) or zero."
+            f"{near or sides} "
+            "Pass --missing-perturbations drop (leave their cells out) or zero."
         )
     if absent and len(absent) == len(wanted):
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sest.encoder.genes import GENES, GenesEncoder
 from sest.encoder.obsm import PREFIX, ObsmEncoder
 from sest.encoder.pca import PCA, PcaEncoder
 from sest.encoder.state import SeEncoder
-from sest.errors import InputError
+from sest.errors import InputError, nearest, nearest_file
 from sest.machine.devices import choose_device, choose_precision, faster_precision
 from sest.se.weights import find_encoder, load_encoder
 
@@ -50,6 +51,12 @@ def check_encoder(config: EmbedConfig) -> None:
             raise InputError(f"--weights is of an SE encoder; {config.encoder!r} has none. Leave it out.")
     else:
         choose_precision(config.precision, choose_device(config.device), training=False)
+        if not Path(config.encoder).exists() and os.sep not in config.encoder:
+            close = nearest(config.encoder, FITTED) or nearest_file(config.encoder)
+            raise InputError(
+                f"No encoder {config.encoder!r}: no SE folder or file of weights has that name here, and without "
+                f"weights there are pca, genes and obsm:KEY.{close} SE-600M is arcinstitute/SE-600M (extra hub)."
+            )
         find_encoder(Path(config.encoder), config.weights)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import zarr
 
-from sest.errors import InputError, one_line, shown
+from sest.errors import InputError, nearest_file, one_line, shown
 from sest.files import formats
 from sest.files.nodes import DAMAGE, Group, attribute, bad, child, is_array
 from sest.files.remote import RemoteFile, UrlPath, check_url, reason
@@ -34,7 +34,7 @@ def open_container(path: Path) -> tuple[Group, Close]:
     if not path.exists():
         if "::" in str(path):
             check_url(str(path))
-        raise InputError(f"No such file: {path}.")
+        raise InputError(f"No such file: {path}.{nearest_file(path)}")
     if formats.is_zarr(path):
         return _local_zarr(path)
     if path.is_dir():

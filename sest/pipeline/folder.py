@@ -14,13 +14,12 @@ from typing import Any
 
 from sest.cache.disk import write_durably
 from sest.cells.choose_splits import ChosenSplits, choose_splits
-from sest.cells.columns import detect_columns, labels, perturbations
-from sest.cells.genes import all_names, gene_names
+from sest.cells.genes import gene_names
+from sest.cells.inputs import Source, read_group
 from sest.cells.split_file import TEST, read_splits
-from sest.cells.splits import GroupCells
 from sest.config import EmbedConfig, EvaluateConfig, PipelineConfig, PredictConfig, TrainConfig
 from sest.describe import describe
-from sest.errors import InputError, shown
+from sest.errors import InputError, nearest_file, shown
 from sest.files.cell_file import CellFile
 from sest.files.containers import stem_of
 from sest.options import read_toml
@@ -87,7 +86,7 @@ def _begun(cells: Path, out: Path, options: Mapping[str, Any]) -> tuple[Ledger, 
         InputError: no such cells, a folder of something else, or one that was begun with other cells or options.
     """
     if not cells.exists():
-        raise InputError(f"{cells} does not exist.")
+        raise InputError(f"{cells} does not exist.{nearest_file(cells)}")
     if cells.suffix == ".toml":
         raise InputError(f"{cells}: sest run takes one file of cells, with --splits for the TOML that names it.")
     file = cells.stat()
@@ -138,21 +137,10 @@ def _look(cells: Path, columns: EmbedConfig, watcher: Watcher) -> None:
 
 def _chosen(cells: Path, columns: EmbedConfig, config: PipelineConfig) -> ChosenSplits:
     """What to hold out of the cells."""
-    with CellFile(cells) as file:
-        found = detect_columns(
-            file.obs,
-            pert_col=columns.pert_col,
-            cell_type_col=columns.cell_type_col,
-            batch_col=columns.batch_col,
-            control=columns.control,
-            rule=columns.labels,
-            genes=all_names(file.var),
-        )
-        codes, names = perturbations(file.obs, found)
-        kinds = labels(file.obs, found.cell_type) if found.cell_type is not None else (codes * 0, ("unknown",))
-        genes = gene_names(file.var).names
     name = stem_of(cells)
-    group = GroupCells(name, name, codes, tuple(names), kinds[0], tuple(kinds[1]), str(found.control))
+    group = read_group(Source(name, name, cells), columns)
+    with CellFile(cells) as file:
+        genes = gene_names(file.var).names
     known = config.perturbations not in (None, "auto", "onehot", "genes", "genes+onehot", "onehot+genes")
     use_genes = config.perturbations != "onehot"
     return choose_splits(group, genes if use_genes else (), everything_known=known, seed=config.seed)

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from sest.blend.blend import Blend, from_stored, to_stored
 from sest.cache.disk import GONE, NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
+from sest.cache.schema import ROOT
 from sest.config import upgraded
-from sest.errors import InputError, one_line, shown
+from sest.errors import InputError, nearest_file, one_line, shown
 from sest.head.model import HeadSizes, StateTransition
 from sest.hub import fetched
 from sest.runs.schema import BLEND, FEATURES, FORMAT_VERSION, MODEL, OPTIMIZER, PROJECTION, STATE, read_state
@@ -340,7 +341,9 @@ def find_checkpoint(path: Path, which: str | None = None) -> Path:
         if folder is not None:
             return folder
     if not path.exists():
-        raise InputError(f"{path} does not exist.")
+        raise InputError(f"{path} does not exist.{nearest_file(path)}")
+    if (path / ROOT).is_file():
+        raise InputError(f"{path} is a cache, no run. `sest train {path} --run RUN` makes one from it.")
     there = checkpoints(path)
     if which is None and there:
         return there[0]

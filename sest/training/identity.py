@@ -16,6 +16,12 @@ from sest.head.model import HeadSizes
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.run_folder import PATHS
 
+OTHER = {  # what differs, where the values are hashes
+    "cache_sha256": "another cache",
+    "splits_sha256": "other splits",
+    "features.sha256": "other vectors of the perturbations",
+    "encoder.sha256": "another encoder",
+}
 NOT_COMPARED = ("precision", "features.source")  # kept in a checkpoint, but free to change when it is resumed
 
 
@@ -80,7 +86,9 @@ def refuse_other_run(start: Checkpoint, identity: dict[str, Any], sizes: HeadSiz
     there, now = _flat(start.state), _flat({**identity, "sizes": sizes.to_values()})
     different = [key for key in now if key not in NOT_COMPARED and there.get(key) != now[key]]
     if different:
-        found = "; ".join(f"{key}: {brief(there.get(key))} there, {brief(now[key])} now" for key in different)
+        found = "; ".join(
+            OTHER.get(key) or f"{key}: {brief(there.get(key))} there, {brief(now[key])} now" for key in different
+        )
         raise InputError(f"{start.folder} is of another run ({found}). Start a new run with another --run folder.")
 
 

@@ -217,3 +217,13 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OSError, match="No space left") as error:
             write(tmp_path / "a", b"x")
         assert str(error.value.filename).startswith(str(tmp_path / "a"))
+
+
+def test_a_file_has_the_mode_that_the_umask_says_whoever_writes_it(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with file_aside(tmp_path / "f") as aside:
+            aside.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640

@@ -270,7 +270,7 @@ def test_other_attributes_are_refused_with_every_difference_named_by_its_path(pa
     with pytest.raises(CacheError) as refused:
         continue_cache(path, other)
     assert str(refused.value) == (
-        f'{path} was made differently (dim: 3 there, 4 asked; inputs.a.sha256: "of a" there, "other" asked). '
+        f"{path} was made differently (dim: 3 there, 4 asked; a: what the file holds). "
         "Choose another --cache path or delete the cache."
     )
     many = {**ATTRIBUTES, **{f"key{i}": "x" * 100 for i in range(9)}}

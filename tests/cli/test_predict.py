@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
+import numpy as np
 import pytest
 from conftest import Demo
 
@@ -80,3 +81,20 @@ def test_the_cells_of_the_cache_are_known_by_what_they_hold(
     assert template.code == 0
     assert sest("predict", copied / "run", "--template", moved, "--out", tmp_path / "p.h5ad", "--force").code == 0
     assert content(tmp_path)["p.h5ad"]
+
+
+def test_a_cache_is_no_run(refused: Callable[..., str], demo: Demo, tmp_path: Path) -> None:
+    line = refused("predict", demo.cache, "--out", tmp_path / "o.h5ad")
+    assert f"is a cache, no run. `sest train {demo.cache} --run RUN` makes one from it." in line
+    assert "is a cache of `sest embed`" in refused(
+        "embed", demo.cache, "--encoder", "pca", "--cache", tmp_path / "c.zarr"
+    )
+
+
+def test_features_of_other_names_are_shown_beside_those_of_the_cells(
+    refused: Callable[..., str], demo: Demo, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "ensembl.npz", **{f"ENSG0000000{i}": np.ones(4, np.float32) for i in range(5)})
+    line = refused("train", demo.cache, "--run", tmp_path / "run", "--perturbations", tmp_path / "ensembl.npz")
+    assert "has no features for 12 of 12 perturbations" in line
+    assert "It has, for example: ENSG00000000, ENSG00000001, ENSG00000002 and 2 more; the data has: GENE" in line

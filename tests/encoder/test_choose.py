@@ -47,6 +47,8 @@ def test_pca_needs_no_weights_and_anything_else_is_a_state_embedding_model(
     [
         ({"encoder": ""}, r"No encoder\. Pass --encoder"),
         ({"encoder": "/nowhere/SE-600M"}, "at /nowhere/SE-600M"),
+        ({"encoder": "PCA"}, r"No encoder 'PCA': .*there are pca, genes and obsm:KEY\. Did you mean 'pca'"),
+        ({"encoder": "none"}, r"No encoder 'none': .*there are pca, genes and obsm:KEY"),
         ({"encoder": "MODEL", "weights": "other.ckpt"}, r"'other\.ckpt' in .* It holds: model\.safetensors"),
         ({"encoder": "MODEL", "device": "tpu"}, r"No device 'tpu'\. Use auto, cpu, cuda or cuda:N\."),
         ({"encoder": "MODEL", "device": "cpu", "precision": "fp16"}, "Precision fp16 needs a GPU"),

@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_its_own_splits_and_with_features_that_were_moved(cac
         assert same(weights(run / LAST, which), weights(tmp_path / "whole" / LAST, which))
     vectors["P"] += 1
     np.savez(tmp_path / "moved.npz", allow_pickle=False, **vectors)
-    with pytest.raises(InputError, match=r"is of another run \(features.sha256: "):
+    with pytest.raises(InputError, match=r"is of another run \(other vectors of the perturbations"):
         train(cache, run, resumed, resume="auto")
 
 
