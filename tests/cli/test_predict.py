@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -94,7 +95,8 @@ def test_a_cache_is_no_run(refused: Callable[..., str], demo: Demo, tmp_path: Pa
 def test_features_of_other_names_are_shown_beside_those_of_the_cells(
     refused: Callable[..., str], demo: Demo, tmp_path: Path
 ) -> None:
-    np.savez(tmp_path / "ensembl.npz", **{f"ENSG0000000{i}": np.ones(4, np.float32) for i in range(5)})
+    vectors: dict[str, Any] = {f"ENSG0000000{i}": np.ones(4, np.float32) for i in range(5)}
+    np.savez(tmp_path / "ensembl.npz", **vectors)
     line = refused("train", demo.cache, "--run", tmp_path / "run", "--perturbations", tmp_path / "ensembl.npz")
     assert "has no features for 12 of 12 perturbations" in line
     assert "It has, for example: ENSG00000000, ENSG00000001, ENSG00000002 and 2 more; the data has: GENE" in line
