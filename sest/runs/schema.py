@@ -180,7 +180,7 @@ def checked_line(line: bytes, where: str) -> dict[str, Any] | None:
         raise InputError(f"{where}: its brackets are nested too deeply.") from error
     except ValueError:
         return None
-    check_plain(found, record({"step": whole()}, {"limited_by": text("compute", "memory")}), where)
+    check_plain(found, record({"step": whole()}, {"limited_by": text("compute", "memory", "launches")}), where)
     if len(found) > MOST_NUMBERS or not all(map(_NAME.fullmatch, found)):
         raise InputError(f"{where}: it has names that no line of metrics has.")
     numbers = {name: value for name, value in found.items() if name != "limited_by"}

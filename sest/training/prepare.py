@@ -96,11 +96,7 @@ def prepare(
         chosen = team.size * largest_batch(model, sizes, config.set_size, criterion, cast)
         config = dataclasses.replace(config, batch_size=-team.largest(-chosen))
         logger.info(f"{config.batch_size} sets a batch fit the free memory.")
-    if config.batch_size % team.size:
-        raise InputError(
-            f"A batch of {config.batch_size} sets cannot be divided among {team.size} processes. Use a --batch-size "
-            f"that {team.size} divides."
-        )
+    _refuse_uneven(config.batch_size, team.size)
     identity = identity_of(data, config, precision)
     if start is not None:
         refuse_other_run(start, identity, sizes)
@@ -141,6 +137,14 @@ def prepare(
         trainer.window.restore(start.state[WINDOW])
         trainer.state.skipped_steps -= trainer.window.n_bad()  # the next line counts them
     return trainer
+
+
+def _refuse_uneven(batch_size: int, n_processes: int) -> None:
+    if batch_size % n_processes:
+        raise InputError(
+            f"A batch of {batch_size} sets cannot be divided among {n_processes} processes. Use a --batch-size "
+            f"that {n_processes} divides."
+        )
 
 
 def with_preset(
@@ -374,8 +378,7 @@ def _cells_on_device(data_device: str, device: torch.device, data: Dataset) -> b
         if data_device == "gpu":
             raise InputError("--data-device gpu, but training runs on the CPU. Use --data-device cpu.")
         return False
-    needed = data.embeddings.nbytes + data.targets.nbytes
-    free = torch.cuda.mem_get_info(device)[0]
+    needed, free = data.embeddings.nbytes + data.targets.nbytes, torch.cuda.mem_get_info(device)[0]
     fits = needed < GPU_SHARE * free
     if data_device == "gpu" and not fits:
         raise InputError(

@@ -237,7 +237,7 @@ def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> s
                 trainer.save_best()
 
         # save
-        trainer.check_saves()
+        trainer.saves.check()
         if state.step % config.checkpoint_every == 0:
             trainer.save_step()
         window.pause()

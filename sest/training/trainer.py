@@ -100,7 +100,7 @@ class Trainer:
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
         self._network = self._compiled()
         self._kept_at = -1  # step of the newest checkpoint-step-N
-        self._saves = Behind()  # checkpoints are copied between steps and written during the next ones
+        self.saves = Behind()  # checkpoints are copied between steps and written during the next ones
         self._kept_cells = cells_to_keep(self.data) if self.team.leads else {}  # reads some: while the cache is there
         self._average = WeightAverage(self.model, self.optimizer, self.config.ema) if self.config.ema else None
 
@@ -278,7 +278,7 @@ class Trainer:
 
     def out_of_memory(self) -> str:
         """What is said where the host has no memory left: what is kept, what goes on with it, what takes less."""
-        self._saves.close()
+        self.saves.close()
         saved = resumable(self.run)
         kept = f"The last checkpoint is {saved[0].name} of {self.run}" if saved else "No checkpoint was saved yet"
         again = ": go on with --resume auto, where memory is free or with --data-device disk" if saved else ""
@@ -327,15 +327,11 @@ class Trainer:
             self._save(LAST)
         elif self.team.leads:
             self._write(partial(copy_checkpoint, self.run / step_folder(self._kept_at), self.run / LAST))
-        self._saves.wait()
-
-    def check_saves(self) -> None:
-        """Raise what went wrong in the writing of checkpoints so far; waits for nothing."""
-        self._saves.check()
+        self.saves.wait()
 
     def close(self) -> None:
         """Checkpoints that are copied are written; threads end."""
-        self._saves.close()
+        self.saves.close()
         self.batches.close()
 
     def _write(self, work: Callable[[], None]) -> None:
@@ -349,7 +345,7 @@ class Trainer:
             if self.config.keep_last:
                 delete_older(self.run, step, self.config.keep_last)
 
-        self._saves.do(write)
+        self.saves.do(write)
 
     def save_blend(self) -> None:
         """Fit what head and baselines are to count in predictions, and put it into best/."""
