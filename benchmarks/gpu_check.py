@@ -44,7 +44,7 @@ from sest.head.model import HeadSizes, new_model
 from sest.machine.devices import DTYPES, autocast, choose_device, choose_precision
 from sest.machine.team import ALONE
 from sest.runs.checkpoint import LAST, find_checkpoint, open_checkpoint
-from sest.runs.run_folder import METRICS, append_metrics
+from sest.runs.run_folder import CONFIG, METRICS, append_metrics
 from sest.se.model import StateEncoder
 from sest.se.weights import EncoderWeights
 from sest.training.prepare import prepare
@@ -110,6 +110,7 @@ class Check:
             **self.head | options,
         )  # fmt: skip
         run.mkdir(exist_ok=True)
+        (run / CONFIG).touch()  # a run folder, into which checkpoints are written
         start = open_checkpoint(find_checkpoint(run, LAST)) if resume else None
         return prepare(self.work / "cells.zarr", run, config, self.device, ALONE, start)
 
@@ -320,7 +321,7 @@ def _files(check: Check, name: str, *parts: int, **options: Any) -> list[str]:
     """sha256 of the checkpoint after these numbers of steps, each in a trainer that resumes the one before."""
     for i, n in enumerate(parts):
         trainer = check.trainer(name, resume=i > 0, **options)
-        with closing(trainer.batches):
+        with closing(trainer):
             for _ in range(n):
                 trainer.step()
             append_metrics(trainer.run / METRICS, trainer.log_line())

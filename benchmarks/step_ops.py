@@ -176,6 +176,7 @@ def _like_a_gpu(trace: Trace) -> Iterator[None]:
         mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", return_value=True),
         mock.patch("torch.autocast", return_value=nullcontext()),
         mock.patch("sest.machine.transfer.host_bytes", trace.pin),
+        mock.patch("sest.training.trainer.cells_to_keep", return_value={}),  # for checkpoints
     ):
         yield
 
@@ -217,6 +218,7 @@ def trace_step(
         batches.get = begins("data", batches.get)  # type: ignore[method-assign]
         parts: dict[str, Any] = {  # of a training; those that no step reads are left out
             "run": Path(), "config": config, "team": ALONE, "device": META, "data": data, "model": model,
+            "criterion": criterion,
             "ddp": HeadLoss(begins("forward", model), criterion, partial(_Casts, config.precision)),
             "optimizer": optimizer, "scaler": scaler, "autocast": nullcontext,
             "batches": batches, "validator": None, "limit": None, "identity": {}, "state": RunState(),

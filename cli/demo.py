@@ -36,4 +36,5 @@ def demo(
         result = run_demo(out, quick=quick, seed=seed, force=force, watcher=shown_on(progress, out))
     if quick:
         console.say("Tiny sizes: these figures only show that the pipeline runs.")
-    console.say(f"\nEverything is in {out}; open {result.plan.report} in a browser.")
+    console.say("")
+    console.say(f"Everything is in {out}; open {result.plan.report} in a browser.")

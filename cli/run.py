@@ -46,7 +46,8 @@ def run(
 
     with ConsoleProgress() as progress:
         result = run_pipeline(cells, out, options, shown_on(progress, out))
-    console.say(f"\nEverything is in {out}. The report: {result.plan.report}")
+    console.say("")
+    console.say(f"Everything is in {out}. The report: {result.plan.report}")
 
 
 def shown_on(progress: ConsoleProgress, folder: Path) -> Watcher:

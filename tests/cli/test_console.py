@@ -60,7 +60,8 @@ SHOWN = r"[/nope][red]a[/red] :smile: \x1b]0;title\x07\x1b[2J \u202egnp.exe\nErr
 def test_names_from_files_are_text_wherever_they_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    for stream in (console.out, console.err):
+        monkeypatch.setattr(stream, "width", 300)
     for print_line in (console.say, console.note, console.command):
         print_line(HOSTILE)
     console.table(HOSTILE, ["what", HOSTILE], [[HOSTILE, "1"]])
