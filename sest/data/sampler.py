@@ -19,7 +19,7 @@ from sest.errors import InputError, shown
 from sest.machine.seeds import streams
 
 SMALLEST_SET, LARGEST_SET = 8, 128  # that `fitting_set_size` chooses
-_EPOCH_CELLS, _EPOCH_ORDER, _SET_CONTROLS, _FIXED_FILL = 1, 2, 3, 4  # what a random stream is for
+_EPOCH_CELLS, _EPOCH_ORDER, _SET_CONTROLS, _FIXED_FILL, _FIXED_OTHER = 1, 2, 3, 4, 5  # what a random stream is for
 
 
 class SetRows(TypedDict):
@@ -90,6 +90,7 @@ class SetSampler:
             raise InputError("No perturbed cells in this split.")
         key = labels.context[rows].astype(np.int64) * len(labels.perturbations) + labels.perturbation[rows]
         keys, self.cells = _by_key(rows, key)  # per key: sorted rows
+        self._keys = keys
         self.context = keys // len(labels.perturbations)  # (keys,)
         self.perturbation = keys % len(labels.perturbations)  # (keys,)
         controls = np.flatnonzero(mask & labels.is_control)
@@ -194,6 +195,14 @@ class SetSampler:
         return self._beside(
             np.concatenate(targets)[order], keys, streams(self.seed, _FIXED_FILL, keys, numbers), numbers
         )
+
+    def other_controls(self, sets: SetRows) -> np.ndarray:
+        """(B, S) other control cells for fixed sets, drawn by the same rules."""
+        context = self.labels.context[sets["targets"][:, 0]].astype(np.int64)
+        keys = np.searchsorted(self._keys, context * len(self.labels.perturbations) + sets["perturbation"])
+        rngs = streams(self.seed, _FIXED_OTHER, keys, sets["number"])
+        each = zip(keys.tolist(), sets["targets"], rngs, strict=True)
+        return np.stack([self._controls(key, rows, rng) for key, rows, rng in each])
 
     def _beside(
         self, targets: np.ndarray, keys: np.ndarray, rngs: Iterator[np.random.Generator], numbers: np.ndarray

@@ -37,9 +37,15 @@ class HeldOut:
     fit: Callable[[], Baselines]  # on the training split
     query: Query  # of the pairs
     sets: SetRows
+    draw: Callable[[], np.ndarray]  # other controls of the sets
     pair: np.ndarray  # (sets,) the pair of every set
     n_sets: int  # of all its cells; a limit takes fewer of them
     measured: np.ndarray | None  # (K, G) bool: the genes of each pair's file; None: all have all
+
+    @cached_property
+    def other_controls(self) -> np.ndarray:
+        """(sets, S) other control cells than those in `sets`, drawn by the same rules."""
+        return self.draw()
 
     @cached_property
     def fitted(self) -> Baselines:
@@ -90,6 +96,7 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int, fitted:
         fit=lambda: fitted or Baselines().fit(training_effects(data)),
         query=query_of(data, pairs),
         sets=sets,
+        draw=lambda: sampler.other_controls(sets),
         pair=pair,
         n_sets=sampler.sets_per_epoch,
         measured=_measured(data, pairs),

@@ -182,13 +182,19 @@ def energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch
         return _EnergyDistance.apply(predicted, target, gram)
 
 
-def unbiased_energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32) -> Tensor:
+def unbiased_energy_distance(
+    predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32, *, other: Tensor | None = None
+) -> Tensor:
     """Energy distance without the distances of cells to themselves: (B, S, G), (B, T, G) -> (B,) float32.
 
     E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| where x and x' are different cells (S, T >= 2; otherwise NaN): the U-statistic,
     whose mean over sets of one distribution is 0. `energy_distance` counts each cell's zero distance to itself, which
     takes a part 1 / S off the spread of a set, so that a prediction of too little spread earns by it. Not for training:
     no gradient.
+
+    Args:
+        other: (B, S, G) cells predicted from other controls, to take x' from. That mean holds for independent cells; a
+            head that sees all cells of a set can set them further apart than independent ones are.
     """
     with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
         n_x, n_y = predicted.shape[1], target.shape[1]
@@ -196,10 +202,11 @@ def unbiased_energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtyp
         sets = [(cells.float() - centre).to(gram) for cells in (predicted, target)]
         x, y = (_mean_distance(one, one) for one in sets)
         between = _mean_distance(*sets)
+        apart = None if other is None else _mean_distance(sets[0], (other.float() - centre).to(gram))
     # each cell's distance to itself is the clamp's root, not zero
     own = MIN_SQUARED_DISTANCE**0.5
     within = [(d * n - own) / (n - 1) if n > 1 else torch.full_like(d, torch.nan) for d, n in ((x, n_x), (y, n_y))]
-    return between - 0.5 * within[0] - 0.5 * within[1]
+    return between - 0.5 * (within[0] if apart is None else apart) - 0.5 * within[1]
 
 
 def _mean_distance(a: Tensor, b: Tensor) -> Tensor:

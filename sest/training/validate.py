@@ -147,9 +147,14 @@ class Validator:
 
         def add_losses(sets: SetRows, predicted: Tensor) -> None:
             target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
-            predicted = predicted if measured is None else predicted * measured
+            rows = np.searchsorted(self.sets["number"], sets["number"])
+            perturbation = torch.as_tensor(sets["perturbation"], device=self._device)
+            with autocast():
+                other = model(self.cells.basal(self.held.other_controls[rows]), self._features[perturbation])
+            if measured is not None:
+                predicted, other = predicted * measured, other * measured
             total[0] += self._criterion(predicted, target).double().sum()
-            total[1] += unbiased_energy_distance(predicted, target).double().sum()
+            total[1] += unbiased_energy_distance(predicted, target, other=other).double().sum()
 
         means = predicted_means(
             model, self.cells, self.held, self._features, self._size, autocast, team=self._team, each=add_losses

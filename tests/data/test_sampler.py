@@ -412,3 +412,14 @@ def test_a_fitting_set_holds_what_half_of_the_pairs_fill(sizes: tuple[int, ...],
     assert size == expected
     sampler = SetSampler(labels, np.ones(n, bool), size, 0)
     assert sampler.filled == sum(-(-cells // size) for cells in sizes) * size / sum(sizes)
+
+
+@given(screens(), st.integers(1, 5))
+@patient
+def test_other_controls_are_of_the_same_context_and_always_the_same(labels: Labels, size: int) -> None:
+    drawn, again = (SetSampler(labels, everything(labels), size, 3) for _ in range(2))
+    sets = drawn.fixed_sets()
+    others = drawn.other_controls(sets)
+    assert others.shape == sets["controls"].shape and labels.is_control[others].all()
+    np.testing.assert_array_equal(labels.context[others], labels.context[sets["controls"]])
+    np.testing.assert_array_equal(others, again.other_controls(sets))

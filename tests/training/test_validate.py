@@ -72,11 +72,16 @@ def head(data: Dataset) -> nn.Module:
     return new_model(sizes, 0)
 
 
-def without_own(x: Tensor, y: Tensor) -> float:
-    """The energy distance of two sets of cells, none compared with itself, from all distances in float64."""
+def without_own(x: Tensor, y: Tensor, other: Tensor | None = None) -> float:
+    """The energy distance of two sets of cells, none compared with itself, from all distances in float64.
+
+    `other`: cells that those of x are compared with instead of each other.
+    """
     x, y = x.double(), y.double()
     n, m = len(x), len(y)
     within = [torch.cdist(a, a).sum() / (len(a) * (len(a) - 1)) for a in (x, y)]
+    if other is not None:
+        within[0] = torch.cdist(x, other.double()).mean()
     return float(torch.cdist(x, y).sum() / (n * m) - 0.5 * within[0] - 0.5 * within[1])
 
 
@@ -93,11 +98,14 @@ def test_val_loss_is_the_mean_over_all_sets_and_metrics_are_means_over_pairs(
     losses: list[float] = []
     distances: list[float] = []
     cells: dict[tuple[int, int], list[np.ndarray]] = {}
-    for targets, controls, p in zip(sets["targets"], sets["controls"], sets["perturbation"], strict=True):
+    assert not np.array_equal(checked.held.other_controls, sets["controls"])
+    for targets, controls, others, p in zip(
+        sets["targets"], sets["controls"], checked.held.other_controls, sets["perturbation"], strict=True
+    ):
         with torch.no_grad():
-            predicted = model(resident.basal(controls)[None], features[p][None])
+            predicted, other = (model(resident.basal(rows)[None], features[p][None]) for rows in (controls, others))
         losses.append(float(criterion(predicted, resident.expression(targets)[None])))
-        distances.append(without_own(predicted[0], resident.expression(targets)))
+        distances.append(without_own(predicted[0], resident.expression(targets), other[0]))
         key = (int(labels.context[targets[0]]), int(p))
         cells.setdefault(key, []).append(predicted[0].double().numpy())
     assert got["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # float32, other batches
