@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_is_not_ignored() -> None:
-    """A shell starts background jobs with SIGINT ignored; what tests say of Ctrl-C must hold there too."""
+def _no_signal_is_ignored() -> None:
+    """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; what tests say must hold there too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _folder(variable: str, name: str) -> Path:
