@@ -289,22 +289,15 @@ def _encoder(path: Path) -> Facts:
 
 
 def _cells(path: Path, config: EmbedConfig) -> Facts:
-    from sest.cells.columns import detect_columns, labels
-    from sest.cells.genes import all_names, gene_names
+    from sest.cells.columns import labels
+    from sest.cells.genes import gene_names
+    from sest.cells.inputs import columns_of
 
     with CellFile(path, config.layer, config.modality) as file:
         facts: Facts = {"kind": "cells", "n_cells": file.n_cells, "n_genes": file.n_genes, "layers": list(file.choices)}
         facts["obs_columns"] = list(map(str, file.obs.columns))
         try:
-            found = detect_columns(
-                file.obs,
-                pert_col=config.pert_col,
-                cell_type_col=config.cell_type_col,
-                batch_col=config.batch_col,
-                control=config.control,
-                rule=config.labels,
-                genes=all_names(file.var),
-            )
+            found = columns_of(file, config)
         except InputError as error:
             facts["columns"] = str(error)
         else:

@@ -199,18 +199,7 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
         InputError: for every kind of unusable file (see `sest.files.cell_file` and `sest.cells.columns`).
     """
     files = [stack.enter_context(CellFile(source.path, config.layer, config.modality)) for source in sources]
-    columns = [
-        detect_columns(
-            file.obs,
-            pert_col=config.pert_col,
-            cell_type_col=config.cell_type_col,
-            batch_col=config.batch_col,
-            control=config.control,
-            rule=config.labels,
-            genes=all_names(file.var),
-        )
-        for file in files
-    ]
+    columns = [columns_of(file, config) for file in files]
     tables = [_obs(source, file, found) for source, file, found in zip(sources, files, columns, strict=True)]
     result = []
     progress.begin("Reading", sum(file.n_cells for file in files), "cells")
@@ -223,6 +212,23 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     return result
 
 
+def columns_of(file: CellFile, config: EmbedConfig) -> Columns:
+    """The label columns of an input, as the options name them or found by name.
+
+    Raises:
+        InputError: see `detect_columns`.
+    """
+    return detect_columns(
+        file.obs,
+        pert_col=config.pert_col,
+        cell_type_col=config.cell_type_col,
+        batch_col=config.batch_col,
+        control=config.control,
+        rule=config.labels,
+        genes=all_names(file.var),
+    )
+
+
 def read_group(source: Source, config: EmbedConfig) -> GroupCells:
     """The labels of a file, of which nothing else is read.
 
@@ -230,15 +236,7 @@ def read_group(source: Source, config: EmbedConfig) -> GroupCells:
         InputError: no columns that are understood, or no perturbation among them.
     """
     with CellFile(source.path, config.layer, config.modality) as file:
-        found = detect_columns(
-            file.obs,
-            pert_col=config.pert_col,
-            cell_type_col=config.cell_type_col,
-            batch_col=config.batch_col,
-            control=config.control,
-            rule=config.labels,
-            genes=all_names(file.var),
-        )
+        found = columns_of(file, config)
         if found.perturbation is None:
             raise InputError(
                 f"{source.path} has no perturbation column that is known by its name. It has: "
