@@ -216,7 +216,8 @@ def group_sums(
         InputError: as of `dense_log1p`.
     """
     assert code.max(initial=-1) < n_groups and len(code) == len(indptr) - 1 <= len(factor) and squared <= n_groups
-    order = np.argsort(code, kind="stable")[np.count_nonzero(code < 0) :]
+    order = np.flatnonzero(code >= 0)
+    order = order[np.argsort(code[order], kind="stable")]
     n_cells = np.bincount(code[order], minlength=n_groups)
     weight = 1.0 / np.maximum(n_cells, 1) if mean else np.ones(n_groups)
     sums: np.ndarray = np.empty((n_groups, n_genes), dtype)

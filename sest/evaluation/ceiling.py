@@ -8,8 +8,8 @@ log1p.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 
 import numpy as np
@@ -18,6 +18,7 @@ from sest.evaluation.metrics import FLAT, discrimination_score, mean_absolute_er
 
 FOLDS = 8  # fewer where their sums would take more than MOST_BYTES
 MOST_BYTES = 2**29  # of the sums of all folds
+BLOCK_BYTES = 2**25  # of the sums of the pairs whose halves are compared at one time
 SPLITS = 10  # into halves, at most; scores are means over them
 PDS_ROWS = 20_000  # effects that pds compares over all splits, but for the first: it grows with the pairs' square
 PDS_PAIRS = 300  # perturbations of a cell type above which halves get no pds: it would take minutes at the start
@@ -102,6 +103,10 @@ class Folds:
         whole: np.ndarray = self.n_cells.sum(1)
         return whole
 
+    def some(self, groups: np.ndarray) -> Folds:
+        """Those of some groups."""
+        return Folds(self.sums[groups], self.n_cells[groups], self.seed)
+
     def halves(self, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each split: means of one half and of the other, both (groups, G)."""
         for half in splits(self.n_cells.shape[1], self.seed):
@@ -115,42 +120,84 @@ class Folds:
         return mean
 
 
-def ceiling(
-    folds: Folds, control: int, pairs: np.ndarray, cell_type: str, perturbations: Sequence[str], genes: Sequence[str]
-) -> Ceiling | None:
-    """The ceiling of a cell type; None where too few cells can be halved.
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Half of the cells of every pair as a prediction of the other half: means over splits, of n pairs."""
+
+    n_cells: np.ndarray  # (n,)
+    pearson_delta: np.ndarray  # (n,); this and the next are NaN where the pair, or its controls, have too few cells
+    mae: np.ndarray
+    mae_controls: np.ndarray
+    pds: float = float("nan")
+
+    def first(self, n: int) -> Halves:
+        """Those of the first pairs."""
+        return replace(self, **{f.name: getattr(self, f.name)[:n] for f in fields(self) if f.name != "pds"})
+
+
+def score_halves(
+    controls: Folds,
+    n_cells: np.ndarray,
+    folds_of: Callable[[np.ndarray], Folds],
+    perturbations: Sequence[str],
+    genes: Sequence[str],
+) -> Halves:
+    """Compare the halves of the pairs of a cell type, some pairs at a time: of all of them the sums would be large.
 
     Args:
-        control: group of its controls.
-        pairs: (n,) groups of its perturbations, which `perturbations` names.
+        controls: those of its controls, one group.
+        n_cells: (n,) of every pair.
+        folds_of: makes those of some of the pairs, by their places (m,).
+        perturbations: names of the first pairs, which pds ranks; the others get none.
     """
-    n_cells = folds.n_cells.sum(1)
-    enough = n_cells[pairs] >= LEAST_CELLS
-    groups, names = pairs[enough], [name for name, keep in zip(perturbations, enough, strict=True) if keep]
-    if not len(groups) or n_cells[control] < LEAST_CELLS:
+    scores = np.full((3, len(n_cells)), np.nan)
+    enough = np.flatnonzero(_enough(controls, n_cells))
+    of_controls = list(controls.halves(np.array([0]))) if len(enough) else []
+    ranked = int(np.count_nonzero(enough < len(perturbations)))
+    n_ranked_splits = 0 if ranked > PDS_PAIRS else min(PDS_ROWS // max(ranked, 1) ** 2 + 1, len(of_controls))
+    effects = np.empty((n_ranked_splits, 2, ranked, controls.sums.shape[2]))
+    at_once = max(BLOCK_BYTES // controls.sums[0].nbytes, 1)
+    for start in range(0, len(enough), at_once):
+        rows = enough[start : start + at_once]
+        here = np.zeros((3, len(rows)))
+        halves = folds_of(rows).halves(np.arange(len(rows)))
+        for split, ((one, other), (c_one, c_other)) in enumerate(zip(halves, of_controls, strict=True)):
+            here[0] += pearson_delta(one, other, c_other[0], c_one[0])
+            here[1] += mean_absolute_error(one, other)
+            here[2] += mean_absolute_error(np.broadcast_to(c_one, one.shape), other)
+            if split < n_ranked_splits:
+                to = effects[split, :, start : start + len(rows)]  # shorter where others follow
+                np.subtract(one[: to.shape[1]], c_one, out=to[0])
+                np.subtract(other[: to.shape[1]], c_other, out=to[1])
+        scores[:, rows] = here / len(of_controls)
+    names = [perturbations[row] for row in enough[:ranked]]
+    pds = [mean_score("pds", discrimination_score(one, other, None, names, genes)) for one, other in effects if ranked]
+    return Halves(n_cells, scores[0], scores[1], scores[2], float(np.mean(pds)) if pds else float("nan"))
+
+
+def ceiling(controls: Folds, halves: Halves, cell_type: str) -> Ceiling | None:
+    """The ceiling of a cell type; None where too few cells can be halved. controls: as `score_halves` takes them."""
+    enough = _enough(controls, halves.n_cells)
+    if not enough.any():
         return None
-    r, mae, mae_controls = [], [], []
-    pds: list[float] = []
-    controls = folds.halves(np.array([control]))
-    for (one, other), (c_one, c_other) in zip(folds.halves(groups), controls, strict=True):
-        r.append(pearson_delta(one, other, c_other[0], c_one[0]))
-        mae.append(mean_absolute_error(one, other))
-        mae_controls.append(mean_absolute_error(np.repeat(c_one, len(groups), axis=0), other))
-        if len(groups) <= PDS_PAIRS and len(pds) * len(groups) ** 2 <= PDS_ROWS:
-            one -= c_one  # in place: they are large, and nothing needs them after this
-            other -= c_other
-            pds.append(mean_score("pds", discrimination_score(one, other, None, names, genes)))
+    n_cells = halves.n_cells[enough]
     return Ceiling(
         cell_type=cell_type,
-        n_perturbations=len(groups),
-        n_cells=int(np.median(n_cells[groups])),
-        n_controls=int(n_cells[control]),
-        pearson_delta=float(np.mean(r)),
-        pearson_delta_se=_error_of_nothing(folds, control, n_cells[groups]),
-        mae=float(np.mean(mae)),
-        mae_controls=float(np.mean(mae_controls)),
-        pds=float(np.mean(pds)) if pds else float("nan"),
+        n_perturbations=len(n_cells),
+        n_cells=int(np.median(n_cells)),
+        n_controls=int(controls.counts[0]),
+        pearson_delta=float(halves.pearson_delta[enough].mean()),
+        pearson_delta_se=_error_of_nothing(controls, n_cells),
+        mae=float(halves.mae[enough].mean()),
+        mae_controls=float(halves.mae_controls[enough].mean()),
+        pds=halves.pds,
     )
+
+
+def _enough(controls: Folds, n_cells: np.ndarray) -> np.ndarray:
+    """(n,) bool: the pairs that can be halved, with their controls."""
+    enough: np.ndarray = (n_cells >= LEAST_CELLS) & (controls.counts[0] >= LEAST_CELLS)
+    return enough
 
 
 def means_of_halves(ceilings: Sequence[Ceiling]) -> dict[str, float]:
@@ -166,15 +213,15 @@ def means_of_halves(ceilings: Sequence[Ceiling]) -> dict[str, float]:
     return result
 
 
-def _error_of_nothing(folds: Folds, control: int, n_cells: np.ndarray) -> float:
+def _error_of_nothing(controls: Folds, n_cells: np.ndarray) -> float:
     """Standard error of the mean correlation over perturbations of (n,) cells where none has an effect.
 
     One such correlation spreads as that of quarters of the controls against each other; noise is correlated between
     genes, so that this is far above 1 / sqrt(G). The mean over n perturbations spreads by 1 / sqrt(n) of that, and by
     the share of the noise that the controls bring into all of them: that part does not average out.
     """
-    sums, n = folds.sums[control].astype(np.float64), folds.n_cells[control]
-    rng, quarter, found = np.random.default_rng([folds.seed, 0x0E0]), len(n) // 4, []
+    sums, n = controls.sums[0].astype(np.float64), controls.n_cells[0]
+    rng, quarter, found = np.random.default_rng([controls.seed, 0x0E0]), len(n) // 4, []
     for _ in range(DRAWS):
         parts = rng.permutation(len(n)).reshape(4, quarter)
         a, b, c, d = (sums[part].sum(0) / n[part].sum() for part in parts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ from sest.evaluation.ceiling import (
     independent_pearson_delta,
     means_of_halves,
     n_folds,
+    score_halves,
 )
 from sest.evaluation.cell_eval_scores import (
     CONTROL,
@@ -247,11 +249,13 @@ def _energy(
 def _ceilings(task: Comparison, real_cells: Folds, notes: list[str]) -> list[Ceiling]:
     """What real cells show of themselves, by cell type; where that is nothing, it is said."""
     progress.begin("Comparing halves of the real cells", len(task.cell_types), "cell types")
-    found = []
+    found, n_types, n_cells = [], len(task.cell_types), real_cells.counts
     for i, cell_type in enumerate(task.cell_types):
         rows = np.flatnonzero(task.own_type == i)
         names = [task.pairs[row][1] for row in rows]
-        one = ceiling(real_cells, i, len(task.cell_types) + rows, cell_type, names, task.genes)
+        controls, folds_of = real_cells.some(np.array([i])), partial(_some_pairs, real_cells, n_types + rows)
+        halves = score_halves(controls, n_cells[n_types + rows], folds_of, names, task.genes)
+        one = ceiling(controls, halves, cell_type)
         if one is None:
             notes.append(
                 f"{cell_type}: fewer than {LEAST_CELLS} controls, or cells of every perturbation: whether there is an "
@@ -262,6 +266,11 @@ def _ceilings(task: Comparison, real_cells: Folds, notes: list[str]) -> list[Cei
             notes += [verdict] if (verdict := one.verdict()) else []
         progress.advance(1)
     return found
+
+
+def _some_pairs(cells: Folds, groups: np.ndarray, places: np.ndarray) -> Folds:
+    """Those of some of the pairs, whose groups are (n,)."""
+    return cells.some(groups[places])
 
 
 def _add_cell_eval(

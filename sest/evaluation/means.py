@@ -20,11 +20,12 @@ from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
 from sest.data.gather import group_sums
 from sest.data.labels import CONTROL, NOTHING, Labels
-from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds
+from sest.data.targets import Targets
+from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds, score_halves
 
 OTHER_PAIRS = 50  # of a context, that help to say whether there is an effect there
 ROWS_AT_ONCE = 256
-BLOCK_BYTES = 2**26  # of means, made at one time
+BLOCK_BYTES = 2**24  # of means, made at one time
 NAME = "means"  # of what is kept beside the cache
 _MADE: WeakKeyDictionary[Dataset, Means] = WeakKeyDictionary()
 
@@ -159,35 +160,47 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
 
     Controls are those of the split; perturbed cells of the test split take no part unless it is that one.
     """
-    labels, mask = data.labels, data.in_split(bit)
+    labels, mask, targets = data.labels, data.in_split(bit), data.all_targets()
     usable = mask if bit == TEST else mask | ~(data.in_split(TEST) | labels.is_control)  # controls: the split's
-    targets, result = data.all_targets(), []
-    values = len(targets.genes), targets.indptr, targets.indices, targets.data, targets.factor
-    for context in np.unique(labels.context[mask & ~labels.is_control]):
-        here = usable & (labels.context == context)
-        mine = np.unique(labels.perturbation[here & mask & ~labels.is_control])
-        others = np.setdiff1d(np.unique(labels.perturbation[here & ~labels.is_control]), [*mine, NOTHING])[:OTHER_PAIRS]
-        pairs = np.concatenate([mine, others])
-        code = np.full(len(labels), -1)
-        code[here & labels.is_control] = 0
-        perturbed = here & ~labels.is_control & np.isin(labels.perturbation, pairs)
-        place = np.full(len(labels.perturbations), -1)
-        place[pairs] = 1 + np.arange(len(pairs))
-        code[perturbed] = place[labels.perturbation[perturbed]]
-        n_groups, cells = 1 + len(pairs), code >= 0
-        folds = n_folds(n_groups, len(data.targets.genes))
-        code[cells] = code[cells] * folds + deal(code[cells], folds, seed)
-        sums, counts, _ = group_sums(code, n_groups * folds, *values, dtype=np.float32)
-        measured, genes = data.measured_in(int(context)), list(data.targets.genes)
-        if measured is not None:
-            sums, genes = sums[:, measured], np.array(genes)[measured].tolist()
-        found = Folds(sums.reshape(n_groups, folds, -1), counts.reshape(n_groups, folds), seed)
-        name, names = " / ".join(labels.contexts[context]), [labels.perturbations[p] for p in pairs]
-        of_split = ceiling(found, 0, 1 + np.arange(len(mine)), name, names[: len(mine)], genes)
-        whole = ceiling(found, 0, 1 + np.arange(len(pairs)), name, names, genes) if len(others) else of_split
-        controls = Folds(found.sums[:1].copy(), found.n_cells[:1], seed)
-        result.append(SplitCeiling(of_split, whole.verdict() if whole else "", len(mine), int(context), controls))
-    return result
+    contexts = np.unique(labels.context[mask & ~labels.is_control]).tolist()
+    of = [labels.context == context for context in contexts]
+    return [
+        _ceiling_in(data, targets, context, mask & here, usable & here, seed)
+        for context, here in zip(contexts, of, strict=True)
+    ]
+
+
+def _ceiling_in(
+    data: Dataset, targets: Targets, context: int, mask: np.ndarray, usable: np.ndarray, seed: int
+) -> SplitCeiling:
+    """That of one context: its cells of the split, and those that may take part, both (N,) bool."""
+    labels, measured = data.labels, data.measured_in(context)
+    perturbed = labels.perturbation * (usable & ~labels.is_control)  # CONTROL for all other cells
+    mine = np.setdiff1d(perturbed[mask], [CONTROL])
+    pairs = np.concatenate([mine, np.setdiff1d(perturbed, [*mine, CONTROL, NOTHING])[:OTHER_PAIRS]])
+    folds = n_folds(1 + len(pairs), len(targets.genes))
+    genes = np.array(targets.genes)[slice(None) if measured is None else measured].tolist()
+
+    def folded(cells: np.ndarray, chosen: np.ndarray) -> Folds:
+        """Sums of those of the cells (n,) that are of these codes of perturbations (m,)."""
+        group = np.full(len(labels.perturbations) + 1, -1)  # NOTHING is the last
+        group[chosen] = np.arange(len(chosen))
+        of_cell = group[labels.perturbation[cells]]
+        cells, of_cell = cells[of_cell >= 0], of_cell[of_cell >= 0]
+        code = np.full(len(labels), -1, np.int32)
+        code[cells] = of_cell * folds + deal(of_cell, folds, seed)
+        values = targets.indptr, targets.indices, targets.data, targets.factor
+        sums, n_cells, _ = group_sums(code, len(chosen) * folds, len(targets.genes), *values, dtype=np.float32)
+        sums = sums if measured is None else sums[:, measured]
+        return Folds(sums.reshape(len(chosen), folds, -1), n_cells.reshape(len(chosen), folds), seed)
+
+    controls = folded(np.flatnonzero(usable & labels.is_control), np.array([CONTROL]))
+    cells, names = np.flatnonzero(perturbed > CONTROL), [labels.perturbations[p] for p in mine]
+    n_cells = np.bincount(perturbed[cells], minlength=len(labels.perturbations))[pairs]
+    halves = score_halves(controls, n_cells, lambda rows: folded(cells, pairs[rows]), names, genes)
+    name = " / ".join(labels.contexts[context])
+    whole, of_split = (ceiling(controls, some, name) for some in (halves, halves.first(len(mine))))
+    return SplitCeiling(of_split, whole.verdict() if whole else "", len(mine), context, controls)
 
 
 def training_effects(data: Dataset) -> Effects:

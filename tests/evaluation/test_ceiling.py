@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import anndata as ad
@@ -11,12 +12,14 @@ import scipy.sparse as sp
 
 from sest.evaluation.ceiling import (
     FOLDS,
+    LEAST_CELLS,
     Ceiling,
     Folds,
     ceiling,
     deal,
     independent_pearson_delta,
     n_folds,
+    score_halves,
     splits,
 )
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
@@ -40,12 +43,16 @@ def screen(effect: float, n_cells: int = 40, n_perturbations: int = 12, seed: in
     return values, group
 
 
+def ceiling_of(folds: Folds, names: list[str], genes: list[str]) -> Ceiling | None:
+    """Of the groups after the first, which are the controls."""
+    controls, pairs = folds.some(np.array([0])), folds.some(np.arange(1, len(folds.sums)))
+    return ceiling(controls, score_halves(controls, pairs.counts, pairs.some, names, genes), "type")
+
+
 def of(values: np.ndarray, group: np.ndarray, seed: int = 0) -> Ceiling:
     n = int(group.max()) + 1
     names = [f"p{i}" for i in range(1, n)]
-    found = ceiling(
-        folded(values, group, n, seed=seed), 0, np.arange(1, n), "type", names, [f"g{i}" for i in range(60)]
-    )
+    found = ceiling_of(folded(values, group, n, seed=seed), names, [f"g{i}" for i in range(60)])
     assert found is not None
     return found
 
@@ -133,7 +140,7 @@ def test_controls_predict_no_effect_and_too_few_cells_say_nothing() -> None:
     few = (group > 0) | (np.arange(len(group)) < 7)
     found = folded(values[few], group[few], 13)
     assert np.isnan(independent_pearson_delta(found, 0, found.means[1:], found.means[1:], None)).all()
-    assert ceiling(found, 0, np.arange(1, 13), "t", [f"p{i}" for i in range(12)], []) is None
+    assert ceiling_of(found, [f"p{i}" for i in range(12)], []) is None
 
 
 @pytest.mark.parametrize("is_added", [False, True])
@@ -169,6 +176,22 @@ def test_pds_of_many_perturbations_is_that_of_the_first_split_and_of_more_none(m
         assert (fewer.pearson_delta, fewer.mae) == (whole.pearson_delta, whole.mae)
 
 
+def test_pairs_in_blocks_and_beside_others_are_those_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 pairs the 4th has too few cells; a block of sums holds one, and pds ranks the first 8."""
+    values, group = screen(0.5)
+    kept = (group != 4) | (np.arange(len(group)) % 40 < LEAST_CELLS - 1)
+    folds, names, genes = folded(values[kept], group[kept], 13), [f"p{i}" for i in range(12)], ["g"] * 60
+    some = folds.some(np.arange(9))
+    alone, whole = ceiling_of(some, names[:8], genes), ceiling_of(folds, names, genes)
+    monkeypatch.setattr("sest.evaluation.ceiling.BLOCK_BYTES", 1)
+    controls, pairs = folds.some(np.array([0])), folds.some(np.arange(1, 13))
+    halves = score_halves(controls, pairs.counts, pairs.some, names[:8], genes)
+    assert np.flatnonzero(np.isnan(halves.pearson_delta)).tolist() == [3]
+    assert ceiling(controls, halves.first(8), "type") == alone
+    of_all = ceiling(controls, halves, "type")
+    assert whole is not None and of_all == dataclasses.replace(whole, pds=halves.pds)
+
+
 def test_one_perturbation_has_a_spread_over_splits_and_no_pds() -> None:
     values, group = screen(1.0, n_perturbations=1)
     found = of(values, group)
@@ -194,13 +217,6 @@ def test_real_screens(shared_data: Path, file: str, context: str, control: str, 
         labels = adata.obs["target_gene"].astype(str).to_numpy()[mine]
         names = sorted(set(labels) - {control})
         group = np.array([0 if label == control else 1 + names.index(label) for label in labels])
-        found = ceiling(
-            folded(values[mine], group, len(names) + 1),
-            0,
-            np.arange(1, len(names) + 1),
-            name,
-            names,
-            list(adata.var_names),
-        )
+        found = ceiling_of(folded(values[mine], group, len(names) + 1), names, list(adata.var_names))
         assert found is not None
         assert found.is_measurable == expected, found

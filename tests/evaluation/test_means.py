@@ -13,7 +13,7 @@ from helpers.configs import small_config
 from helpers.datasets import TWO_SCREENS, dataset_of, two_screens
 from sest.cells.split_file import TEST, TRAIN, VAL
 from sest.data.dataset import Dataset, read_dataset
-from sest.evaluation.ceiling import FOLDS, Folds, ceiling, deal
+from sest.evaluation.ceiling import FOLDS, Folds, ceiling, deal, score_halves
 from sest.evaluation.means import Means, means_of, query_of, split_ceilings, split_pairs, training_effects
 
 
@@ -124,7 +124,9 @@ def test_ceilings_of_a_split_are_those_of_its_cells_and_never_see_the_test_s(tmp
     fold[group >= 0] = deal(group[group >= 0], FOLDS, 3)
     cells = [[dense[(group == g) & (fold == f)] for f in range(FOLDS)] for g in range(len(names) + 1)]
     sums, counts = (np.array([[of(part) for part in row] for row in cells]) for of in (lambda x: x.sum(0), len))
-    expected = ceiling(Folds(sums, counts, 3), 0, np.array([1, 2]), "screen / x", names[:2], data.targets.genes)
+    controls, pairs = Folds(sums[:1], counts[:1], 3), Folds(sums[1:3], counts[1:3], 3)
+    halves = score_halves(controls, pairs.counts, pairs.some, names[:2], data.targets.genes)
+    expected = ceiling(controls, halves, "screen / x")
     assert found.of_split is not None and expected is not None
     for key, value in dataclasses.asdict(expected).items():
         assert getattr(found.of_split, key) == (pytest.approx(value) if isinstance(value, float) else value), key
