@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -182,9 +182,56 @@ def energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch
         return _EnergyDistance.apply(predicted, target, gram)
 
 
-def unbiased_energy_distance(
-    predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32, *, other: Tensor | None = None
-) -> Tensor:
+class ObservedSets:
+    """Observed sets of cells, and what distances to several predictions of them have in common. No gradient.
+
+    Distances do not change when both sets are moved: all are computed around the mean of the observed cells.
+    """
+
+    def __init__(self, target: Tensor, *, within: Tensor | None = None) -> None:
+        """target: (B, T, G) observed cells, log1p. within: `within` of the same sets, where that is known."""
+        self._centre = target.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, G)
+        self._cells = self._placed(target)
+        if within is not None:
+            self.within = within
+
+    @cached_property
+    def within(self) -> Tensor:
+        """(B,) mean distance of all pairs of observed cells, each with itself too."""
+        return self._mean_distance(self._cells, self._cells)
+
+    def energy_distances(self, predicted: Tensor, *, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`energy_distance` and `unbiased_energy_distance` of every set, (B,) float32 both, at the cost of one.
+
+        predicted, other: (B, S, G), as of `unbiased_energy_distance`.
+        """
+        x = self._placed(predicted)
+        between, within = self._mean_distance(x, self._cells), self._mean_distance(x, x)
+        apart = _of_different(within, x.shape[1]) if other is None else self._mean_distance(x, self._placed(other))
+        observed = _of_different(self.within, self._cells.shape[1])
+        return between - 0.5 * within - 0.5 * self.within, between - 0.5 * apart - 0.5 * observed
+
+    def _placed(self, cells: Tensor) -> Tensor:
+        with torch.no_grad():
+            return cells.float() - self._centre
+
+    @staticmethod
+    def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
+        """(B, S, G), (B, T, G) -> (B,) mean over all pairs."""
+        one = torch.ones(len(a), 1, 1, device=a.device)
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            gram = _product(a, b.mT)
+            norms = [gram.diagonal(dim1=1, dim2=2)] * 2 if a is b else [_squared_norms(cells) for cells in (a, b)]
+            return _distances(gram, norms[0], norms[1], one, GRAMS[a.dtype])[0].mean((1, 2))
+
+
+def _of_different(mean: Tensor, n: int) -> Tensor:
+    """Mean distance of different cells, from that of all pairs of n cells: a cell's own is the clamp's root, not 0."""
+    own = MIN_SQUARED_DISTANCE**0.5
+    return (mean * n - own) / (n - 1) if n > 1 else torch.full_like(mean, torch.nan)
+
+
+def unbiased_energy_distance(predicted: Tensor, target: Tensor, *, other: Tensor | None = None) -> Tensor:
     """Energy distance without the distances of cells to themselves: (B, S, G), (B, T, G) -> (B,) float32.
 
     E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| where x and x' are different cells (S, T >= 2; otherwise NaN): the U-statistic,
@@ -196,25 +243,7 @@ def unbiased_energy_distance(
         other: (B, S, G) cells predicted from other controls, to take x' from. That mean holds for independent cells; a
             head that sees all cells of a set can set them further apart than independent ones are.
     """
-    with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
-        n_x, n_y = predicted.shape[1], target.shape[1]
-        centre = target.mean(1, keepdim=True, dtype=torch.float32)
-        sets = [(cells.float() - centre).to(gram) for cells in (predicted, target)]
-        x, y = (_mean_distance(one, one) for one in sets)
-        between = _mean_distance(*sets)
-        apart = None if other is None else _mean_distance(sets[0], (other.float() - centre).to(gram))
-    # each cell's distance to itself is the clamp's root, not zero
-    own = MIN_SQUARED_DISTANCE**0.5
-    within = [(d * n - own) / (n - 1) if n > 1 else torch.full_like(d, torch.nan) for d, n in ((x, n_x), (y, n_y))]
-    return between - 0.5 * (within[0] if apart is None else apart) - 0.5 * within[1]
-
-
-def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(B, S, G), (B, T, G) -> (B,) mean over all pairs."""
-    one = torch.ones(len(a), 1, 1, device=a.device)
-    gram = _product(a, b.mT)
-    norms = [gram.diagonal(dim1=1, dim2=2)] * 2 if a is b else [_squared_norms(cells) for cells in (a, b)]
-    return _distances(gram, norms[0], norms[1], one, GRAMS[a.dtype])[0].mean((1, 2))
+    return ObservedSets(target).energy_distances(predicted, other=other)[1]
 
 
 def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
@@ -256,6 +285,13 @@ class HeadLoss(nn.Module):
         if measured is not None:  # of a gene that its file lacks a set has no target
             predicted = predicted * measured
         return self.criterion(predicted, target)
+
+
+def is_energy_distance(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether a loss of `make_loss` is the energy distance in float32, which `ObservedSets` computes too."""
+    if isinstance(loss, partial):
+        return loss.func is energy_distance and loss.keywords == {"gram": torch.float32}
+    return loss is energy_distance
 
 
 def make_loss(name: str, gram: torch.dtype = torch.float32) -> Callable[[Tensor, Tensor], Tensor]:

@@ -24,7 +24,7 @@ from sest.data.sampler import SetRows
 from sest.evaluation.ceiling import independent_pearson_delta, means_of_halves
 from sest.evaluation.means import split_ceilings
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means, some_sets
-from sest.head.loss import unbiased_energy_distance
+from sest.head.loss import ObservedSets, is_energy_distance
 from sest.machine.team import ALONE, Team
 from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS
 
@@ -55,6 +55,7 @@ class Validator:
         self.sets = self.held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
         self._ceilings = split_ceilings(data, VAL, config.seed)
+        self._within = dict[int, Tensor]()  # first set of a batch -> mean distances of its real cells
         self._controls = {c.context: c.controls for c in self._ceilings}
         for verdict in filter(None, (c.verdict for c in self._ceilings)):
             logger.warning(f"Validation: {verdict}")
@@ -103,18 +104,32 @@ class Validator:
             part = slice(start, start + self._size)
             sets = some_sets(self.sets, part)
             target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
-            controls = self.cells.expression(sets["controls"])
+            controls, observed = self.cells.expression(sets["controls"]), self._observed(start, target)
             pair = torch.as_tensor(held.pair[part])
             for name, shift in shifts.items():
                 moved = controls if name == "controls" else (controls + shift[pair].unsqueeze(1)).clamp_min(0)
                 moved = moved if measured is None else moved * measured
-                losses[name] += float(self._criterion(moved, target).sum())
-                distances[name] += float(unbiased_energy_distance(moved, target).sum())
+                loss, distance = self._losses(observed, moved, target)
+                losses[name] += float(loss.sum())
+                distances[name] += float(distance.sum())
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
         result |= {f"energy_distance_{name}": total / n_sets for name, total in distances.items()}
         for name, means in held.baselines.items():
             result |= {f"{metric}_{name}": value for metric, value in self._metrics(means, is_added=True).items()}
         return result
+
+    def _observed(self, first: int, target: Tensor) -> ObservedSets:
+        """The cells of a batch of sets, by the place of its first: batches are the same at every validation."""
+        found = ObservedSets(target, within=self._within.get(first))
+        self._within[first] = found.within
+        return found
+
+    def _losses(
+        self, observed: ObservedSets, predicted: Tensor, target: Tensor, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The training loss and the unbiased energy distance of every set, (B,)."""
+        loss, distance = observed.energy_distances(predicted, other=other)
+        return (loss if is_energy_distance(self._criterion) else self._criterion(predicted, target)), distance
 
     def _metrics(self, predicted: np.ndarray, *, is_added: bool = False) -> dict[str, float]:
         """Means over the pairs of pearson_delta, also with independent controls, mae and pds.
@@ -153,8 +168,9 @@ class Validator:
                 other = model(self.cells.basal(self.held.other_controls[rows]), self._features[perturbation])
             if measured is not None:
                 predicted, other = predicted * measured, other * measured
-            total[0] += self._criterion(predicted, target).double().sum()
-            total[1] += unbiased_energy_distance(predicted, target, other=other).double().sum()
+            loss, distance = self._losses(self._observed(int(rows[0]), target), predicted, target, other)
+            total[0] += loss.double().sum()
+            total[1] += distance.double().sum()
 
         means = predicted_means(
             model, self.cells, self.held, self._features, self._size, autocast, team=self._team, each=add_losses

@@ -17,7 +17,7 @@ from sest.evaluation.distances import (
     sampled,
     unbiased_energy_distance,
 )
-from sest.head.loss import energy_distance
+from sest.head.loss import ObservedSets, energy_distance
 from sest.head.loss import unbiased_energy_distance as of_tensors
 
 
@@ -36,6 +36,17 @@ def test_it_is_that_of_all_distances_of_different_cells(n: int, m: int) -> None:
     assert unbiased_energy_distance(x, y) == pytest.approx(by_hand(x, y), rel=1e-9)
     got = of_tensors(torch.from_numpy(x)[None], torch.from_numpy(y)[None])
     assert float(got) == pytest.approx(by_hand(x, y), abs=1e-4)  # float32 sums of distances of about 5
+
+
+def test_predictions_of_the_same_sets_share_what_is_known_of_these() -> None:
+    """Both distances of two predictions: those of each alone, to float32 rounding of distances of about 5."""
+    y, *predicted = (torch.from_numpy(np.stack([cells(20, 10 * i + j) for j in range(3)])) for i in range(3))
+    first = ObservedSets(y)
+    for observed in (first, ObservedSets(y, within=first.within)):
+        for x in predicted:
+            loss, unbiased = observed.energy_distances(x)
+            np.testing.assert_allclose(loss, energy_distance(x, y), atol=2e-5)
+            np.testing.assert_array_equal(unbiased, of_tensors(x, y))
 
 
 def test_its_mean_over_samples_of_one_distribution_is_zero_where_the_loss_s_is_not() -> None:
