@@ -232,15 +232,24 @@ def _error_of_nothing(controls: Folds, n_cells: np.ndarray) -> float:
 
 
 def independent_pearson_delta(
-    folds: Folds, control: int, predicted: np.ndarray, observed: np.ndarray, own_control: np.ndarray | None
+    folds: Folds,
+    control: int,
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    own_control: np.ndarray,
+    follows: float,
 ) -> np.ndarray:
     """(n,) pearson_delta where prediction and reality have different controls.
+
+    A half of the real controls stands beside the real cells. A prediction that follows its own controls has their
+    noise, which leaves it with them; of one that does not, the other half of the real ones is taken; and in between.
 
     Args:
         control: group of the real controls, which are halved, if there are enough (NaN otherwise).
         predicted, observed: (n, G) pseudobulks.
-        own_control: (G,) what `predicted` was added to, of a baseline that is the controls and an effect; None: a half
-            of the real controls stands for it, and the other half beside the real cells.
+        own_control: (G,) mean of the controls that were predicted from.
+        follows: how much of a change in that mean `predicted` follows: 1 of a baseline, which is the controls and an
+            effect; 0 where it does not depend on them.
     """
     n = folds.n_cells[control].sum()
     if n < LEAST_CELLS:
@@ -248,8 +257,8 @@ def independent_pearson_delta(
     halves, base = list(folds.halves(np.array([control]))), folds.sums[control].sum(0, dtype=np.float64) / n
     # All splits at once: a covariance of differences is the sum of four, and those with controls are matrix products.
     a, b = (_centred(np.concatenate([split[side] for split in halves]) - base) for side in (0, 1))
-    a = a if own_control is None else np.zeros_like(a)
-    x, y = _centred(predicted - (base if own_control is None else own_control)), _centred(observed - base)
+    a = a * (1 - follows)
+    x, y = _centred(predicted - (follows * own_control + (1 - follows) * base)), _centred(observed - base)
     floor = FLAT * np.sqrt(x.shape[1])
     size_x, size_y = _sizes(x, a), _sizes(y, b)
     flat = (size_x < floor) | (size_y < floor)  # as in pearson_delta

@@ -86,13 +86,17 @@ def _energy_distance(x: np.ndarray, y: np.ndarray, within_x: float, within_y: fl
     return float(_distances(x - centre, y - centre).mean() - 0.5 * within_x - 0.5 * within_y)
 
 
-def mean_within(cells: np.ndarray) -> float:
-    """Mean distance of two different cells of (n, G); NaN of one cell."""
+def mean_within(cells: np.ndarray, draw: np.ndarray | None = None) -> float:
+    """Mean distance of two different cells of (n, G), or of two of different draws (n,); NaN where there are none."""
     n = len(cells)
     if n < 2:
         return float("nan")
     centred = cells - cells.mean(0, dtype=np.float64)
-    return float(_distances(centred, centred).sum() / (n * (n - 1)))
+    distances = _distances(centred, centred)
+    if draw is None:
+        return float(distances.sum() / (n * (n - 1)))
+    apart = draw[:, None] != draw
+    return float(distances[apart].mean()) if apart.any() else float("nan")
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -115,8 +119,13 @@ def energy_distances(
     n_predicted: int,
     rng: np.random.Generator,
     within_controls: float | None = None,
+    draw: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Of one pair by predictor, all cells log1p (n, G).
+
+    Cells that were predicted together can be further apart than independent ones (a head sees all cells of a set) or
+    nearer to what they stand for (they have the predicted mean exactly). So x and x' are of different draws, and the
+    cells of a baseline are made in two; NaN where the model's are all of one.
 
     Args:
         real, model: real and predicted cells of the pair.
@@ -127,18 +136,26 @@ def energy_distances(
         control_mean: (G,) of all own controls.
         n_predicted: cells of the pair in the prediction.
         within_controls: `mean_within` of real_controls, where it is known.
+        draw: (n,) of every predicted cell; None: they are taken for independent.
     """
+    if draw is not None and len(np.unique(draw)) < 2:
+        return dict.fromkeys(means, float("nan"))
     observed, controls = real.toarray(), own_controls.toarray()
     within, found = mean_within(observed), {}
+    halves = np.arange(len(controls)) % 2
     for name, mean in means.items():
-        within_cells = None
         if name == "model":
             cells = model.toarray()
+            within_cells = mean_within(cells, draw)
         elif name == "controls":
-            cells, within_cells = real_controls.toarray(), within_controls
+            cells = real_controls.toarray()
+            within_cells = mean_within(cells) if within_controls is None else within_controls
         else:
-            beside = max(n_predicted - len(controls), 0)
-            cells = move_to_mean(controls, mean, controls, rng, present=control_mean, beside=beside)
-        within_cells = mean_within(cells) if within_cells is None else within_cells
+            cells = np.empty_like(controls)
+            for half in (0, 1):
+                own = controls[halves == half]
+                beside = max(n_predicted // 2 - len(own), 0)
+                cells[halves == half] = move_to_mean(own, mean, controls, rng, present=control_mean, beside=beside)
+            within_cells = mean_within(cells, halves)
         found[name] = _energy_distance(cells, observed, within_cells, within)
     return found

@@ -60,6 +60,13 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+NOT_TOLD = (
+    "{} does not say which cells were predicted together, and how far they follow the controls: both are taken for "
+    "independent. energy_distance is too low for a model that sees several cells at once, and "
+    "pearson_delta_independent for one that starts from the control cells."
+)
+
+
 def evaluate(
     predicted: str | os.PathLike[str] | AnnData,
     real: str | os.PathLike[str] | AnnData,
@@ -94,9 +101,12 @@ def evaluate(
         r_columns = real_columns(r, p_columns, config)
         notes += [f"{file.path}: {note}" for file, c in ((p, p_columns), (r, r_columns)) for note in c.notes]
         task = align(p, p_columns, r, r_columns, record, config, notes)
+        if record is None or record.draw is None or record.followed is None:
+            notes.append(NOT_TOLD.format(p.path) + ("" if record is None else " Run `sest predict` again."))
         scored = _pairs_with_energy(task, config.seed, notes)
-        read = _read(task, scored, record, config, notes)
-        table, predictors = _own_scores(task, scored, read, record, config.seed, notes)
+        one, other, draws = _read(task, scored, record, config, notes)
+        read = one, other
+        table, predictors = _own_scores(task, scored, read, draws, record, config.seed, notes)
         ceilings = _ceilings(task, read[1].cells, notes)
         overall: dict[str, float] = {}
         if config.cell_eval:
@@ -131,21 +141,25 @@ def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
 
 def _read(
     task: Comparison, scored: np.ndarray, record: Record | None, config: EvaluateConfig, notes: list[str]
-) -> tuple[Reading, Reading]:
-    """The cells of both sides; the real ones in folds. Nothing is scored before both are known to be sound."""
+) -> tuple[Reading, Reading, np.ndarray | None]:
+    """The cells of both sides, the real ones in folds, and the draws of those of the prediction's sample.
+
+    Nothing is scored before both are known to be sound.
+    """
     n_types, n_groups = len(task.cell_types), task.n_groups
     wanted = [*range(n_types), *(n_types + scored)]
     keep = {side: sampled(side.group, wanted, config.seed) for side in (task.predicted, task.real)}
     predicted = task.predicted.read(n_groups, n_types, keep=keep[task.predicted])
     real = task.real.read(n_groups, n_types, n_folds(n_groups, len(task.genes)), config.seed, keep[task.real])
     check_scales(predicted, real, task.real.file.path, record, config, notes)
-    return predicted, real
+    return predicted, real, None if record is None or record.draw is None else record.draw[keep[task.predicted]]
 
 
 def _own_scores(
     task: Comparison,
     scored: np.ndarray,
     read: tuple[Reading, Reading],
+    draws: np.ndarray | None,
     record: Record | None,
     seed: int,
     notes: list[str],
@@ -173,15 +187,17 @@ def _own_scores(
     table = pd.DataFrame(task.pairs, columns=["cell_type", "perturbation"])
     table["n_predicted"], table["n_real"] = n_predicted[n_types:], n_real[n_types:]
     observed, control = real[n_types:], real[own_type]
-    distances = _energy(task, predictors, scored, *read, predicted[:n_types], seed)
+    distances = _energy(task, predictors, scored, *read, predicted[:n_types], draws, seed, notes)
     parts = []
     for name, means in predictors.items():
         own_control = control if name == "controls" else predicted[own_type]
         pds, independent = np.empty((2, len(means)))
         for i in range(n_types):
             at = np.flatnonzero(own_type == i)
-            added_to = None if name == "model" else own_control[at[0]]
-            independent[at] = independent_pearson_delta(r.cells, i, means[at], observed[at], added_to)
+            follows = 1.0 if name != "model" else record.followed if record is not None else None
+            independent[at] = independent_pearson_delta(
+                r.cells, i, means[at], observed[at], own_control[at[0]], follows or 0.0
+            )
             perturbations = [task.pairs[row][1] for row in at]
             pds[at] = discrimination_score(
                 means[at], observed[at], control[at], perturbations, task.genes, own_control[at]
@@ -215,20 +231,24 @@ def _energy(
     predicted: Reading,
     real: Reading,
     control_means: np.ndarray,
+    draws: np.ndarray | None,
     seed: int,
+    notes: list[str],
 ) -> dict[str, np.ndarray]:
     """Energy distances (n_pairs,) by predictor, NaN of pairs that are not `scored`.
 
-    `control_means`: (cell types, G) of the prediction's controls.
+    `control_means`: (cell types, G) of the prediction's controls; `draws`: (n,) of its sample, if they are known.
     """
     n_types, own_type = len(task.cell_types), task.own_type
     found = {name: np.full(len(task.pairs), np.nan) for name in predictors}
     progress.begin("Comparing cells", len(scored), "pairs")
     controls = [(predicted.sample_of(kind), real.sample_of(kind)) for kind in range(n_types)]
-    within = [mean_within(of_real.toarray()) for _, of_real in controls]
+    together, within = 0, [mean_within(of_real.toarray()) for _, of_real in controls]
     for pair in scored.tolist():
         kind, group = own_type[pair], n_types + pair
         own_controls, real_controls = controls[kind]
+        draw = None if draws is None else draws[predicted.sampled == group]
+        together += draw is not None and len(np.unique(draw)) < 2
         distances = energy_distances(
             real.sample_of(group),
             predicted.sample_of(group),
@@ -239,10 +259,13 @@ def _energy(
             int(predicted.cells.counts[group]),
             np.random.default_rng([seed, 0x305E, pair]),
             within[kind],
+            draw,
         )
         for name, distance in distances.items():
             found[name][pair] = distance
         progress.advance(1)
+    if together:
+        notes.append(f"No energy_distance of {together:,} pairs: all of their few cells were predicted together.")
     return found
 
 

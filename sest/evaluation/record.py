@@ -16,6 +16,9 @@ from sest.files.nodes import check_below, child, damage_is_bad_input
 
 MAX_STORED = 2**32  # bytes of one array of uns that is read
 NOT_STORED = ("model", "controls")  # predictors that are always computed from the cells
+DRAW = "sest_draw"  # in obs: what was predicted together, see sest.prediction.draws; -1 of real cells
+FOLLOWED = "follows_controls"  # in the record: see `Record.followed`
+MOST_FOLLOWED = 100.0  # a share; more is no prediction's
 BASELINES_VERSION = 2  # before, context_mean was the name of the controls
 
 
@@ -29,6 +32,8 @@ class Record:
     baselines: dict[str, np.ndarray]  # name -> (rows, G)
     pairs: dict[str, Any]  # cell_type, perturbation: of those rows
     made_by: dict[str, Any] = field(default_factory=dict)  # run, checkpoint, step, model_sha256, cache_sha256
+    draw: np.ndarray | None = None  # (N,) what each cell was predicted in, see sest.prediction.draws
+    followed: float | None = None  # how much of a change in the controls' mean predicted means follow
     is_mixed: bool = False  # the run was trained, as asked, on files that were normalised differently
 
     def baselines_of(self, pairs: list[tuple[str, str]], n_genes: int) -> dict[str, np.ndarray]:
@@ -84,8 +89,28 @@ def read_record(file: CellFile) -> Record | None:
         baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in not_stored},
         pairs=told.get("pairs", {}),
         made_by=_made_by(told.get("provenance", {})),
+        draw=_draws(file),
+        followed=_followed(told, file),
         is_mixed=told.get("scale") == "mixed",
     )
+
+
+def _draws(file: CellFile) -> np.ndarray | None:
+    if DRAW not in file.obs:
+        return None
+    draws = file.obs[DRAW].to_numpy()
+    if draws.dtype.kind not in "iu":
+        raise InputError(f"{file.path}: {DRAW} in obs is no column of whole numbers. Run `sest predict` again.")
+    return draws
+
+
+def _followed(told: dict[str, Any], file: CellFile) -> float | None:
+    if FOLLOWED not in told:
+        return None
+    share = np.asarray(told[FOLLOWED])
+    if share.shape or share.dtype.kind != "f" or not abs(share) <= MOST_FOLLOWED:
+        raise InputError(f"{file.path}: uns['sest'] has a {FOLLOWED} that is no share. Run `sest predict` again.")
+    return float(share)
 
 
 def _made_by(told: dict[str, Any]) -> dict[str, Any]:

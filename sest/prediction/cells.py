@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse
@@ -26,7 +26,7 @@ from sest.evaluation.means import training_effects
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast
 from sest.prediction.controls import Pool
-from sest.prediction.draws import MOVES, draw_sets, random_of
+from sest.prediction.draws import MOVES, draws_of, random_of
 from sest.prediction.requests import Request
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.known import Known
@@ -64,6 +64,35 @@ class Member:
             predicted = self.model(torch.from_numpy(basal.astype(np.float32)).to(device), perturbation)
             cells: np.ndarray = predicted.float().clamp_max(LARGEST_PREDICTED_LOG1P).flatten(0, 1).cpu().numpy()
         return cells
+
+
+@dataclass
+class Followed:
+    """How much of a change in the controls' mean a predicted mean follows: least squares over draws of one request.
+
+    The effect of a stack does not depend on the controls, so that its prediction follows them wholly (1); a head that
+    predicts the same cells from any controls does not (0). `sest evaluate` must know it: the noise of the mean of the
+    controls is in a prediction as far as that follows them.
+    """
+
+    members: Sequence[Member]
+    product: float = field(default=0.0, init=False)
+    square: float = field(default=0.0, init=False)
+
+    def add(self, draw: tuple[np.ndarray, np.ndarray], before: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """A draw and the one before it: mean of its controls and predicted effect, (G,) each."""
+        if before is not None:
+            control, effect = (now - then for now, then in zip(draw, before, strict=True))
+            self.product += float(control @ effect)
+            self.square += float(control @ control)
+
+    @property
+    def share(self) -> float | None:
+        """The share; None where a head counts and no request had two draws."""
+        of_head = float(np.mean([m.blend.weights.means.get(HEAD, 0.0) if m.blend else 1.0 for m in self.members]))
+        if self.square > 0:
+            return 1.0 - of_head + self.product / self.square
+        return None if any(member.of_head > 0 for member in self.members) else 1.0
 
 
 def weights_for(asked: str, checkpoint: Checkpoint, known: Known) -> Blend | None:
@@ -137,26 +166,27 @@ def baseline_effects(members: Sequence[Member], asked: Sequence[Request]) -> Ite
 def predicted_effects(
     request: Request, members: Sequence[Member], effects: Sequence[np.ndarray], seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """In blocks the control cells (n,) that a request's cells start from, and the effect (G,) that all members predict.
+    """By draw the control cells (n,) that a request's cells start from, and the effect (G,) that all members predict.
 
     Args: as `predicted_cells`.
     """
     first = members[0]
-    sets, left = draw_sets(request, first.set_size, seed), request.n_cells
-    for start in range(0, len(sets), first.batch_size):
-        rows = sets[start : start + first.batch_size]
+    for draw in draws_of(request, first.set_size, first.batch_size, seed):
         own = [
-            _of_member(member, request, rows, of_stack)[0] for member, of_stack in zip(members, effects, strict=True)
+            _of_member(member, request, draw.sets, of_stack)[0]
+            for member, of_stack in zip(members, effects, strict=True)
         ]
-        chosen = rows.ravel()[:left]
-        left -= len(chosen)
-        yield chosen, np.mean(own, axis=0)
+        yield draw.sets.ravel()[: draw.n_cells], np.mean(own, axis=0)
 
 
 def predicted_cells(
-    request: Request, members: Sequence[Member], effects: Sequence[np.ndarray], seed: int
+    request: Request,
+    members: Sequence[Member],
+    effects: Sequence[np.ndarray],
+    seed: int,
+    followed: Followed | None = None,
 ) -> Iterator[tuple[np.ndarray, scipy.sparse.csr_matrix]]:
-    """Predicted cells of a request in blocks, and the control cells (n,) they start from.
+    """Predicted cells of a request by draw, and the control cells (n,) they start from.
 
     Several members predict every set; set i is written as member i mod their number predicts it, so that the cells are
     a sample of what all of them say, and moved to the mean of their means. A member's cells are the head's with the
@@ -165,26 +195,31 @@ def predicted_cells(
     Args:
         effects: (G,) of the stack, by member.
         seed: of the choice of control cells, and of what is switched on and off.
+        followed: is shown every draw.
     """
-    first = members[0]
-    sets, left, rng = draw_sets(request, first.set_size, seed), request.n_cells, random_of(request, seed, MOVES)
-    for start in range(0, len(sets), first.batch_size):
-        rows = sets[start : start + first.batch_size]
+    first, n_sets, before = members[0], 0, None
+    rng = random_of(request, seed, MOVES)
+    for draw in draws_of(request, first.set_size, first.batch_size, seed):
+        rows = draw.sets
         cells, effect = request.pool.expression[rows.ravel()].toarray(), np.zeros(1)
-        by = np.repeat((start + np.arange(len(rows))) % len(members), rows.shape[1])
+        by = np.repeat((n_sets + np.arange(len(rows))) % len(members), rows.shape[1])
+        n_sets += len(rows)
         chance = rng.random(len(by))
+        control = cells.mean(0, dtype=np.float64)
         for number, (member, of_stack) in enumerate(zip(members, effects, strict=True)):
             own, predicted = _of_member(member, request, rows, of_stack)
             effect = effect + own / len(members)
             if predicted is not None:
                 mine = (by == number) & (chance < member.of_head)
                 cells[mine] = predicted[mine]
-        n = min(left, len(cells))
-        cells, left = cells[:n], left - n
+        if followed is not None:
+            followed.add((control, effect), before)
+            before = control, effect
+        cells = cells[: draw.n_cells]
         if len(members) > 1 or first.blend is not None:
             mean = np.maximum(request.pool.moments[0] + effect, 0.0)
             cells = move_to_mean(cells, mean, request.pool.donors, rng)
-        yield rows.ravel()[:n], scipy.sparse.csr_matrix(cells)
+        yield rows.ravel()[: draw.n_cells], scipy.sparse.csr_matrix(cells)
 
 
 def _of_member(

@@ -1,8 +1,15 @@
-"""Which control cells a prediction starts from, and which are written: a function of the seed and of what is asked."""
+"""Which control cells a prediction starts from, and which are written: a function of the seed and of what is asked.
+
+A draw is what is predicted together: a head sees all cells of a set, and the sets of a draw are moved to one mean.
+Draws of a request know nothing of each other, so that cells of different draws are as far apart as independent ones.
+Shapes: S cells a set.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,14 +18,27 @@ from sest.prediction.requests import Request
 _SETS, _CONTROLS, MOVES, COUNTS = 5, 6, 12, 13  # what a random stream is for
 
 
-def draw_sets(request: Request, set_size: int, seed: int) -> np.ndarray:
-    """Sets of control cells to predict from, as in training: (sets, S) rows of the pool, a set within one file."""
+LEAST_CELLS = 8  # of a draw, where there are several: fewer cannot be moved to a mean and still look like cells
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Control cells to predict from, as in training."""
+
+    sets: np.ndarray  # (sets, S) rows of the pool, a set within one file
+    n_cells: int  # that are written, the first of these
+
+
+def draws_of(request: Request, set_size: int, most_sets: int, seed: int) -> Iterator[Draw]:
+    """Two draws of a request or more, of equal size and at most `most_sets`; one where it has too few cells for two."""
     files, rng = request.pool.files, random_of(request, seed)
-    sets = []
-    for _ in range(-(-request.n_cells // set_size)):
-        of_file = np.flatnonzero(files == files[rng.integers(len(files))])
-        sets.append(rng.choice(of_file, set_size, replace=len(of_file) < set_size))
-    return np.stack(sets)
+    n_draws = max(-(-request.n_cells // (most_sets * set_size)), min(2, request.n_cells // LEAST_CELLS), 1)
+    for n_cells in np.diff(np.arange(n_draws + 1) * request.n_cells // n_draws).tolist():
+        sets = []
+        for _ in range(-(-n_cells // set_size)):
+            of_file = np.flatnonzero(files == files[rng.integers(len(files))])
+            sets.append(rng.choice(of_file, set_size, replace=len(of_file) < set_size))
+        yield Draw(np.stack(sets), n_cells)
 
 
 def control_rows(request: Request, seed: int) -> np.ndarray:

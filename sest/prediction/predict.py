@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,12 @@ from sest.cells.scale import LARGEST_PREDICTED_LOG1P
 from sest.config import VCC2025, VCC2026, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset, read_dataset
 from sest.errors import InputError, shown
+from sest.evaluation.record import FOLLOWED
 from sest.files.write_h5ad import H5adWriter
 from sest.machine.devices import choose_device, choose_precision
 from sest.outputs import check_output
 from sest.prediction.cells import (
+    Followed,
     Member,
     baseline_effects,
     fitted_baselines,
@@ -45,15 +47,13 @@ from sest.prediction.counts import count_blocks, counted
 from sest.prediction.draws import control_rows
 from sest.prediction.effects import write_effects
 from sest.prediction.features import vectors_of
-from sest.prediction.record import COUNTS_RECORD, RECORD, baselines, is_source, pairs_of, provenance
+from sest.prediction.record import COUNTS_RECORD, RECORD, baselines, is_source, labels_of, pairs_of, provenance
 from sest.prediction.requests import (
     Request,
     Wanted,
     asked_of,
-    join_tables,
     make_requests,
     measured_genes,
-    obs_of,
     read_genes,
     read_wanted,
 )
@@ -176,6 +176,11 @@ class _What:
         """The pairs, each once."""
         return query_of(pairs_of(self.requests), self.members[0].vectors)
 
+    @cached_property
+    def followed(self) -> Followed:
+        """How far the means that `values` has predicted follow their controls."""
+        return Followed(self.members)
+
     def said(self) -> list[str]:
         """What the parts of the prediction count, a sentence each."""
         blend = self.members[0].blend
@@ -238,7 +243,8 @@ class _What:
         def real(request: Request) -> Blocks:
             return real_cells(request.pool, control_rows(request, seed))
 
-        for request, rows, block in _blocks(self.requests, self.members, seed, real, predicted_cells):
+        cells = partial(predicted_cells, followed=self.followed)
+        for request, rows, block in _blocks(self.requests, self.members, seed, real, cells):
             values = request.pool.whole(rows, block)
             if self.factor != 1:
                 values.data = np.log1p(np.expm1(values.data) * np.float32(self.factor)).clip(0, LARGEST_PREDICTED_LOG1P)
@@ -272,8 +278,9 @@ def _write(out: Path, what: _What) -> None:
             if not chosen or chosen[-1][0] is not request:
                 chosen.append((request, []))
             chosen[-1][1].append(rows)
-        tables = [obs_of(request, np.concatenate(rows), what.columns) for request, rows in chosen]
-        writer.finish(join_tables(tables), pd.DataFrame(index=pd.Index(what.genes, dtype=str)), uns)
+        if is_log1p and (share := what.followed.share) is not None:
+            uns[RECORD][FOLLOWED] = share
+        writer.finish(labels_of(chosen, what.columns), pd.DataFrame(index=pd.Index(what.genes, dtype=str)), uns)
 
 
 def _submit(out: Path, copies: Mapping[str, Path], what: _What) -> None:

@@ -1,4 +1,7 @@
-"""What a prediction's file says of itself in uns["sest"], for people and for `sest evaluate`. G genes of the run."""
+"""What a prediction's file says of itself, for people and for `sest evaluate`: labels of its cells, uns["sest"].
+
+G genes of the run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sest import __version__
 from sest.baselines.all import Baselines, baseline_pseudobulks
@@ -15,7 +19,7 @@ from sest.blend.weights import Weights
 from sest.cache import Cache
 from sest.cells.columns import Columns
 from sest.errors import InputError
-from sest.evaluation.record import BASELINES_VERSION
+from sest.evaluation.record import BASELINES_VERSION, DRAW
 from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool
 from sest.prediction.draws import control_rows
@@ -26,6 +30,48 @@ from sest.runs.schema import MODEL
 
 RECORD = "sest"  # what a prediction says of itself stands below this name in uns
 COUNTS_RECORD = "sest_submission"  # of one of counts
+
+
+def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One obs table: text as categories, used categories only, every name once."""
+    from anndata.utils import make_index_unique  # slow to import
+
+    table = pd.concat(tables)
+    table.index = make_index_unique(table.index.astype(str))
+    for name, column in table.items():
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            table[name] = column.cat.remove_unused_categories()
+        elif pd.api.types.is_string_dtype(column.dtype) or column.dtype == object:
+            table[name] = pd.Categorical(column.where(column.isna(), column.astype(str)))
+    return table
+
+
+def labels_of(chosen: Sequence[tuple[Request, Sequence[np.ndarray]]], columns: Columns) -> pd.DataFrame:
+    """Of all that is written: the template's, or perturbation, cell type and batch of the control cells; and the draw.
+
+    `chosen`: the control cells (n,) that each draw of a request starts from. The draw is -1 of real controls.
+    """
+    return join_tables([_labels(request, draws, columns) for request, draws in chosen])
+
+
+def _labels(request: Request, draws: Sequence[np.ndarray], columns: Columns) -> pd.DataFrame:
+    chosen = np.concatenate(draws)
+    of_draw = np.full(len(chosen), -1)
+    if not request.is_control:
+        of_draw = np.repeat(np.arange(len(draws)), [len(rows) for rows in draws])
+    if request.obs is not None:
+        return request.obs.assign(**{DRAW: of_draw})
+    pool = request.pool
+    names = pool.names[chosen]
+    if not request.is_control:
+        names = np.array([f"{pool.cell_type}_{request.perturbation}_{i}" for i in range(request.n_cells)])
+    table = {
+        str(columns.perturbation): request.perturbation,
+        str(columns.cell_type): pool.cell_type,
+        str(columns.batch): pool.batches[chosen],
+        DRAW: of_draw,
+    }
+    return pd.DataFrame(table, index=pd.Index(names, dtype=str))
 
 
 def is_source(path: Path, cache: Cache) -> bool:

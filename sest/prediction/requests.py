@@ -316,36 +316,6 @@ def _controls_of(requests: Sequence[Request], columns: Columns) -> list[Request]
     return [Request(pool, str(columns.control), True, len(pool)) for pool in pools.values()]
 
 
-def obs_of(request: Request, chosen: np.ndarray, columns: Columns) -> pd.DataFrame:
-    """Labels of written rows: the template's, or perturbation, cell type and batch of the controls `chosen` (n,)."""
-    if request.obs is not None:
-        return request.obs
-    pool = request.pool
-    names = pool.names[chosen]
-    if not request.is_control:
-        names = np.array([f"{pool.cell_type}_{request.perturbation}_{i}" for i in range(request.n_cells)])
-    table = {
-        str(columns.perturbation): request.perturbation,
-        str(columns.cell_type): pool.cell_type,
-        str(columns.batch): pool.batches[chosen],
-    }
-    return pd.DataFrame(table, index=pd.Index(names, dtype=str))
-
-
-def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One obs table: text as categories, used categories only, every name once."""
-    from anndata.utils import make_index_unique  # slow to import
-
-    table = pd.concat(tables)
-    table.index = make_index_unique(table.index.astype(str))
-    for name, column in table.items():
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            table[name] = column.cat.remove_unused_categories()
-        elif pd.api.types.is_string_dtype(column.dtype) or column.dtype == object:
-            table[name] = pd.Categorical(column.where(column.isna(), column.astype(str)))
-    return table
-
-
 def read_genes(config: PredictConfig, genes: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
     """The output's genes, where they stand among the run's and the extra ones (None: all, in order), and these.
 

@@ -30,8 +30,8 @@ from sest.files.write_h5ad import H5adWriter
 from sest.prediction.controls import UNKNOWN
 from sest.prediction.counts import Effect, count_blocks, counted
 from sest.prediction.effects import check_table
-from sest.prediction.record import COUNTS_RECORD
-from sest.prediction.requests import CONTEXT, CONTROL, TARGET_GENE, Request, asked_of, join_tables
+from sest.prediction.record import COUNTS_RECORD, join_tables
+from sest.prediction.requests import CONTEXT, CONTROL, TARGET_GENE, Request, asked_of
 
 logger = logging.getLogger(__name__)
 

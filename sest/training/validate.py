@@ -31,6 +31,7 @@ from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, WITH_CELLS
 logger = logging.getLogger(__name__)
 
 BASELINES = "baselines"  # in a checkpoint's state.json: what `Validator.to_keep` gives
+FOLLOWED_SETS = 64  # the first so many say how far predicted means follow their controls
 PDS_PAIRS = 500  # of a context, that get a pds in training: ranking grows with their square
 
 
@@ -115,7 +116,7 @@ class Validator:
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
         result |= {f"energy_distance_{name}": total / n_sets for name, total in distances.items()}
         for name, means in held.baselines.items():
-            result |= {f"{metric}_{name}": value for metric, value in self._metrics(means, is_added=True).items()}
+            result |= {f"{metric}_{name}": value for metric, value in self._metrics(means, follows=1.0).items()}
         return result
 
     def _observed(self, first: int, target: Tensor) -> ObservedSets:
@@ -131,12 +132,12 @@ class Validator:
         loss, distance = observed.energy_distances(predicted, other=other)
         return (loss if is_energy_distance(self._criterion) else self._criterion(predicted, target)), distance
 
-    def _metrics(self, predicted: np.ndarray, *, is_added: bool = False) -> dict[str, float]:
+    def _metrics(self, predicted: np.ndarray, follows: float) -> dict[str, float]:
         """Means over the pairs of pearson_delta, also with independent controls, mae and pds.
 
         Args:
             predicted: (K, G).
-            is_added: whether that is an effect added to the pairs' controls, as baselines are.
+            follows: how much of a change in the mean of the pairs' controls that follows; baselines follow it wholly.
         """
         pairs = self.held.pairs
         scores = pair_metrics(self.data, pairs, predicted, most_ranked=PDS_PAIRS)
@@ -147,8 +148,7 @@ class Validator:
                 side[mine] if genes is None else side[mine][:, genes]
                 for side in (predicted, pairs.observed, pairs.control)
             )
-            own = control[0] if is_added else None
-            independent[mine] = independent_pearson_delta(controls, 0, ours, observed, own)
+            independent[mine] = independent_pearson_delta(controls, 0, ours, observed, control[0], follows)
         if np.isfinite(independent).any():  # else no context has enough controls
             scores["pearson_delta_independent"] = independent
         return mean_scores(scores)
@@ -158,7 +158,7 @@ class Validator:
 
         Those of the baselines stand beside them.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        total = torch.zeros(4, dtype=torch.float64, device=self._device)
 
         def add_losses(sets: SetRows, predicted: Tensor) -> None:
             target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
@@ -171,10 +171,16 @@ class Validator:
             loss, distance = self._losses(self._observed(int(rows[0]), target), predicted, target, other)
             total[0] += loss.double().sum()
             total[1] += distance.double().sum()
+            if rows[0] < FOLLOWED_SETS:
+                controls = [self.cells.expression(s) for s in (sets["controls"], self.held.other_controls[rows])]
+                by, of = ((a.float().mean(1) - b.float().mean(1)).double() for a, b in ((predicted, other), controls))
+                total[2] += (by * of).sum()
+                total[3] += of.square().sum()
 
         means = predicted_means(
             model, self.cells, self.held, self._features, self._size, autocast, team=self._team, each=add_losses
         )
         self._team.sum(total)
-        loss, distance = (total / len(self.held.pair)).tolist()
-        return {"val_loss": loss, "energy_distance": distance, **self._metrics(means), **self.baselines}
+        loss, distance, product, square = (total / len(self.held.pair)).tolist()
+        follows = product / square if square > 0 else 0.0  # as in sest.prediction.cells.Followed, of the head alone
+        return {"val_loss": loss, "energy_distance": distance, **self._metrics(means, follows), **self.baselines}

@@ -126,7 +126,7 @@ def test_a_shared_control_mean_looks_like_agreement_and_independent_halves_do_no
         again, _ = screen(0.0, seed=seed + 1000)
         predicted = np.stack([again[group == g].mean(0) for g in range(1, 13)])  # cells that saw no control of these
         shared.append(pearson_delta(predicted, means[1:], means[0]).mean())
-        independent.append(independent_pearson_delta(found, 0, predicted, means[1:], None).mean())
+        independent.append(independent_pearson_delta(found, 0, predicted, means[1:], means[0], 0.0).mean())
     assert np.mean(shared) > 0.4
     assert abs(np.mean(independent)) < 0.05
 
@@ -135,28 +135,46 @@ def test_controls_predict_no_effect_and_too_few_cells_say_nothing() -> None:
     values, group = screen(0.5)
     found = folded(values, group, 13)
     control = found.means[0]
-    scores = independent_pearson_delta(found, 0, np.tile(control, (12, 1)), found.means[1:], control)
+    scores = independent_pearson_delta(found, 0, np.tile(control, (12, 1)), found.means[1:], control, 1.0)
     np.testing.assert_array_equal(scores, 0.0)
     few = (group > 0) | (np.arange(len(group)) < 7)
     found = folded(values[few], group[few], 13)
-    assert np.isnan(independent_pearson_delta(found, 0, found.means[1:], found.means[1:], None)).all()
+    assert np.isnan(independent_pearson_delta(found, 0, found.means[1:], found.means[1:], found.means[0], 0.0)).all()
     assert ceiling_of(found, [f"p{i}" for i in range(12)], []) is None
 
 
-@pytest.mark.parametrize("is_added", [False, True])
-def test_all_splits_at_once_are_the_mean_over_the_splits(is_added: bool) -> None:
+@pytest.mark.parametrize("follows", [0.0, 0.4, 1.0])
+def test_a_prediction_that_follows_its_controls_has_no_agreement_by_their_noise(follows: float) -> None:
+    """A hundred screens without any effect, predicted from all their controls: only the right share gives 0."""
+    found: dict[float, list[float]] = {0.0: [], 0.4: [], 1.0: []}
+    for seed in range(100):
+        values, group = screen(0.0, seed=seed)
+        folds = folded(values, group, 13, seed=seed)
+        again, _ = screen(0.0, seed=seed + 1000)
+        learned = np.stack([again[group == g].mean(0) for g in range(1, 13)])  # from other cells
+        control = folds.means[0]
+        predicted = follows * control + (1 - follows) * learned + follows * (learned - 1)
+        for share, scores in found.items():
+            scores.append(float(independent_pearson_delta(folds, 0, predicted, folds.means[1:], control, share).mean()))
+    for share, scores in found.items():
+        error = np.std(scores) / 10
+        assert (abs(np.mean(scores)) < 3 * error) == (share == follows), (share, np.mean(scores), error)
+
+
+@pytest.mark.parametrize("follows", [0.0, 0.3, 1.0])
+def test_all_splits_at_once_are_the_mean_over_the_splits(follows: float) -> None:
     rng = np.random.default_rng(0)
     found = Folds(rng.gamma(1.0, 20.0, (1, 8, 60)), rng.integers(10, 20, (1, 8)))
     predicted, observed = rng.gamma(1.0, 1.5, (2, 5, 60))
-    own = found.means[0] if is_added else None
-    predicted[0] = found.means[0]  # no effect
+    own = rng.gamma(1.0, 1.5, 60)
+    predicted[0] = own  # no effect
     one_by_one = [
-        pearson_delta(predicted, observed, other[0], one[0] if own is None else own)
+        pearson_delta(predicted, observed, other[0], follows * own + (1 - follows) * one[0])
         for one, other in found.halves(np.array([0]))
     ]
-    scores = independent_pearson_delta(found, 0, predicted, observed, own)
+    scores = independent_pearson_delta(found, 0, predicted, observed, own, follows)
     np.testing.assert_allclose(scores, np.mean(one_by_one, axis=0), rtol=1e-9, atol=1e-12)
-    assert (scores[0] == 0.0) == is_added
+    assert (scores[0] == 0.0) == (follows == 1)
 
 
 def test_pds_of_many_perturbations_is_that_of_the_first_split_and_of_more_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,12 @@ def cells(n: int, seed: int, shift: float = 0.0) -> np.ndarray:
     return np.maximum(np.random.default_rng(seed).normal(shift, 1, (n, 30)), 0).astype(np.float32)
 
 
-def by_hand(x: np.ndarray, y: np.ndarray) -> float:
-    between = scipy.spatial.distance.cdist(x, y).mean()
-    return float(between - 0.5 * scipy.spatial.distance.pdist(x).mean() - 0.5 * scipy.spatial.distance.pdist(y).mean())
+def by_hand(x: np.ndarray, y: np.ndarray, draw: np.ndarray | None = None) -> float:
+    """From all distances; with `draw`, those within x of cells of different draws alone."""
+    between, within = scipy.spatial.distance.cdist(x, y).mean(), scipy.spatial.distance.pdist(x)
+    if draw is not None:
+        within = within[scipy.spatial.distance.pdist(draw[:, None].astype(float)) > 0]
+    return float(between - 0.5 * within.mean() - 0.5 * scipy.spatial.distance.pdist(y).mean())
 
 
 @pytest.mark.parametrize(("n", "m"), [(20, 20), (2, 9), (40, 3)])
@@ -56,6 +59,33 @@ def test_its_mean_over_samples_of_one_distribution_is_zero_where_the_loss_s_is_n
     x, y = (torch.from_numpy(np.stack([pair[i] for pair in pairs])) for i in (0, 1))
     assert float(energy_distance(x, y).mean()) > 0.3
     np.testing.assert_allclose(of_tensors(x, y).numpy(), found, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["moved to one mean", "set apart"])
+def test_cells_that_were_predicted_together_gain_nothing_by_it(how: str) -> None:
+    """The right distribution, in two draws of 16 that know nothing of each other: 0 in the mean, and else below it."""
+    draw, rng = np.repeat([0, 1], 16), np.random.default_rng(0)
+    apart: list[float] = []
+    together: list[float] = []
+    many = cells(20_000, 0)
+    mean = many.mean(0, dtype=np.float64)
+    for _ in range(300):
+        real, x = rng.choice(many, 32), rng.choice(many, 32)
+        for one in (x[:16], x[16:]):  # rows of x
+            if how == "moved to one mean":
+                one[:] = move_to_mean(one, mean, one, rng)
+            else:  # for each cell the one that is opposite to it
+                one[8:] = 2 * many.mean(0) - one[:8]
+        a, b, c = (sp.csr_matrix(side) for side in (real, x, real[:2]))
+        for found, of in ((apart, draw), (together, None)):
+            found.append(energy_distances(a, b, c, c, {"model": mean}, mean, 32, rng, draw=of)["model"])
+    error = np.std(apart) / np.sqrt(len(apart))
+    expected = 0.0
+    if how == "set apart":  # half of the cells are of the mirrored distribution
+        mirrored = np.concatenate([many[:2000], 2 * many.mean(0) - many[2000:4000]])
+        expected = by_hand(mirrored, many[4000:8000])
+    assert abs(np.mean(apart) - expected) < 3 * error
+    assert np.mean(together) < expected - 10 * error
 
 
 def test_cells_of_too_little_spread_lose_more_by_it_than_by_the_loss() -> None:
@@ -89,9 +119,21 @@ def test_baselines_are_controls_moved_to_their_mean() -> None:
     means = {"model": model.mean(0), "controls": controls.mean(0), "stack": own.mean(0) + 0.2}
     a, b, c, d = (sp.csr_matrix(x) for x in (real, model, controls, own))
     got = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5))
-    moved = move_to_mean(own, means["stack"], own, np.random.default_rng(5), present=own.mean(0), beside=30)
-    expected = {"model": by_hand(model, real), "controls": by_hand(controls, real), "stack": by_hand(moved, real)}
+    moved, rng = np.empty_like(own), np.random.default_rng(5)
+    for half in (0, 1):  # 25 of the 50 cells are predicted together, and 10 of these are here
+        moved[half::2] = move_to_mean(own[half::2], means["stack"], own, rng, present=own.mean(0), beside=15)
+    halves = np.arange(20) % 2
+    expected = {
+        "model": by_hand(model, real),
+        "controls": by_hand(controls, real),
+        "stack": by_hand(moved, real, halves),
+    }
     assert got == pytest.approx(expected, rel=1e-9)
+    draw = np.repeat([0, 1, 7], [12, 5, 3])
+    apart = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5), draw=draw)
+    assert apart == pytest.approx(expected | {"model": by_hand(model, real, draw)}, rel=1e-9)
+    together = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5), draw=np.zeros(20, int))
+    assert np.isnan(list(together.values())).all()
     within, rng = mean_within(controls), np.random.default_rng(5)
     assert within == pytest.approx(scipy.spatial.distance.pdist(controls).mean(), rel=1e-9)
     assert energy_distances(a, b, c, d, means, own.mean(0), 50, rng, within) == got

@@ -15,8 +15,11 @@ import scipy.sparse as sp
 from conftest import Demo
 from safetensors.numpy import load_file
 
+from helpers.caches import small_screen, write_cache
+from helpers.configs import small_config
 from helpers.demo_cells import CONTROL, Predict, rows_of
 from sest.config import PredictConfig
+from sest.data.dataset import Dataset, read_dataset
 from sest.errors import InputError
 from sest.prediction.predict import predict
 
@@ -45,6 +48,16 @@ def refusal(demo: Demo, tmp_path: Path) -> Callable[..., str]:
         return str(refused.value)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """P of x, and P and S of y are the test."""
+    folder = tmp_path_factory.mktemp("requests")
+    cache = write_cache(folder / "c.zarr", [small_screen("d")])
+    text = '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n'
+    (folder / "splits.toml").write_text(text + '[fewshot."d.y"]\ntest = ["P", "S"]\n')
+    return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from conftest import Demo
 
 from helpers.demo_cells import CONTROL, SMALL, Predict, rows_of
 from sest.baselines.effects import BASELINES
+from sest.cells.columns import Columns
 from sest.config import EmbedConfig, PredictConfig, TrainConfig
+from sest.data.dataset import Dataset
 from sest.embedding.embed import embed
+from sest.evaluation.record import DRAW
+from sest.prediction.controls import cached_pools
 from sest.prediction.predict import predict_cells
+from sest.prediction.record import labels_of
+from sest.prediction.requests import Request
 from sest.training.train import train
 
 
@@ -32,6 +40,35 @@ def effects(
         ]
         found[name] = np.mean(of_type, axis=0)
     return found
+
+
+def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: Dataset) -> None:
+    pool = cached_pools(tiny_data)["x"]
+    columns = Columns("gene", "kind", "plate", "ctrl", ())
+    real, draws = [np.array([4, 0])], [np.array([2, 1]), np.array([3])]
+    given = pd.DataFrame({"any": [1, 2, 3]}, index=["a", "b", "c"])
+    controls, cells = Request(pool, "ctrl", True, 2), Request(pool, "P", False, 3)
+    table = labels_of([(controls, real), (cells, draws), (cells, draws)], columns)
+    assert list(table.columns) == ["gene", "kind", "plate", DRAW] and table.index.is_unique
+    assert table[DRAW].tolist() == [-1, -1, 0, 0, 1, 0, 0, 1]
+    assert table.index[:5].tolist() == [*pool.names[real[0]], "x_P_0", "x_P_1", "x_P_2"]
+    assert table["plate"].tolist() == [*pool.batches[real[0]], *[*pool.batches[np.concatenate(draws)]] * 2]
+    assert table["gene"].tolist() == ["ctrl", "ctrl", *["P"] * 6] and set(table["kind"]) == {"x"}
+    assert list(table["gene"].cat.categories) == ["P", "ctrl"]
+    table = labels_of([(replace(cells, obs=given), draws)], columns)
+    assert table.index.tolist() == ["a", "b", "c"] and list(table.columns) == ["any", DRAW]
+    assert table[DRAW].tolist() == [0, 0, 1] and list(given.columns) == ["any"]
+
+
+def test_a_prediction_says_which_cells_were_predicted_together_and_how_far_they_follow_the_controls(
+    whole: ad.AnnData,
+) -> None:
+    told = whole.obs[whole.uns["sest"]["columns"]["perturbation"]]
+    is_control = told == whole.uns["sest"]["columns"]["control"]
+    assert (whole.obs.loc[is_control, DRAW] == -1).all()
+    for _, draws in whole.obs.loc[~is_control, DRAW].groupby([whole.obs["cell_type"], told], observed=True):
+        assert sorted(set(draws)) == [0, 1] and abs(draws.mean() - 0.5) < 0.01
+    assert -1 < float(whole.uns["sest"]["follows_controls"]) < 2
 
 
 @pytest.mark.parametrize("of_template", [False, True])

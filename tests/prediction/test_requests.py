@@ -18,12 +18,12 @@ from helpers.configs import small_config
 from helpers.demo_cells import CONTROL, Predict, rows_of
 from sest.cells.columns import Columns
 from sest.config import EvaluateConfig, PredictConfig
-from sest.data.dataset import Dataset, read_dataset
+from sest.data.dataset import Dataset
 from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
 from sest.prediction.controls import cached_pools
 from sest.prediction.predict import predict
-from sest.prediction.requests import Request, join_tables, make_requests, named, obs_of, read_wanted
+from sest.prediction.requests import Request, make_requests, named, read_wanted
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.known import Known, known_with_cells
 from sest.training.train import train
@@ -171,16 +171,6 @@ def test_there_is_one_way_at_a_time_to_say_what_to_predict() -> None:
     assert read_wanted(None, PredictConfig(template="t.h5ad")) is None  # the template says it
 
 
-@pytest.fixture(scope="module")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """P of x, and P and S of y are the test."""
-    folder = tmp_path_factory.mktemp("requests")
-    cache = write_cache(folder / "c.zarr", [small_screen("d")])
-    text = '[datasets]\nd = "x.h5ad"\n[training]\nd = "train"\n[fewshot."d.x"]\nval = ["Q"]\ntest = ["P"]\n'
-    (folder / "splits.toml").write_text(text + '[fewshot."d.y"]\ntest = ["P", "S"]\n')
-    return read_dataset(cache, small_config(splits=str(folder / "splits.toml")))
-
-
 def known(data: Dataset) -> Known:
     """As of a run on these cells."""
     assert data.split_file is not None
@@ -230,24 +220,6 @@ def test_all_perturbations_of_the_run_in_several_cell_types_at_once(tiny_data: D
         read_wanted(None, PredictConfig(all_perturbations=True, only="P"))
     with pytest.raises(InputError, match="not both"):
         read_wanted(["P"], PredictConfig(all_perturbations=True))
-
-
-def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: Dataset) -> None:
-    pool = cached_pools(tiny_data)["x"]
-    columns = Columns("gene", "kind", "plate", "ctrl", ())
-    chosen = np.array([4, 0])
-    controls = obs_of(Request(pool, "ctrl", True, 2), chosen, columns)
-    assert list(controls.columns) == ["gene", "kind", "plate"]
-    assert controls.index.tolist() == pool.names[chosen].tolist()
-    assert controls["plate"].tolist() == pool.batches[chosen].tolist() and set(controls["gene"]) == {"ctrl"}
-    cells = obs_of(Request(pool, "P", False, 2), chosen, columns)
-    assert cells.index.tolist() == ["x_P_0", "x_P_1"] and set(cells["kind"]) == {"x"}
-    assert cells["plate"].tolist() == pool.batches[chosen].tolist()
-    given = pd.DataFrame({"any": [1, 2]}, index=["a", "b"])
-    assert obs_of(Request(pool, "P", False, 2, given), chosen, columns) is given
-    table = join_tables([controls, cells, cells])
-    assert table.index.is_unique and len(table) == 6
-    assert list(table["gene"].cat.categories) == ["P", "ctrl"]
 
 
 def test_a_template_without_controls_gets_them_under_the_label_that_is_given(

@@ -21,7 +21,8 @@ from sest.cells.split_file import VAL
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
-from sest.evaluation.means import query_of, split_pairs, training_effects
+from sest.evaluation.ceiling import independent_pearson_delta
+from sest.evaluation.means import query_of, split_ceilings, split_pairs, training_effects
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.head.loss import energy_distance, mean_squared_error
 from sest.head.model import HeadSizes, new_model
@@ -177,6 +178,17 @@ class Perfect(nn.Module):
         return means.unsqueeze(1).expand(-1, basal.shape[1], -1)
 
 
+class Linear(nn.Module):
+    """Predicts the cell that an embedding stands for, whatever the perturbation."""
+
+    def __init__(self, embeddings: Tensor, expression: Tensor) -> None:
+        super().__init__()
+        self.by = torch.linalg.lstsq(embeddings, expression).solution
+
+    def forward(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+        return basal @ self.by
+
+
 def test_a_head_that_predicts_the_real_pseudobulks_scores_one(data: Dataset, resident: ResidentCells) -> None:
     pairs = split_pairs(data, VAL)  # every code is in one context only
     model = Perfect(dict(zip(pairs.perturbation.tolist(), pairs.observed, strict=True)))
@@ -233,6 +245,28 @@ def test_with_independent_controls_even_the_real_pseudobulks_do_not_score_one(tm
     cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
     got = validator(data, cells).run(model, nullcontext)
     assert got["pearson_delta"] == pytest.approx(1) and 0.9 < got["pearson_delta_independent"] < 0.999
+
+
+def test_how_far_a_head_follows_its_controls_is_a_line_through_what_it_predicts_from_other_ones(tmp_path: Path) -> None:
+    splits = SPLITS.replace('[fewshot."screen.y"]\nval = ["R"]\n', "")
+    data = dataset_of(tmp_path, [small_screen(sizes=dict.fromkeys(SIZES, 30), n_controls=60)], splits)
+    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+    checked, rows = validator(data, cells), np.flatnonzero(data.labels.is_control)
+    model = Linear(cells.basal(rows[None])[0], cells.expression(rows[None])[0])
+    got = checked.run(model, nullcontext)
+    features, pairs, sets = torch.from_numpy(data.features.matrix), split_pairs(data, VAL), checked.sets
+    means, changes = np.zeros_like(pairs.observed), []
+    for p, *controls in zip(sets["perturbation"], sets["controls"], checked.held.other_controls, strict=True):
+        with torch.no_grad():
+            one, other = (model(cells.basal(rows)[None], features[p][None])[0].double().mean(0) for rows in controls)
+        of = [cells.expression(rows).double().mean(0) for rows in controls]
+        changes.append(torch.stack([one - other, of[0] - of[1]]).numpy())
+        means[pairs.perturbation == p] += one.numpy() / (sets["perturbation"] == p).sum()
+    by, of_controls = np.concatenate(changes, axis=1)
+    follows = float(np.linalg.lstsq(of_controls[:, None], by, rcond=None)[0][0])
+    (ceiling,) = split_ceilings(data, VAL, small_config().seed)
+    expected = independent_pearson_delta(ceiling.controls, 0, means, pairs.observed, pairs.control[0], follows).mean()
+    assert 0.02 < follows < 1 and got["pearson_delta_independent"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_real_halves_stand_beside_the_scores_and_noise_is_called_so(
