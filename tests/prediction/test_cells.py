@@ -19,6 +19,7 @@ from sest.blend.blend import Blend
 from sest.blend.weights import Weights
 from sest.config import PredictConfig
 from sest.errors import InputError
+from sest.prediction.cells import Followed
 from sest.prediction.predict import predict, predict_cells
 from sest.progress import reporting
 from sest.runs.checkpoint import add_blend, open_checkpoint, save_checkpoint
@@ -107,6 +108,34 @@ def test_an_anchored_head_is_held_against_what_it_predicts_for_controls(run: Pat
     cells = predict_cells(run, config=PredictConfig(**ASKED))
     assert path.exists() and np.abs(before - mean_of(cells)).max() > 1e-3
     np.testing.assert_allclose(mean_of(cells), control_of(cells), atol=1e-4)  # float32 sums
+
+
+def test_how_far_a_prediction_follows_its_controls_is_what_its_parts_do(run: Path) -> None:
+    """A stack and the controls wholly; a head by a line through what it predicts from other controls."""
+    asked: dict[str, Any] = ASKED | {"n_cells": 40}  # two draws of five sets
+
+    def share(**options: Any) -> float:
+        return float(predict_cells(run, config=PredictConfig(**asked, **options)).uns["sest"]["follows_controls"])
+
+    assert share(blend="stack") == share(blend="controls") == 1.0
+    of_head = share(blend="head")
+    set_weights(run, stack=0.5, head=0.3)
+    assert share() == pytest.approx(0.7 + 0.3 * of_head, rel=1e-6) and of_head != 0
+    few = predict_cells(run, config=PredictConfig(**ASKED))  # one draw
+    assert "follows_controls" not in few.uns["sest"] and set(few.obs["sest_draw"]) == {-1, 0}
+
+
+def test_a_share_is_the_slope_between_draws_of_one_request() -> None:
+    rng = np.random.default_rng(0)
+    followed = Followed(())
+    for _ in range(20):  # requests
+        base, before = rng.normal(size=50), None
+        for _ in range(3):
+            control = base + rng.normal(size=50)
+            draw = (control, 0.4 * control + 0.01 * rng.normal(size=50))
+            followed.add(draw, before)
+            before = draw
+    assert followed.product / followed.square == pytest.approx(0.4, abs=0.005)
 
 
 def test_a_checkpoint_without_a_blend_predicts_the_head_s_cells_and_says_so(run: Path) -> None:
