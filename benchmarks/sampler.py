@@ -1,7 +1,8 @@
 """Drawing the sets of a large screen: making the sampler, the first batch of an epoch, a whole epoch, a validation.
 
-Two screens of labels alone, made up: 50 contexts x 950 perturbations x 60 cells, whose sets are drawn, and 3,000,000
-cells of 50 contexts with 200 batches each, `--same-batch`. Prints seconds of the processor.
+Screens of labels alone, made up: 50 contexts x 950 perturbations x 60 cells, whose sets are drawn, 220,000 cells of one
+context with 48 batches, as in the challenge of 2025, and 3,000,000 cells of 50 contexts with 200 batches each; the last
+two with `--match-controls batch`. Prints seconds of the processor.
 
     OMP_NUM_THREADS=1 python benchmarks/sampler.py
 """
@@ -20,6 +21,7 @@ from sest.data.sampler import SetSampler
 CONTEXTS, PERTURBATIONS, CELLS, CONTROLS = 50, 950, 60, 1_000  # cells of a pair, controls of a context
 LARGE, BATCHES = 3_000_000, 200  # cells; batches of a context
 BATCH = 64  # sets
+N_BATCHES = 80  # of the challenge's sizes, for a mean
 
 
 def labels(context: np.ndarray, perturbation: np.ndarray, batch: np.ndarray) -> Labels:
@@ -40,6 +42,12 @@ def screen(rng: np.random.Generator) -> Labels:
     order = rng.permutation(CONTEXTS * len(each))
     context, perturbation = np.repeat(np.arange(CONTEXTS), len(each))[order], np.tile(each, CONTEXTS)[order]
     return labels(context, perturbation, np.zeros(len(order)))
+
+
+def one_context(rng: np.random.Generator) -> Labels:
+    """150 perturbations, 48 batches, 17% controls."""
+    perturbation = np.where(rng.random(220_000) < 0.17, 0, rng.integers(1, 151, 220_000))
+    return labels(np.zeros(220_000), perturbation, rng.integers(0, 48, 220_000))
 
 
 def many_batches(rng: np.random.Generator) -> Labels:
@@ -70,6 +78,15 @@ def main() -> None:
                 sampler.sets(np.arange(first, min(first + BATCH, n)))
         with timed("  those of a validation"):
             sampler.fixed_sets()
+    cells = one_context(rng)
+    for same_batch in (False, True):
+        sampler = SetSampler(cells, np.ones(len(cells), bool), 128, 0, same_batch=same_batch)
+        sampler.sets(np.arange(sampler.sets_per_epoch))  # the pairs of the epoch are drawn
+        with timed(
+            f"{N_BATCHES} batches of 16 sets of 128, controls of the same {'batch' if same_batch else 'context'}"
+        ):
+            for first in range(0, 16 * N_BATCHES, 16):
+                sampler.sets(np.arange(first, first + 16))
     cells = many_batches(rng)
     with timed(f"{LARGE} cells, {CONTEXTS * BATCHES} batches, sampler made"):
         sampler = SetSampler(cells, np.ones(len(cells), bool), 64, 0, same_batch=True)

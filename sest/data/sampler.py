@@ -16,7 +16,7 @@ import numpy as np
 
 from sest.data.labels import Labels
 from sest.errors import InputError, shown
-from sest.machine.seeds import streams
+from sest.machine.seeds import choose_from, streams
 
 SMALLEST_SET, LARGEST_SET = 8, 128  # that `fitting_set_size` chooses
 _EPOCH_CELLS, _EPOCH_ORDER, _SET_CONTROLS, _FIXED_FILL, _FIXED_OTHER = 1, 2, 3, 4, 5  # what a random stream is for
@@ -95,7 +95,10 @@ class SetSampler:
         self.perturbation = keys % len(labels.perturbations)  # (keys,)
         controls = np.flatnonzero(mask & labels.is_control)
         self.pools = self._control_pools(controls)  # context -> sorted rows
-        self._batch_pools = _as_dict(*_by_key(controls, self._batch_of(controls))) if same_batch else {}
+        # controls of the same batch: keys of the batches, their controls one after the other, and where each begins
+        self._batches, rows_of = _by_key(controls, self._batch_of(controls)) if same_batch else (np.empty(0), [])
+        self._of_batches = np.concatenate([np.empty(0, np.int64), *rows_of])
+        self._first_of_batch = np.cumsum([0, *map(len, rows_of)])
         self.sets_per_key = np.array([-(-len(cells) // set_size) for cells in self.cells])
         self.sets_per_epoch = int(self.sets_per_key.sum())
         self._first_set = np.cumsum(self.sets_per_key) - self.sets_per_key  # (keys,), in the order of keys
@@ -125,7 +128,7 @@ class SetSampler:
         if not self.same_batch:
             return 0
         batches = self._batch_of(np.concatenate(self.cells))
-        return int(np.isin(batches, np.array(list(self._batch_pools), np.int64), invert=True).sum())
+        return int(np.isin(batches, self._batches, invert=True).sum())
 
     def _filled(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Cells (n,) plus resampled ones up to whole sets: (sets * S,)."""
@@ -155,17 +158,19 @@ class SetSampler:
             drawn.known[new] = True
             return drawn.rows[which], keys
 
-    def _controls(self, key: int, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """S control rows for a set, without repeats where there are enough."""
-        pool = self.pools[int(self.context[key])]
-        chosen = rng.choice(pool, self.set_size, replace=len(pool) < self.set_size)
+    def _controls(self, keys: np.ndarray, targets: np.ndarray, rngs: Iterator[np.random.Generator]) -> np.ndarray:
+        """(B, S) control rows for sets of these keys (B,), without repeats where there are enough."""
+        chosen, drawing = np.empty_like(targets), list(rngs)
+        for out, context, rng in zip(chosen, self.context[keys].tolist(), drawing, strict=True):
+            pool = self.pools[context]
+            out[:] = rng.choice(pool, self.set_size, replace=len(pool) < self.set_size)
         if self.same_batch:
-            batches = self._batch_of(targets)
-            for batch in np.unique(batches):
-                mine = self._batch_pools.get(int(batch))
-                if mine is not None:
-                    where = np.flatnonzero(batches == batch)
-                    chosen[where] = rng.choice(mine, len(where), replace=len(mine) < len(where))
+            batches = self._batch_of(targets.ravel()).reshape(targets.shape)
+            mine = np.searchsorted(self._batches[:-1], batches)
+            mine[self._batches[mine] != batches] = -1  # cells without a control in their batch
+            places = np.empty_like(targets)
+            choose_from(drawing, mine, self._first_of_batch, places)
+            chosen[mine >= 0] = self._of_batches[places[mine >= 0]]
         return chosen
 
     def sets(self, numbers: np.ndarray) -> SetRows:
@@ -201,17 +206,15 @@ class SetSampler:
         context = self.labels.context[sets["targets"][:, 0]].astype(np.int64)
         keys = np.searchsorted(self._keys, context * len(self.labels.perturbations) + sets["perturbation"])
         rngs = streams(self.seed, _FIXED_OTHER, keys, sets["number"])
-        each = zip(keys.tolist(), sets["targets"], rngs, strict=True)
-        return np.stack([self._controls(key, rows, rng) for key, rows, rng in each])
+        return self._controls(keys, sets["targets"], rngs)
 
     def _beside(
         self, targets: np.ndarray, keys: np.ndarray, rngs: Iterator[np.random.Generator], numbers: np.ndarray
     ) -> SetRows:
         """Sets of these keys, with control cells beside the targets (B, S)."""
-        each = zip(keys.tolist(), targets, rngs, strict=True)
         return SetRows(
             targets=targets,
-            controls=np.stack([self._controls(k, rows, rng) for k, rows, rng in each]),
+            controls=self._controls(keys, targets, rngs),
             perturbation=self.perturbation[keys],
             number=np.asarray(numbers, np.int64),
         )

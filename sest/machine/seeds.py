@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
+from sest.machine.jit import compiled
+
 # Of SeedSequence. An i-th hash takes numbers i and i + 1 of the sequence first * factor**i.
 _HASH_IN, _HASH_OUT = (0x43B0D7E5, 0x931E8875), (0x8B51F9DD, 0x58F38DED)  # first, factor
 _MERGE_LEFT, _MERGE_RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
 _POOL, _STATE = 4, 8  # words of 32 bits: what a seed is mixed into, and what PCG64 begins from
 _WORD = 0xFFFF_FFFF  # the largest
+_SPARE = 64  # words for draws that are drawn again, each of which is rarer than one in 10,000
+# Of Generator.choice without repeats: in pools larger than this it shuffles all, if it takes more than this part
+_LARGE_POOL, _LARGE_PART = 10_000, 50
 
 
 def streams(*entropy: int | np.ndarray) -> Iterator[np.random.Generator]:
@@ -37,6 +42,86 @@ def streams(*entropy: int | np.ndarray) -> Iterator[np.random.Generator]:
     for state in _states(table):
         seed: Any = _Seed(state)  # numpy's annotations lack the seeds of others, its documentation has them
         yield np.random.Generator(np.random.PCG64(seed))
+
+
+def choose_from(rngs: Sequence[np.random.Generator], pools: np.ndarray, first: np.ndarray, out: np.ndarray) -> None:
+    """Set each row of `out` to choices from pools, as `rng.choice(pool, n, replace=len(pool) < n)` of each pool gives.
+
+    The same numbers bit for bit, where a row's pools are asked one after the other, each for its n places in order. The
+    generators themselves are further on by more than they took.
+
+    Args:
+        rngs: of PCG64, one a row.
+        pools: (rows, n) pool of every place; -1: none, `out` stays as it is.
+        first: (pools + 1,) where the numbers of each pool begin in what `out` gets: pool p is first[p] .. first[p + 1].
+        out: (rows, n) int64.
+    """
+    words = np.empty((len(rngs), 2 * (pools.shape[1] + _SPARE) + 1), np.uint32)
+    begin = np.empty(len(rngs), np.int64)
+    for i, rng in enumerate(rngs):
+        bits: Any = rng.bit_generator
+        state = bits.state
+        words[i, 0], begin[i] = state["uinteger"], not state["has_uint32"]  # half of the number before
+        words[i, 1:] = bits.random_raw(pools.shape[1] + _SPARE).astype("<u8", copy=False).view("<u4")
+    order = np.argsort(pools, axis=1, kind="stable")
+    for i in range(len(rngs)):
+        _choose(order[i], pools[i], first, words[i], begin[i], out[i])
+
+
+@compiled(nogil=True)
+def _choose(order: Any, pools: Any, first: Any, words: Any, at: Any, out: Any) -> None:
+    """A row of `choose_from`; the algorithms are those of numpy.random.Generator.choice."""
+    begin = 0
+    while begin < len(order):
+        pool, end = pools[order[begin]], begin + 1
+        while end < len(order) and pools[order[end]] == pool:
+            end += 1
+        places, begin = order[begin:end], end
+        if pool < 0:
+            continue
+        n_chosen, n_pool = len(places), first[pool + 1] - first[pool]
+        chosen = np.empty(n_chosen, np.int64)
+        if n_pool < n_chosen:
+            for i in range(n_chosen):
+                chosen[i], at = _below(n_pool, words, at)
+        elif n_pool > _LARGE_POOL and n_chosen > n_pool // _LARGE_PART:  # the end of a shuffle of the pool
+            every = np.arange(n_pool)
+            at = _shuffle(every, max(n_pool - n_chosen, 1), words, at)
+            chosen[:] = every[n_pool - n_chosen :]
+        else:  # Floyd's
+            for i in range(n_chosen):
+                top = n_pool - n_chosen + i
+                chosen[i], at = _below(top + 1, words, at)
+                for earlier in range(i):
+                    if chosen[earlier] == chosen[i]:
+                        chosen[i] = top
+                        break
+            at = _shuffle(chosen, 1, words, at)
+        for i in range(n_chosen):
+            out[places[i]] = first[pool] + chosen[i]
+
+
+@compiled(nogil=True)
+def _shuffle(numbers: Any, start: Any, words: Any, at: Any) -> Any:
+    """Shuffle from the end down to `start`; returns the next word."""
+    for i in range(len(numbers) - 1, start - 1, -1):
+        j, at = _below(i + 1, words, at)
+        numbers[i], numbers[j] = numbers[j], numbers[i]
+    return at
+
+
+@compiled(nogil=True)
+def _below(n: Any, words: Any, at: Any) -> Any:
+    """A number below n < 2**32, and the next word (Lemire 2019, "Fast random integer generation in an interval")."""
+    if n == 1:
+        return 0, at
+    n = np.uint64(n)
+    product = np.uint64(words[at]) * n
+    again = (np.uint64(_WORD + 1) - n) % n
+    while product & np.uint64(_WORD) < again:
+        at += 1
+        product = np.uint64(words[at]) * n
+    return np.int64(product >> np.uint64(32)), at + 1
 
 
 class _Seed(ISeedSequence):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sest.machine.seeds import streams
+from sest.machine.seeds import choose_from, streams
 
 LARGEST_WORD = 2**32 - 1
 numbers = st.integers(0, 2**70)  # of one, two or three words of 32 bits
@@ -72,3 +72,27 @@ def test_no_rows_have_no_streams() -> None:
 def test_numbers_that_are_no_seed_are_refused(entropy: tuple[int | np.ndarray, ...]) -> None:
     with pytest.raises(ValueError, match=r"below 0|0 or more"):
         list(streams(*entropy))
+
+
+def test_choices_from_many_pools_are_numpys_bit_for_bit() -> None:
+    """Pools of one number, with repeats, by Floyd's algorithm and by the shuffle that large ones get."""
+    draw = np.random.default_rng(0)
+    for trial in range(300):
+        n, n_pools = int(draw.integers(1, 300)), int(draw.integers(1, 12))
+        large = [1, 2, 500, 9_999, 10_000, 10_001, 12_000, 40_000]
+        sizes = draw.choice(large, n_pools) if trial % 10 == 0 else draw.integers(1, 60, n_pools)
+        first = np.concatenate([[0], np.cumsum(sizes)])
+        pools = draw.integers(-1, n_pools, (2, n))
+        ours, theirs = ([np.random.default_rng([trial, row]) for row in range(2)] for _ in range(2))
+        for rng in (ours[0], theirs[0]):
+            rng.integers(0, 5)  # half a word of the bit generator is left
+        out = np.full((2, n), -7)
+        expected = out.copy()
+        for row, rng in enumerate(theirs):
+            for pool in range(n_pools):
+                places = np.flatnonzero(pools[row] == pool)
+                if len(places):
+                    numbers = np.arange(first[pool], first[pool + 1])
+                    expected[row, places] = rng.choice(numbers, len(places), replace=len(numbers) < len(places))
+        choose_from(ours, pools, first, out)
+        np.testing.assert_array_equal(out, expected)
