@@ -16,6 +16,7 @@ from torch import Tensor
 from sest.data.gather import check_rows, copy_rows, dense_log1p
 from sest.data.sampler import SetRows
 from sest.data.targets import Targets
+from sest.head.kernels import dense_rows
 from sest.machine.transfer import Gathered, Sender, Sent
 
 
@@ -137,14 +138,13 @@ class ResidentCells:
         check_rows(flat, len(targets.factor))
         begin, length = targets.indptr[flat], targets.indptr[flat + 1] - targets.indptr[flat]
         n_values = int(length.sum())
-        if self.on_device is not None:
-            arrays["ahead"] = begin - (length.cumsum() - length)
-        else:
+        if self.on_device is None:
+            begin = length.cumsum() - length
             for name, values in (("indices", targets.indices), ("data", targets.data)):
                 below = self.n_genes if name == "indices" else 0
                 write = partial(copy_rows, flat, targets.indptr, values, below=below)
                 arrays[name] = Gathered((n_values,), values.dtype, write)
-        arrays |= {"length": length, "factor": targets.factor[flat]}
+        arrays |= {"begin": begin, "length": length, "factor": targets.factor[flat]}
         return Staged(self.sender.send(arrays), rows.shape, n_values, None)
 
     def _dense(self, staged: Staged) -> Tensor:
@@ -152,8 +152,8 @@ class ResidentCells:
             return staged.dense
         there, kept = staged.sent.tensors(), self.on_device
         indices, data = (there["indices"], there["data"]) if kept is None else (kept.indices, kept.data)
-        rows = CsrRows(there["length"], there["factor"], there.get("ahead"), indices, data, staged.n_values)
-        return densify(rows, self.n_genes).view(*staged.shape, self.n_genes)
+        rows = there["begin"], there["length"], there["factor"]
+        return dense_rows(*rows, indices, data, self.n_genes, staged.n_values).view(*staged.shape, self.n_genes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,38 +162,6 @@ class DeviceValues:
 
     indices: Tensor  # (nnz,) int32, or int16 that holds uint16
     data: Tensor  # (nnz,)
-
-
-@dataclass(frozen=True, eq=False)
-class CsrRows:
-    """n cells among stored values, on one device."""
-
-    length: Tensor  # (n,) int64: how many values each cell has
-    factor: Tensor  # (n,) float32 that counts are multiplied with; 0: the values are log1p already
-    ahead: Tensor | None  # (n,) int64: by how much a cell's values stand further on there than here; None: no others
-    indices: Tensor  # (nnz,) int32, or int16 that holds uint16
-    data: Tensor  # (nnz,)
-    n_values: int  # of all n cells, so that sizes are known without asking the device
-
-
-def densify(rows: CsrRows, n_genes: int) -> Tensor:
-    """Cells as dense log1p values, (n, G) float32.
-
-    The formula of `sest.cells.scale.log1p_rows`, against which tests/data hold it.
-    """
-    device, indices, data = rows.data.device, rows.indices, rows.data
-    row = torch.repeat_interleave(rows.length, output_size=rows.n_values)  # of each value
-    if rows.ahead is not None:
-        at = torch.arange(rows.n_values, device=device).add_(rows.ahead[row])
-        indices, data = indices[at], data[at]
-    place = indices.long()
-    if indices.dtype == torch.int16 and n_genes > 2**15:
-        place &= 0xFFFF
-    place.add_(row, alpha=n_genes)
-    values, scale = data.float(), rows.factor[row]
-    dense = torch.zeros(len(rows.length) * n_genes, device=device)
-    dense[place] = torch.where(scale > 0, (values * scale).log1p_(), values)
-    return dense.view(len(rows.length), n_genes)
 
 
 def resident_cells(

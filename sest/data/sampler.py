@@ -96,6 +96,7 @@ class SetSampler:
         controls = np.flatnonzero(mask & labels.is_control)
         self.pools = self._control_pools(controls)  # context -> sorted rows
         # controls of the same batch: keys of the batches, their controls one after the other, and where each begins
+        self._batches: np.ndarray
         self._batches, rows_of = _by_key(controls, self._batch_of(controls)) if same_batch else (np.empty(0), [])
         self._of_batches = np.concatenate([np.empty(0, np.int64), *rows_of])
         self._first_of_batch = np.cumsum([0, *map(len, rows_of)])

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sest.head.mix import mix32
-
-_RANGE = 2**31  # of the hash that is compared with the dropout rate
+from sest.head import kernels
 
 
 def dropout_keys(seed: int, number: Tensor) -> Tensor:
     """Keys of sets from the run's seed and their places in the sequence of all sets: (B,) int64 -> (B,) int32."""
     of_seed = int(np.random.SeedSequence([seed, 0xD0]).generate_state(1).view(np.int32)[0])
-    return mix32(mix32(number.to(torch.int32)) ^ of_seed)
+    return kernels.set_keys(number, of_seed)
 
 
 class SetDropout(nn.Module):
@@ -50,8 +49,29 @@ class SetDropout(nn.Module):
             return x
         if kept is None:
             kept = kept_units([self], keys, x.shape[1:])[0]
-        scale = 1 / (1 - self.p) if self.p < 1 else 0.0
+        dropped: Tensor = _Dropped.apply(x, kept, 1 / (1 - self.p) if self.p < 1 else 0.0)
+        return dropped
+
+
+class _Dropped(torch.autograd.Function):
+    """scale * x where `kept`, else 0, and the same of its gradient: one kernel each on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return _scaled(x, kept, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return _scaled(gradients[0], kept, ctx.scale), None, None
+
+
+def _scaled(x: Tensor, kept: Tensor, scale: float) -> Tensor:
+    if x.device.type == "cpu" or torch.compiler.is_compiling():
         return torch.where(kept, x * scale, 0.0)
+    return torch.ops.aten.native_dropout_backward(x, kept, scale)  # what PyTorch's own dropout does to a gradient
 
 
 def kept_units(layers: Sequence[SetDropout], keys: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -66,8 +86,6 @@ def kept_units(layers: Sequence[SetDropout], keys: Tensor | None, shape: Sequenc
     """
     if keys is None:
         raise ValueError("a head in training mode needs dropout keys (see dropout_keys), or call .eval()")
-    numbers = torch.arange(layers[0].number, layers[0].number + len(layers), dtype=torch.int32, device=keys.device)
-    of_layer = mix32(keys + (numbers * 0x3C6EF372).unsqueeze(1))  # (layers, B)
-    places = torch.arange(math.prod(shape), dtype=torch.int32, device=keys.device).view(*shape)
-    hashes = mix32(places ^ of_layer.view(*of_layer.shape, *[1] * len(shape))).bitwise_and_(_RANGE - 1)
-    return hashes >= round(layers[0].p * _RANGE)
+    hashed = kernels.plain_kept_units if torch.compiler.is_compiling() else kernels.kept_units
+    least = min(round(layers[0].p * kernels.HASHES), kernels.HASHES - 1)
+    return hashed(keys, layers[0].number, len(layers), math.prod(shape), least).view(len(layers), -1, *shape)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sest.errors import InputError
+from sest.head import kernels
 
 MIN_SQUARED_DISTANCE = 1e-8  # geomloss clamps here before the root
 SINKHORN_WEIGHT = 0.01
+ALIGNED_ROWS = 8  # of halves: rows of products that divide by it take the fast kernels
 LOSSES = ("energy", "mse", "energy+sinkhorn")
 # What a Gram matrix's inputs are rounded to, and the part of |a|^2 + |b|^2 below which a squared distance is taken for
 # zero: rounding of the inputs makes about eps^2 / 24 (eps^2 / 8 for bfloat16), that of float32 sums less than 2^-19 at
@@ -61,58 +63,73 @@ def _squared_norms(cells: Tensor) -> Tensor:
     return torch.linalg.vector_norm(cells, dim=-1, dtype=torch.float32).square()
 
 
-def _distances(gram: Tensor, norms_a: Tensor, norms_b: Tensor, scale: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Distances, and their gradient's weights, from a Gram matrix (B, S, T) and squared norms (B, S), (B, T).
+def _squared(gram: Tensor, norms_a: Tensor, norms_b: Tensor, unit: Tensor, noise: float) -> Tensor:
+    """Squared distances (B, S, T) from a Gram matrix (B, S, T) and squared norms (B, S), (B, T), in units of `unit`.
 
-    Returns |a_i - b_j|, clamped, and the w_ij of d|a_i - b_j| / da_i = w_ij (a_i - b_j): 1 / |a_i - b_j|, or zero where
-    the clamp or rounding holds. Both (B, S, T), in units of the cells before `scale`.
+    Zero where they are rounding alone; not a number stays what it is.
     """
     squares = norms_a.unsqueeze(2) + norms_b.unsqueeze(1)
     squared = torch.sub(squares, gram, alpha=2.0)
     if noise:
-        squared.masked_fill_(squared < noise * squares, 0.0)  # not a number stays what it is
-    squared /= scale * scale
-    distances = squared.clamp_min(MIN_SQUARED_DISTANCE).sqrt()
-    return distances, torch.where(squared > MIN_SQUARED_DISTANCE, 1.0 / distances, 0.0)
+        squared.masked_fill_(squared < noise * squares, 0.0)
+    return squared.div_(unit)
+
+
+def _distance(squared: Tensor) -> Tensor:
+    """|a_i - b_j|, clamped."""
+    return squared.clamp_min(MIN_SQUARED_DISTANCE).sqrt_()
+
+
+def _weight(squared: Tensor, distance: Tensor) -> Tensor:
+    """The w of d|a_i - b_j| / da_i = w_ij (a_i - b_j): 1 / |a_i - b_j|, or zero where the clamp or rounding holds."""
+    return torch.where(squared > MIN_SQUARED_DISTANCE, distance.reciprocal(), 0.0)
 
 
 class _EnergyDistance(torch.autograd.Function):
     """E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| with its gradient for x written out.
 
-    Distances do not change when both sets are moved, but |a|^2 + |b|^2 - 2ab loses fewer digits near the origin: E|x-y|
-    is computed around the mean of y, E|x-x'| around the mean of x. Each set's own norms are its Gram matrix's diagonal,
-    so that a cell's distance to itself is 0, where geomloss in float32 has noise. E|y-y'| has no gradient. Beside
-    (B, S, T) matrices only the centred cells are kept, in the Gram matrices' type, and never (B, S, T, G).
+    Distances do not change when a set is moved, but |a|^2 + |b|^2 - 2ab loses fewer digits near the origin: each set is
+    centred on its own mean, and E|x-y| adds the shift between the two, as one more row of the Gram matrix. So all cells
+    are rounded and multiplied once. Each set's own norms are its Gram matrix's diagonal, so that a cell's distance to
+    itself is 0, where geomloss in float32 has noise. E|y-y'| has no gradient. Beside (B, S, T) matrices only the
+    centred cells are kept, in the Gram matrices' type, and never (B, S, T, G).
     """
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, target: Tensor, gram: torch.dtype) -> Tensor:
         (n_sets, n_x, n_genes), n_y = predicted.shape, target.shape[1]
-        noise = GRAMS[gram]
+        noise, n_cells = GRAMS[gram], n_y + n_x
         centre_x = predicted.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, G)
         centre_y = target.mean(1, keepdim=True, dtype=torch.float32)
+        shift = centre_x - centre_y
         if gram == torch.float16:
             largest = [torch.linalg.vector_norm(cells, torch.inf, dim=(1, 2)).float() for cells in (predicted, target)]
             scale = _power_of_two(2 * torch.maximum(*largest), gram)  # 2: centred, a value may be twice as large
         else:
             scale = _power_of_two(centre_x[:, 0, 0], gram)
-        cells = torch.empty(n_sets, n_y + n_x, n_genes, dtype=gram, device=predicted.device)  # one matrix for backward
-        x, y = cells[:, n_y:], cells[:, :n_y]
-
+        # y, x, shift, and rows of 0 up to a multiple of what tensor cores take
+        n_rows = -(-(n_cells + 1) // ALIGNED_ROWS) * ALIGNED_ROWS
+        cells = torch.empty(n_sets, n_rows, n_genes, dtype=gram, device=predicted.device)
+        y, x = cells[:, :n_y], cells[:, n_y:n_cells]
         _place(target, centre_y, scale, out=y)
-        yy = _product(y, y.mT)
-        norms_y = yy.diagonal(dim1=1, dim2=2)
-        d_yy, _ = _distances(yy, norms_y, norms_y, scale, noise)
-        _place(predicted, centre_y, scale, out=x)
-        d_xy, weight_xy = _distances(_product(x, y.mT), _squared_norms(x), norms_y, scale, noise)
         _place(predicted, centre_x, scale, out=x)
-        xx = _product(x, x.mT)
-        norms_x = xx.diagonal(dim1=1, dim2=2)
-        d_xx, weight_xx = _distances(xx, norms_x, norms_x, scale, noise)
+        cells[:, n_cells] = (shift * scale).squeeze(1)
+        cells[:, n_cells + 1 :].zero_()
 
+        yy, of_x = _product(y, y.mT), _product(cells[:, n_y:], cells.mT)
+        xx, xy = of_x[:, :n_x, n_y:n_cells], of_x[:, :n_x, :n_y]
+        y_shift, x_shift, shift_shift = of_x[:, n_x, : n_cells + 1].split([n_y, n_x, 1], dim=1)
+        norms_x, norms_y = xx.diagonal(dim1=1, dim2=2), yy.diagonal(dim1=1, dim2=2)
+        norms_moved = norms_x + 2 * x_shift + shift_shift  # of x around the mean of y
+        unit = scale * scale
+        squared_yy = _squared(yy, norms_y, norms_y, unit, noise)
+        squared_xy = _squared(xy + y_shift.unsqueeze(1), norms_moved, norms_y, unit, noise)
+        squared_xx = _squared(xx, norms_x, norms_x, unit, noise)
+        d_yy, d_xy, d_xx = map(_distance, (squared_yy, squared_xy, squared_xx))
+        weight_xy, weight_xx = _weight(squared_xy, d_xy), _weight(squared_xx, d_xx)
         weight_xy /= n_x * n_y
         weight_xx /= n_x * n_x
-        ctx.save_for_backward(predicted, cells, centre_x - centre_y, scale, weight_xy, weight_xx)
+        ctx.save_for_backward(predicted, cells, shift, scale, weight_xy, weight_xx)
         return d_xy.mean((1, 2)) - 0.5 * d_xx.mean((1, 2)) - 0.5 * d_yy.mean((1, 2))
 
     @staticmethod
@@ -124,14 +141,15 @@ class _EnergyDistance(torch.autograd.Function):
         (a_i - b_i) x_i + a_i (mean x - mean y) - sum_j w_ij y_j + sum_j v_ij x_j.
         """
         predicted, cells, shift, scale, w, v = ctx.saved_tensors
-        n_y, gram = w.shape[2], cells.dtype
+        (n_y, n_cells), gram = (w.shape[2], w.shape[2] + v.shape[2]), cells.dtype
+        y_and_x = cells[:, :n_cells]
         factor = gradients[0].float().view(-1, 1, 1)
         with torch.autocast(predicted.device.type, enabled=False):  # `backward` may be called inside autocast
             if gram == torch.float32:
                 a, b = w.sum(2, keepdim=True), v.sum(2, keepdim=True)
                 pull = torch.cat([-w, v], dim=2) * factor  # (B, S, T + S)
                 pull[:, :, n_y:].diagonal(dim1=1, dim2=2).copy_(((a - b) * factor).squeeze(2))  # v_ii is 0
-                gradient = _product(pull, cells)
+                gradient = _product(pull, y_and_x)
                 gradient.addcmul_(a * factor, shift)
                 return gradient.to(predicted.dtype), None, None
             w, v = w * factor, v * factor
@@ -144,9 +162,10 @@ class _EnergyDistance(torch.autograd.Function):
             rounded = pull.float()
             a = w.sum(2, keepdim=True) * weight_scale - rounded[:, :, :n_y].sum(2, keepdim=True)
             b = v.sum(2, keepdim=True) * weight_scale + rounded[:, :, n_y:].sum(2, keepdim=True)
-            # the passes over all cells: in units of scaled weights and cells, until the last one
-            gradient = _product(pull, cells).addcmul_(cells[:, n_y:], a - b).addcmul_(a, shift * scale)
-            return torch.mul(gradient, 1.0 / (scale * weight_scale), out=torch.empty_like(predicted)), None, None
+            add = kernels.plain_weighted_sum if torch.compiler.is_compiling() else kernels.weighted_sum
+            of_shift, unit = a * scale, 1.0 / (scale * weight_scale)
+            pulled = _product(pull, y_and_x)
+            return add(pulled, y_and_x[:, n_y:], a - b, shift, of_shift, unit, predicted.dtype), None, None
 
 
 def energy_distance(predicted: Tensor, target: Tensor, gram: torch.dtype = torch.float32) -> Tensor:
@@ -222,7 +241,7 @@ class ObservedSets:
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             gram = _product(a, b.mT)
             norms = [gram.diagonal(dim1=1, dim2=2)] * 2 if a is b else [_squared_norms(cells) for cells in (a, b)]
-            return _distances(gram, norms[0], norms[1], one, GRAMS[a.dtype])[0].mean((1, 2))
+            return _distance(_squared(gram, norms[0], norms[1], one, GRAMS[a.dtype])).mean((1, 2))
 
 
 def _of_different(mean: Tensor, n: int) -> Tensor:

@@ -1,0 +1,111 @@
+"""GPU kernels of `sest.head.kernels`, in Triton; what each computes is written there.
+
+Imported only where a GPU is used: PyTorch brings Triton for GPUs alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024  # numbers that a program takes at a time
+
+
+@triton.jit
+def _mix32(x):  # type: ignore[no-untyped-def]
+    """`sest.head.mix.mix32`, of uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _set_keys(number, key, of_seed, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(number + i, mask=i < n, other=0).to(tl.int32).to(tl.uint32, bitcast=True)
+    x = (_mix32(x).to(tl.int32, bitcast=True) ^ of_seed).to(tl.uint32, bitcast=True)
+    tl.store(key + i, _mix32(x).to(tl.int32, bitcast=True), mask=i < n)
+
+
+@triton.jit
+def _kept_units(key, kept, first, n_sets, n_places, least, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    of, part = tl.program_id(0), tl.program_id(1)  # a set of a layer, and a part of its places
+    layer, place = first + of // n_sets, part * BLOCK + tl.arange(0, BLOCK)
+    number = layer.to(tl.uint32, bitcast=True) * 0x3C6EF372
+    hashed = _mix32(tl.load(key + of % n_sets).to(tl.uint32, bitcast=True) + number)
+    hashed = _mix32(place.to(tl.uint32, bitcast=True) ^ hashed) & 0x7FFFFFFF
+    tl.store(kept + of.to(tl.int64) * n_places + place, hashed.to(tl.int64) >= least, mask=place < n_places)
+
+
+@triton.jit
+def _dense_rows(begin, length, factor, indices, data, dense, n_genes, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    first, n, scale = tl.load(begin + row), tl.load(length + row), tl.load(factor + row)
+    for at in range(0, n, BLOCK):
+        k = at + tl.arange(0, BLOCK)
+        gene = tl.load(indices + first + k, mask=k < n, other=0).to(tl.int32)
+        if indices.dtype.element_ty == tl.int16:  # which holds uint16
+            gene &= 0xFFFF
+        value = tl.load(data + first + k, mask=k < n, other=0).to(tl.float32)
+        x = value * scale
+        above = 1.0 + x  # log1p(x) = x log(1 + x) / ((1 + x) - 1), whose roundings cancel (Higham 2002, section 1.14.1)
+        rest = above - 1.0
+        logged = tl.where(rest == 0.0, x, tl.log(above) * (x / tl.where(rest == 0.0, 1.0, rest)))
+        to = dense + row.to(tl.int64) * n_genes + gene
+        tl.store(to, tl.where(scale > 0, logged, value), mask=(k < n) & (gene >= 0) & (gene < n_genes))
+
+
+@triton.jit
+def _weighted_sum(  # type: ignore[no-untyped-def]
+    total, x, of_x, shift, of_shift, unit, out, n_cells, n_genes, set_stride, row_stride, BLOCK: tl.constexpr
+):
+    row, gene = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    of, cell, here = row // n_cells, row % n_cells, gene < n_genes
+    place = row.to(tl.int64) * n_genes + gene
+    there = x + of.to(tl.int64) * set_stride + cell.to(tl.int64) * row_stride + gene
+    value = tl.load(total + place, mask=here, other=0.0)
+    value += tl.load(there, mask=here, other=0.0).to(tl.float32) * tl.load(of_x + row)
+    value += tl.load(shift + of.to(tl.int64) * n_genes + gene, mask=here, other=0.0) * tl.load(of_shift + row)
+    tl.store(out + place, (value * tl.load(unit + of)).to(out.dtype.element_ty), mask=here)
+
+
+def set_keys(number: Tensor, of_seed: int) -> Tensor:
+    keys, n = torch.empty_like(number, dtype=torch.int32), number.numel()
+    with torch.cuda.device_of(number):
+        _set_keys[(triton.cdiv(n, _BLOCK),)](number, keys, of_seed, n, BLOCK=_BLOCK)
+    return keys
+
+
+def kept_units(keys: Tensor, first: int, n_layers: int, n_places: int, least: int) -> Tensor:
+    kept = torch.empty(n_layers, len(keys), n_places, dtype=torch.bool, device=keys.device)
+    grid = (n_layers * len(keys), triton.cdiv(n_places, _BLOCK))
+    with torch.cuda.device_of(keys):
+        _kept_units[grid](keys, kept, first, len(keys), n_places, least, BLOCK=_BLOCK)
+    return kept
+
+
+def dense_rows(
+    begin: Tensor, length: Tensor, factor: Tensor, indices: Tensor, data: Tensor, n_genes: int, n_values: int
+) -> Tensor:
+    dense = torch.zeros(len(begin), n_genes, device=data.device)
+    if len(begin):
+        with torch.cuda.device_of(data):
+            _dense_rows[(len(begin),)](begin, length, factor, indices, data, dense, n_genes, BLOCK=_BLOCK)
+    return dense
+
+
+def weighted_sum(
+    sum: Tensor, x: Tensor, of_x: Tensor, shift: Tensor, of_shift: Tensor, unit: Tensor, dtype: torch.dtype
+) -> Tensor:
+    (n_sets, n_cells, n_genes), out = sum.shape, torch.empty_like(sum, dtype=dtype)
+    sum, of_x, shift, of_shift, unit = (tensor.contiguous() for tensor in (sum, of_x, shift, of_shift, unit))
+    grid = (n_sets * n_cells, triton.cdiv(n_genes, _BLOCK))
+    with torch.cuda.device_of(sum):
+        _weighted_sum[grid](
+            sum, x, of_x, shift, of_shift, unit, out, n_cells, n_genes, x.stride(0), x.stride(1), BLOCK=_BLOCK
+        )
+    return out

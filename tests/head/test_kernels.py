@@ -1,0 +1,63 @@
+"""Operations that are one kernel on a GPU: what they are to PyTorch, and what is done where Triton does not work."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from sest.head import kernels
+
+CPU = torch.device("cpu")
+PLAIN: dict[str, Any] = {
+    "set_keys": kernels.plain_set_keys,
+    "kept_units": kernels.plain_kept_units,
+    "weighted_sum": kernels.plain_weighted_sum,
+    "dense_rows": kernels.plain_dense_rows,
+}
+
+
+def test_every_operation_is_one_of_pytorch_with_shapes_that_are_known_beforehand() -> None:
+    ones = torch.ones(2, 3, 10)
+    of_cell, of_gene, of_set = ones[..., :1], ones[:, :1], ones[:, :1, :1]
+    cells = torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([0.5, 0.0]), torch.arange(3).short(), torch.ones(3)
+    tried: Any = (
+        (kernels.set_keys, kernels.plain_set_keys, (torch.arange(5), -7)),
+        (kernels.kept_units, kernels.plain_kept_units, (torch.arange(5, dtype=torch.int32), 2, 3, 12, 2**30)),
+        (kernels.dense_rows, kernels.plain_dense_rows, (*cells, 10, 3)),
+        (
+            kernels.weighted_sum,
+            kernels.plain_weighted_sum,
+            (ones, ones, of_cell, of_gene, of_cell, of_set, torch.half),
+        ),
+    )
+    for operation, plain, given in tried:
+        torch.library.opcheck(operation, given)
+        assert torch.equal(operation(*given), plain(*given))
+
+
+@pytest.mark.parametrize("wrong", PLAIN)
+def test_kernels_are_taken_only_if_they_compute_the_same_numbers(wrong: str) -> None:
+    kernels._check(SimpleNamespace(**PLAIN), CPU)  # type: ignore[arg-type]
+    off = SimpleNamespace(**PLAIN | {wrong: lambda *given, **more: 1 - PLAIN[wrong](*given, **more).float()})
+    with pytest.raises(ArithmeticError, match="other numbers than PyTorch"):
+        kernels._check(off, CPU)  # type: ignore[arg-type]
+
+
+def test_where_triton_does_not_work_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    gpu = torch.device("cuda")
+    with mock.patch.dict(sys.modules, {"triton": None}), caplog.at_level(logging.INFO):
+        sys.modules.pop("sest.head.triton_kernels", None)
+        kernels._working_kernels.cache_clear()
+        assert kernels.triton_kernels(gpu) is None is kernels.triton_kernels(gpu)
+    kernels._working_kernels.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "Triton does not work here, so a step starts more kernels than it would "
+        "(import of triton halted; None in sys.modules)."
+    ]
+    assert kernels.triton_kernels(CPU) is None
