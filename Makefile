@@ -9,13 +9,13 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := sest cli cache tests benchmarks
 # One thread a test process: on few cores, test processes and OpenMP threads would fight for them.
-unit faults: export OMP_NUM_THREADS ?= 1
+unit newest faults: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit faults docs format hooks clean distclean
+.PHONY: help demo test lint types unit newest faults docs format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ types: $(VENV)/.installed-test ## mypy, over the product and its tests
 unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/head/test_loss.py -k energy"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+newest: ## the tests with the newest versions that pip finds, and Triton's interpreter, in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[test,triton]'
+	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
 faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
 
@@ -54,7 +60,7 @@ clean: ## remove build output and caches
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-newest
 
 # The stamps keep a second `make test` from installing again. -x pip: an interrupted venv is made anew.
 $(VENV)/.installed-demo: extras :=

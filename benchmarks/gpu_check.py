@@ -354,10 +354,10 @@ def embed(check: Check) -> Found:
     )
     cells = random_cells(4 if check.small else 256, size.n_genes, log1p=False)
     genes, exact, found = np.arange(size.n_genes), None, dict[str, Any]()
-    for precision in ("fp32", "bf16", "fp16", "fp8") if check.gpu else ("fp32",):
+    for precision in ("fp32", "bf16", "fp16") if check.gpu else ("fp32",):
         try:
             choose_precision(precision, check.device, training=False)
-            model = StateEncoder(weights, check.device, DTYPES[precision], 0, eight_bits=precision == "fp8")
+            model = StateEncoder(weights, check.device, DTYPES[precision], 0)
             kept = model.keep(genes, genes, size.n_genes)
 
             def run(n: int, model: StateEncoder = model, kept: Any = kept) -> Tensor:

@@ -141,10 +141,31 @@ def _write_tables(group: zarr.Group, obs: pd.DataFrame, var: pd.DataFrame) -> No
     """Write obs and var, unsharded: a version of anndata that shards by itself would write other files."""
     has_auto_shard = hasattr(anndata.settings, "auto_shard_zarr_v3")
     with anndata.settings.override(auto_shard_zarr_v3=False) if has_auto_shard else contextlib.nullcontext():
-        anndata.io.write_elem(group, "obs", obs)
-        anndata.io.write_elem(group, "var", var)
+        anndata.io.write_elem(group, "obs", with_python_strings(obs))
+        anndata.io.write_elem(group, "var", with_python_strings(var))
     for name in ("layers", "obsp", "varm", "varp", "uns"):
         anndata.io.write_elem(group, name, {})
+
+
+def with_python_strings(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose text is Python strings, as that of pandas 2 is; the cells share their memory.
+
+    pandas 3 has a type for text, which anndata before 0.13 does not write, and later ones write in another encoding:
+    so files are the same with every version.
+    """
+    table = table.copy(deep=False)
+    table.index, table.columns = _of_python_strings(table.index), _of_python_strings(table.columns)
+    for name in table.columns:
+        column = table[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            table[name] = column.cat.rename_categories(_of_python_strings(column.cat.categories))
+        elif isinstance(column.dtype, pd.StringDtype):
+            table[name] = column.astype(object)
+    return table
+
+
+def _of_python_strings(index: pd.Index) -> pd.Index:
+    return index.astype(object) if isinstance(index.dtype, pd.StringDtype) else index
 
 
 def _create_embedding(group: zarr.Group, plan: GroupPlan) -> None:

@@ -14,7 +14,6 @@ from sest.options import (
     CONTROL,
     COUNTS,
     DEVICE,
-    EMBED_PRECISIONS,
     ENCODER,
     FEATURES,
     GENE_COL,
@@ -94,8 +93,8 @@ class EmbedConfig(Config):
     device: str = option("auto", DEVICE)
     precision: str = option(
         "auto",
-        f"{PRECISION}; auto: bf16 on GPUs that have it, else fp32; fp8: bf16 with the large products in 8 bits",
-        choices=EMBED_PRECISIONS,
+        f"{PRECISION}; auto: bf16 on GPUs that have it, else fp32",
+        choices=PRECISIONS,
     )
     max_tokens: int | None = option(
         None,

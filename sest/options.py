@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 from sest.errors import InputError, nearest, shown
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-EMBED_PRECISIONS = (*PRECISIONS, "fp8")
 COUNTS = ("auto", "raw", "log1p")
 LARGEST_SEED = 2**63 - 1
 MAX_TOML = 1_000_000  # bytes of a file

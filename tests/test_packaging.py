@@ -63,7 +63,7 @@ def test_the_command_line_imports_nothing_slow_before_a_command_runs() -> None:
 
 def test_every_third_party_import_is_a_declared_dependency(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    optional = ("challenge", "eval", "filters", "hub", "sinkhorn", "tensorboard", "wandb")
+    optional = ("challenge", "eval", "filters", "hub", "sinkhorn", "tensorboard", "triton", "wandb")
     needed = [*project["project"]["dependencies"], *(package for extra in optional for package in extras[extra])]
     declared = {_canonical(re.split(r"[<>=!;\[ ]", requirement)[0]) for requirement in needed}
     declared.add("ipython")  # imported where it runs already: by the kernel of a notebook
@@ -114,11 +114,13 @@ def test_the_dockerfile_and_the_recipe_are_well_formed() -> None:
         subprocess.run(["bash", "-n", "-c", body], check=True, timeout=10)
 
 
-def test_the_workflow_runs_what_anyone_can_run() -> None:
-    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+@pytest.mark.parametrize(("name", "expected"), [("ci", ["bash .ci/run", "make docs"]), ("newest", ["make newest"])])
+def test_the_workflows_run_what_anyone_can_run(name: str, expected: list[str]) -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert commands == ["bash .ci/run", "make docs"] and (ROOT / ".ci" / "run").is_file()
-    assert re.search(r"^docs:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands == expected and (ROOT / ".ci" / "run").is_file()
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"docs", "newest"} <= set(targets)
 
 
 def test_the_citation_and_the_changes_are_of_this_version(project: dict[str, Any]) -> None:

@@ -54,9 +54,7 @@ class SeEncoder:
     ) -> None:
         matches = {c.group: _match(c, weights.genes, gene_col) for c in cells}
         self.precision = precision
-        self._model = StateEncoder(
-            weights, device, DTYPES[precision], seed, max_tokens=max_tokens, eight_bits=precision == "fp8"
-        )
+        self._model = StateEncoder(weights, device, DTYPES[precision], seed, max_tokens=max_tokens)
         self.max_tokens = self._model.pad_length if self._model.pad_length < weights.pad_length else None
         self._weights = weights
         self._most = self._model.largest_pass()  # cells a forward pass; fewer once the memory did not hold them
@@ -89,16 +87,14 @@ class SeEncoder:
         return out
 
     def fidelity(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> dict[str, float] | None:
-        """Cosine between the CLS embeddings of these cells and those of whole sentences, of bf16 instead of fp8.
+        """Cosine between the CLS embeddings of these cells and those of whole sentences.
 
         Returns:
             n_cells, cosine_mean and cosine_min; None where nothing is approximate.
         """
-        if self.max_tokens is None and self.precision != "fp8":
+        if self.max_tokens is None:
             return None
         exact, kept = self._model.with_slots(self._weights.pad_length), self._kept[cells.group]
-        if self.precision == "fp8":
-            exact = StateEncoder(self._weights, exact.device, exact.dtype, exact.seed)
         expected, _ = _run_in_parts(exact, exact.stage(rows, numbers, cells.scale, kept), kept, self._most)
         a, b = (x[:, : self.native_dim].astype(np.float64) for x in (self.encode(cells, rows, numbers), expected))
         cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

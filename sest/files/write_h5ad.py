@@ -102,6 +102,8 @@ class H5adWriter:
         """Write the tables; the file gets its name when the block ends."""
         from anndata.io import write_elem  # slow to import
 
+        from sest.cache.layout import with_python_strings
+
         n_cells = len(self._ends) - 1
         assert (len(obs), len(var)) == (n_cells, self._n_genes), (len(obs), len(var), n_cells)
         self._data.end()
@@ -112,8 +114,9 @@ class H5adWriter:
         of_ends = np.int32 if self._ends[-1] < 2**31 else np.int64
         self._file["X"].create_dataset("indptr", data=np.asarray(self._ends, dtype=of_ends))
         self._file["X"].attrs["shape"] = (n_cells, self._n_genes)
-        for name, value in (("obs", obs), ("var", var), ("uns", uns)):
-            write_elem(self._file, name, value)
+        for name, table in (("obs", obs), ("var", var)):
+            write_elem(self._file, name, with_python_strings(table))
+        write_elem(self._file, "uns", uns)
         for name in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(self._file, name, {})
         self._finished = True

@@ -10,12 +10,7 @@ import torch
 
 from sest.errors import InputError
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
-}  # fp8: all but the large products
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,10 +40,8 @@ def choose_precision(name: str, device: torch.device, *, training: bool) -> str:
     auto: bf16 on GPUs with bf16 units; on older ones fp16 for training and fp32 for embedding; fp32 on CPU.
 
     Raises:
-        InputError: fp16 was asked of a CPU, or fp8 of anything but a GPU with fp8 units.
+        InputError: fp16 was asked of a CPU.
     """
-    if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise InputError("Precision fp8 needs a GPU of compute capability 8.9 or more. Use --precision bf16 or fp32.")
     if name == "fp16" and device.type == "cpu":
         raise InputError("Precision fp16 needs a GPU. Use --precision fp32 or bf16.")
     if name != "auto":

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sest.errors import InputError
 from sest.machine.transfer import Sender, Sent
-from sest.se import fp8
 from sest.se.tokenize import cell_keys, tokenize
 from sest.se.weights import EncoderWeights
 
@@ -93,10 +92,6 @@ class StateEncoder:
         dtype: float32, bfloat16 or float16 of the transformer; values, shares and the final norm stay float32.
         seed: of the hash that breaks ties.
         max_tokens: slots of a sentence at most, CLS included; fewer than pad_length is an approximation.
-        eight_bits: whether the four large products of every layer are computed in fp8; `dtype` is bfloat16 then.
-
-    Raises:
-        InputError: 8 bits are not supported on the device, or for these sizes.
     """
 
     def __init__(
@@ -107,7 +102,6 @@ class StateEncoder:
         seed: int,
         *,
         max_tokens: int | None = None,
-        eight_bits: bool = False,
     ) -> None:
         self.name = weights.source
         self.sha256 = weights.sha256
@@ -123,7 +117,6 @@ class StateEncoder:
             self._tokenizers = ThreadPoolExecutor(self._n_threads, "tokenize")
         self._gene_vectors = weights.gene_vectors
         self._w = {name: t.to(device, dtype) for name, t in weights.tensors.items() if _needed(name)}
-        self._w8 = self._in_eight_bits() if eight_bits else {}
         self.width = self._w["encoder.0.weight"].shape[0]  # D
         self.native_dim = self._w["decoder.1.weight"].shape[0]  # O
         self.n_layers = 1 + max(int(n.split(".")[2]) for n in self._w if n.startswith("transformer_encoder.layers."))
@@ -229,31 +222,9 @@ class StateEncoder:
         other.pad_length = pad_length
         return other
 
-    def _in_eight_bits(self) -> dict[str, fp8.Fp8Matrix]:
-        """Replace the weights of the large products; try one of each, to know that the device can do it."""
-        names = [
-            name.removesuffix(".weight")
-            for name, t in self._w.items()
-            if name.startswith("transformer_encoder.") and name.endswith(".weight") and t.ndim == 2
-        ]
-        matrices = {name: fp8.Fp8Matrix.of(self._w.pop(f"{name}.weight")) for name in names}
-        for name in names[:4]:
-            x = torch.zeros((16, matrices[name].values.shape[1]), dtype=self.dtype, device=self.device)
-            try:
-                fp8.linear(x, matrices[name], self._w[f"{name}.bias"])
-            except RuntimeError as error:
-                raise InputError(
-                    f"{self.device} cannot multiply {tuple(matrices[name].values.shape)} fp8 matrices with torch "
-                    f"{torch.__version__} ({str(error).splitlines()[0]}). Use --precision bf16."
-                ) from error
-        return matrices
-
     def _large(self, name: str, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """One of a layer's four linear maps, or some of its output columns."""
-        bias = self._w[f"{name}.bias"][rows]
-        if self._w8:
-            return fp8.linear(x, self._w8[name].part(rows), bias)
-        return F.linear(x, self._w[f"{name}.weight"][rows], bias)
+        return F.linear(x, self._w[f"{name}.weight"][rows], self._w[f"{name}.bias"][rows])
 
     def _linear(self, name: str) -> tuple[Tensor, Tensor]:
         return self._w[f"{name}.weight"], self._w[f"{name}.bias"]
@@ -316,11 +287,8 @@ class StateEncoder:
         count_hidden = len(self._w["count_encoder.0.bias"])
         # numbers a row that live at once: in attention; in the feed-forward part; in the count embedding
         numbers = max(6 * self.width, 3 * self.width + 2 * ffn, 2 * (self.width + count_hidden))
-        a_row = numbers * self._cls_row.element_size()
-        if self._w8:
-            a_row += 5 * max(self.width, ffn)  # a float32 and an 8-bit copy of what is multiplied
         tokenizing = 32 * len(self.genes) if self.device.type == "cuda" else 0  # dense values, hashes and their order
-        return max((self.pad_length + 1) * a_row, tokenizing)
+        return max((self.pad_length + 1) * numbers * self._cls_row.element_size(), tokenizing)
 
 
 def _needed(name: str) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import zarr
 
 from helpers.caches import GROUPS, PROJECTION, small_shards
+from helpers.pandas_3 import as_pandas_3
 from sest.cache import layout, schema
 from sest.cache.layout import Files, GroupPlan
 from sest.cache.storage import LocalStorage
@@ -172,3 +173,12 @@ def test_the_projection_is_a_group_of_its_arrays(tmp_path: Path) -> None:
 def test_the_same_group_is_the_same_bytes() -> None:
     group = GROUPS[0]
     assert layout.group_files(group.plan, group.obs, group.var) == layout.group_files(group.plan, group.obs, group.var)
+
+
+def test_text_of_pandas_3_is_written_as_that_of_pandas_2_and_the_table_given_stays_as_it_was() -> None:
+    group = GROUPS[0]
+    obs, var = (as_pandas_3(table) for table in (group.obs, group.var))
+    before = obs.copy()
+    files = layout.group_files(group.plan, group.obs, group.var)
+    assert layout.group_files(group.plan, obs, var) == files
+    pd.testing.assert_frame_equal(obs, before)

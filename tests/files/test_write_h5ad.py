@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from helpers.pandas_3 import as_pandas_3
 from sest.errors import InputError
 from sest.files import write_h5ad
 from sest.files.write_h5ad import HDF5_CHUNK, SPARE, H5adWriter, _deflated
@@ -53,6 +54,14 @@ def test_anndata_reads_what_was_written(tmp_path: Path) -> None:
     on_disk = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
     np.testing.assert_array_equal(on_disk.X[8:10].toarray(), blocks[2][1:].toarray())
     on_disk.file.close()
+
+
+def test_text_of_pandas_3_gives_the_file_that_text_of_pandas_2_gives(tmp_path: Path) -> None:
+    for name, made in (("2.h5ad", lambda table: table), ("3.h5ad", as_pandas_3)):
+        with H5adWriter(tmp_path / name, 5, "float32") as writer:
+            writer.add(cells(4))
+            writer.finish(made(obs(4)), made(VAR), {})
+    assert (tmp_path / "2.h5ad").read_bytes() == (tmp_path / "3.h5ad").read_bytes()
 
 
 def test_genes_are_in_order_and_indices_of_one_type_as_scipy_needs_to_sum_and_sort(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sest.config import TrainConfig
 from sest.errors import InputError
 from sest.machine.devices import autocast, choose_device, choose_precision, faster_precision, slow_pages
 
@@ -44,18 +43,6 @@ def test_auto_is_a_half_where_the_gpu_has_units_for_it(
     assert choose_precision("fp16", CUDA, training=False) == "fp16"
     with pytest.raises(InputError, match=r"Precision fp16 needs a GPU\. Use --precision fp32 or bf16\."):
         choose_precision("fp16", CPU, training=True)
-
-
-def test_fp8_is_for_embedding_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, usable in (((8, 6), False), ((8, 9), True), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        if usable:
-            assert choose_precision("fp8", CUDA, training=False) == "fp8"
-        else:
-            with pytest.raises(InputError, match=r"capability 8\.9 or more\. Use --precision bf16 or fp32"):
-                choose_precision("fp8", CUDA, training=False)
-    with pytest.raises(InputError, match="precision is 'fp8'; it takes one of: auto, fp32, bf16, fp16"):
-        TrainConfig(precision="fp8")
 
 
 def test_a_processor_with_bf16_units_is_told_of_but_auto_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,31 +209,6 @@ def test_fewer_tokens_are_a_model_with_a_shorter_pad_length(small: EncoderWeight
     assert StateEncoder(small, CPU, torch.float32, SEED, max_tokens=5000).pad_length == small.pad_length
 
 
-def test_eight_bit_products_point_where_bf16_does_and_do_not_depend_on_the_batch(small: EncoderWeights) -> None:
-    rows, cells = scipy.sparse.csr_matrix(counts(12, 30)), np.arange(12)
-    encoder = StateEncoder(small, CPU, torch.bfloat16, SEED, eight_bits=True)
-    exact = encoder_of(small, torch.bfloat16)
-    kept = encoder.keep(KEPT, TOKENS, 30)
-    found = encoder.encode(rows, cells, "counts", kept)
-    expected = exact.encode(rows, cells, "counts", kept)
-    cosine = (found[:, :OUT] * expected[:, :OUT]).sum(1)
-    assert cosine.min() > 0.995  # measured: 0.9990
-    assert not torch.equal(found, expected)
-    part = encoder.encode(rows[:5], cells[:5], "counts", kept)
-    torch.testing.assert_close(part, found[:5], rtol=0, atol=0.05)  # bf16: 2**-8 of numbers up to 3, twice
-
-
-def test_a_device_that_refuses_eight_bit_products_is_named(
-    small: EncoderWeights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("no such units\nat line 1")
-
-    monkeypatch.setattr(torch, "_scaled_mm", refuse)
-    with pytest.raises(InputError, match=r"cpu cannot multiply \(24, 16\) fp8 .*no such units\). Use --precision bf16"):
-        StateEncoder(small, CPU, torch.bfloat16, SEED, eight_bits=True)
-
-
 def test_too_few_known_genes_are_refused(small: EncoderWeights) -> None:
     with pytest.raises(InputError, match="Only 3 genes are known"):
         encoder_of(small).keep(KEPT[:3], TOKENS[:3], 30)
