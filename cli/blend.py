@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import options
 from sest.cli.progress import ConsoleProgress
 from sest.cli.train import show_blend
 from sest.config import BlendConfig
 
 
+@help_page("sest blend run", "sest blend run --checkpoint last")
 @options(BlendConfig)
 def blend(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders")],

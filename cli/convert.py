@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import EmbedConfig, TrainConfig
@@ -17,6 +18,7 @@ from sest.options import CHECKPOINT, TARGET_SUM
 USUAL = float(TrainConfig().target_sum)
 
 
+@help_page("sest import ST-HVG-Replogle imported", "sest import final.ckpt imported --target-sum 5000")
 def import_(
     source: Annotated[
         Path,
@@ -48,6 +50,7 @@ def import_(
     )
 
 
+@help_page("sest export run --out upstream", "sest export run --out upstream --checkpoint last")
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders; also hf://OWNER/NAME")
@@ -74,6 +77,7 @@ def export(
         console.say("Its blend with the baselines is not in it: upstream predicts by the head alone.")
 
 
+@help_page("sest convert SE-600M", "sest convert SE-600M --weights se600m_epoch16.ckpt")
 @options(EmbedConfig, {"Options": "weights"})
 def convert(
     encoder: Annotated[Path, typer.Argument(metavar="ENCODER", help="SE folder, or its .ckpt file")],

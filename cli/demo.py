@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.cli.run import shown_on
 from sest.simulation.simulation import Simulation
 
 
+@help_page("sest demo", "sest demo --quick --out look")
 @options(Simulation, {"Options": "seed"})
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="output: a new folder for everything the demo makes")] = Path(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, opt, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import EmbedConfig
@@ -65,6 +66,12 @@ Rank = Annotated[
 ]
 
 
+@help_page(
+    "sest embed cells.h5ad --encoder pca --cache cache.zarr",
+    "sest embed screens/*.h5ad --encoder SE-600M --cache cache.zarr --device cuda",
+    usual="encoder cache like dry_run cells counts pert_col cell_type_col batch_col control dim batch_size device "
+    "max_time",
+)
 @options(EmbedConfig, GROUPS)
 def embed(
     inputs: Annotated[

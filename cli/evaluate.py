@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import EvaluateConfig
@@ -26,6 +27,11 @@ GROUPS = {
 }
 
 
+@help_page(
+    "sest evaluate predicted.h5ad cells.h5ad --out evaluation",
+    "sest evaluate predicted.h5ad cells.h5ad --out scores --suite vcc2025",
+    usual="suite force pert_col cell_type_col control labels counts target_sum cell_eval",
+)
 @options(EvaluateConfig, GROUPS)
 def evaluate(
     predicted: Annotated[Path, typer.Argument(metavar="PRED", help=".h5ad of `sest predict`, or any log1p prediction")],

@@ -10,6 +10,7 @@ import typer
 
 from sest.cells.labels import PERTURBATION
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import options
 from sest.cli.train import show_splits, show_validation
 from sest.config import EmbedConfig
@@ -19,6 +20,7 @@ from sest.options import SPLITS
 MOST_LABELS = 20  # perturbations shown; --json has all
 
 
+@help_page("sest info cells.h5ad --pert-col guide", "sest info cache.zarr --splits splits.toml")
 @options(EmbedConfig, {"Of a file of cells": "layer modality pert_col cell_type_col batch_col control labels"})
 def info(
     path: Annotated[

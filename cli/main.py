@@ -16,8 +16,8 @@ from sest.cli.convert import convert, export, import_
 from sest.cli.demo import demo
 from sest.cli.embed import embed
 from sest.cli.evaluate import evaluate
+from sest.cli.help import Command, Group
 from sest.cli.info import info
-from sest.cli.options import Command
 from sest.cli.predict import predict
 from sest.cli.push import push
 from sest.cli.report import report
@@ -39,15 +39,22 @@ MORE = "free some memory, or run it where there is more"
 
 app = typer.Typer(
     name="sest",
+    cls=Group,
     help="Embed every cell once, then train, predict and evaluate perturbation responses from the stored embeddings.",
+    epilog="sest run cells.h5ad --out results\nsest train --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: option texts get the width, and [names] stay
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, embed, train, blend, predict, evaluate, report, info, convert, export, push, demo, simulate):
-    app.command(cls=Command)(command)
-app.command("import", cls=Command)(import_)
+PANELS = {
+    "From cells to an answer": (run, embed, train, blend, predict, evaluate, report),
+    "To look and to try": (info, demo, simulate),
+    "With other programs": (convert, import_, export, push),
+}
+for heading, commands in PANELS.items():
+    for command in commands:
+        app.command(command.__name__.rstrip("_"), cls=Command, rich_help_panel=heading)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
 from sest.errors import InputError
 from sest.options import RENAMED, Config
@@ -113,23 +111,6 @@ def _moved(old: str, new: str) -> Any:
             raise InputError(f"{flag} is now {now}.")
 
     return typer.Option(flag, hidden=True, is_eager=True, callback=answer)  # eager: before what else is missing
-
-
-class Command(TyperCommand):
-    """A command whose help shows its options below their headings."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            heading = getattr(parameter, "rich_help_panel", None) or (
-                "Arguments" if parameter.param_type_name == "argument" else "Options"
-            )
-            if record := parameter.get_help_record(ctx):
-                names = re.sub(r"--(\S+) / --no-\1\b", r"--[no-]\1", record[0])
-                sections.setdefault(heading, []).append((names, record[1]))
-        for heading, records in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
 
 
 def whole_or_auto(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.config import VCC2026, PredictConfig
@@ -26,6 +27,11 @@ GROUPS = {
 }
 
 
+@help_page(
+    "sest predict run --out predicted.h5ad",
+    "sest predict run --out new.h5ad --controls atlas.h5ad --only STAT1,JAK2",
+    usual="list only all_perturbations cell_type format controls all_controls encoder blend device",
+)
 @options(PredictConfig, GROUPS)
 def predict(
     run: Annotated[

@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.progress import ConsoleProgress
 from sest.options import CHECKPOINT
 
 
+@help_page(
+    "sest push run my-lab/my-head --card card.md",
+    "sest push run my-lab/my-head --public",
+)
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, or one of its checkpoint folders")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the Hugging Face hub")],

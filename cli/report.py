@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.cli.train import show_findings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sest.report.write import Report
 
 
+@help_page("sest report run", "sest report first second third --out compared.html")
 @options(ReportConfig)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folder; several are compared")],

@@ -10,6 +10,7 @@ import typer
 from sest.cli import console
 from sest.cli.embed import show_embedded
 from sest.cli.evaluate import show_evaluation
+from sest.cli.help import help_page
 from sest.cli.info import show_facts
 from sest.cli.options import options
 from sest.cli.predict import show_prediction
@@ -27,6 +28,10 @@ GROUPS = {
 }
 
 
+@help_page(
+    "sest run cells.h5ad --out results",
+    "sest run cells.h5ad --out results --pert-col guide --control NT",
+)
 @options(PipelineConfig, GROUPS)
 def run(
     cells: Annotated[Path, typer.Argument(metavar="CELLS", help="one file of cells: .h5ad, .h5mu or .zarr")],

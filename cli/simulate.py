@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import Force, options
 from sest.cli.progress import ConsoleProgress
 from sest.errors import InputError
@@ -21,6 +22,10 @@ GROUPS = {
 }
 
 
+@help_page(
+    "sest simulate cells.h5ad --splits splits.toml --features features.npz",
+    "sest simulate small.h5ad --n-perturbations 10 --n-cells 50 --cell-types a,b",
+)
 @options(Simulation, GROUPS, n_cells_per_perturbation={"flag": "--n-cells"})
 def simulate(
     out: Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="file of raw counts to write")],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sest.cli import console
+from sest.cli.help import help_page
 from sest.cli.options import options, whole_or_auto
 from sest.cli.progress import ConsoleProgress
 from sest.config import TrainConfig, upgraded
@@ -39,10 +40,23 @@ GROUPS = {
 }
 
 
+@help_page(
+    "sest train cache.zarr --run run --splits splits.toml",
+    "sest train cache.zarr --run run --resume auto --max-steps 80000",
+    "torchrun --nproc-per-node 4 -m sest train cache.zarr -r run",
+    usual="resume perturbations splits preset max_steps max_time head early_stopping device",
+)
 @options(TrainConfig, GROUPS, batch_size={"parser": whole_or_auto}, set_size={"parser": whole_or_auto})
 def train(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="a finished cache, made by `sest embed`")],
-    run: Annotated[Path, typer.Option("--run", "-r", help="run folder to create, or to continue with --resume")],
+    run: Annotated[
+        Path,
+        typer.Option(
+            "--run",
+            "-r",
+            help="run folder to create, or to continue with --resume; -r under torchrun, which takes --run for its own",
+        ),
+    ],
     resume: Annotated[
         str | None,
         typer.Option(
@@ -65,9 +79,6 @@ def train(
     **options: Any,
 ) -> None:
     """Train the State Transition head from a cache.
-
-    Several GPUs: torchrun --nproc-per-node 4 -m sest train CACHE -r DIR (-r, as torchrun takes --run for an option of
-    its own).
 
     The run folder gets config.toml, metrics.jsonl, checkpoint-step-N/, best/ (lowest val_loss) and last/. At the end
     the weights of the head and of baselines are fitted on the validation pairs (see `sest blend`).

@@ -443,7 +443,7 @@ def test_scripts_are_shell(block: Block) -> None:
 
 
 def _options(command: str) -> set[str]:
-    found = {"--help"}
+    found = {"--help", "--help-all"}
     for parameter in (p for p in COMMANDS[command].params if not p.hidden):
         found |= {option for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("-")}
     return found

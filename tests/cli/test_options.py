@@ -14,7 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from helpers.commands import COMMANDS, OPTIONS, Done
-from sest.cli.options import Command, options
+from sest.cli.help import Command, help_page
+from sest.cli.options import options
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, ReportConfig, TrainConfig
 from sest.options import RENAMED, Config, option
 
@@ -98,6 +99,7 @@ def brew() -> tuple[typer.Typer, list[dict[str, Any]]]:
     app, handed = typer.Typer(rich_markup_mode=None), list[dict[str, Any]]()
 
     @app.command(cls=Command)
+    @help_page()
     @options(Brewing, {"Taste": "kind sugar minutes", "Size": "water"}, water={"flag": "--litres"})
     def tea(pot: Annotated[str, typer.Argument(help="pot")], name: str = "own", **options: Any) -> None:
         handed.append({"pot": pot, "name": name, **options})

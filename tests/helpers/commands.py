@@ -16,7 +16,7 @@ OPTIONS = [  # (command, parameter), arguments too
     (name, parameter)
     for name, command in COMMANDS.items()
     for parameter in command.params
-    if parameter.name != "help" and not parameter.hidden
+    if parameter.name not in ("help", "help_all") and not parameter.hidden
 ]
 
 
