@@ -26,7 +26,7 @@ from sest.cache.journal import Entries
 from sest.cache.schema import CacheError
 from sest.cache.shards import Shards, shards_of
 from sest.cache.storage import LocalStorage, Storage, open_group, reading, storage_at, unlike
-from sest.errors import nearest_file
+from sest.errors import nearest_file, what_it_is
 
 COUNT = 4  # bytes at the beginning of a chunk of names: how many they are
 
@@ -268,8 +268,9 @@ def open_cache(path: str | Path) -> Cache:
     if schema.ROOT not in there:
         exists = there or (isinstance(storage, LocalStorage) and storage.root.exists())
         what = "is not a sest cache (no zarr.json in it)" if exists else "does not exist"
-        close = "" if exists or not isinstance(storage, LocalStorage) else nearest_file(storage.root)
-        raise CacheError(f"{storage} {what}.{close} Make one with `sest embed INPUT --encoder ... --cache {storage}`.")
+        hint = (what_it_is if exists else nearest_file)(storage.root) if isinstance(storage, LocalStorage) else ""
+        out = "OUT.zarr" if exists else storage
+        raise CacheError(f"{storage} {what}.{hint} Make one with `sest embed INPUT --encoder ... --cache {out}`.")
     attributes = journal.root_attributes(storage)
     if attributes is None:
         raise CacheError(f"{storage} is a Zarr store, but not one of sest's (no 'sest' attribute).")

@@ -37,6 +37,35 @@ def nearest_file(path: str | os.PathLike[str]) -> str:
     return nearest(name, there)
 
 
+# A file that only such a folder has, what the folder is, and the command that takes it.
+_FOLDERS = (
+    ("state.json", "a checkpoint folder", "sest predict"),
+    ("config.toml", "a run folder", "sest predict"),
+    ("pipeline.toml", "a folder of `sest run`; its run is in run", "sest predict"),
+    ("protein_embeddings.pt", "an encoder folder", "sest embed --encoder"),
+)
+
+
+def what_it_is(path: str | os.PathLike[str]) -> str:
+    """Return `" It is a run folder, which `sest predict` takes."` for what else is known to stand at `path`, or ""."""
+    path = os.fspath(path)
+    try:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                is_hdf5 = file.read(8) == b"\x89HDF\r\n\x1a\n"
+            return " It is a file of cells, which `sest embed` takes." if is_hdf5 else ""
+        if os.path.isfile(metadata := os.path.join(path, "zarr.json")):
+            with open(metadata, "rb") as file:
+                is_cache = b'"sest"' in file.read(1_000_000)
+            return f" It is {'a cache, which `sest train`' if is_cache else 'a Zarr store, which `sest embed`'} takes."
+    except OSError:
+        return ""
+    for name, what, command in _FOLDERS:
+        if os.path.isfile(os.path.join(path, name)):
+            return f" It is {what}, which `{command}` takes."
+    return ""
+
+
 def shown(names: Iterable[str], limit: int = 8) -> str:
     """Join names for an error line: the first `limit` of them and how many more there are."""
     names = [str(name) for name in names]

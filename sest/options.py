@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
-from sest.errors import InputError, nearest, shown
+from sest.errors import InputError, nearest, nearest_file, shown
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COUNTS = ("auto", "raw", "log1p")
@@ -179,6 +179,8 @@ def toml_bytes(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_TOML + 1)
+    except FileNotFoundError:
+        raise InputError(f"no such file.{nearest_file(path)}") from None
     except OSError as error:
         raise InputError(f"cannot read it: {error.strerror}.") from None
     if len(raw) > MAX_TOML:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sest.errors import Error, InputError, brief, is_out_of_memory, nearest_file, one_line, shown, visible
+from sest.errors import Error, InputError, brief, is_out_of_memory, nearest_file, one_line, shown, visible, what_it_is
 
 
 def test_the_first_line_of_what_an_error_says_is_cut_at_a_limit() -> None:
@@ -64,3 +64,23 @@ def test_a_file_that_is_not_there_is_answered_with_the_nearest_of_its_folder(
     assert nearest_file(tmp_path / "zzz") == nearest_file(tmp_path / "no" / "cells.h5ad") == ""
     monkeypatch.chdir(tmp_path)
     assert nearest_file("Cells.h5ad") == " Did you mean 'cells.h5ad'?"
+
+
+def test_what_stands_at_a_path_instead_is_said_with_the_command_that_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "cells.h5").write_bytes(b"\x89HDF\r\n\x1a\n and more")
+    (tmp_path / "table.csv").write_text("a,b")
+    for folder, file, text in (
+        ("cache", "zarr.json", '{"attributes": {"sest": {}}}'),
+        ("store", "zarr.json", "{}"),
+        ("run", "config.toml", ""),
+        ("checkpoint", "state.json", "{}"),
+        ("none", "other.json", ""),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(text)
+    assert what_it_is(tmp_path / "cells.h5") == " It is a file of cells, which `sest embed` takes."
+    assert what_it_is(tmp_path / "cache") == " It is a cache, which `sest train` takes."
+    assert what_it_is(str(tmp_path / "store")) == " It is a Zarr store, which `sest embed` takes."
+    assert what_it_is(tmp_path / "run") == " It is a run folder, which `sest predict` takes."
+    assert what_it_is(tmp_path / "checkpoint") == " It is a checkpoint folder, which `sest predict` takes."
+    assert what_it_is(tmp_path / "none") == what_it_is(tmp_path / "table.csv") == what_it_is(tmp_path / "gone") == ""

@@ -24,7 +24,7 @@ from sest.config import RESUMABLE, TrainConfig, upgraded
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
 from sest.data.vectors import GENES, Source, resolved
-from sest.errors import InputError, TrainingFailed, shown
+from sest.errors import InputError, TrainingFailed, nearest_file, shown, what_it_is
 from sest.head.preset import AUTO, SHAPE
 from sest.hub import repository_of
 from sest.options import read_toml
@@ -174,7 +174,8 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         InputError: no config.toml there, or one that says what no training says.
     """
     if not (run / CONFIG).is_file():
-        raise InputError(f"{run} is no run folder: it has no {CONFIG}.")
+        hint = what_it_is(run) if run.exists() else nearest_file(run)
+        raise InputError(f"{run} is no run folder: it has no {CONFIG}.{hint}")
     values = upgraded(read_toml(run / CONFIG))
     provenance = values.pop("provenance", {})
     check_plain(provenance, PROVENANCE_KIND, f"{run / CONFIG}, [provenance]")

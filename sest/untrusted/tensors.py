@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sest.errors import InputError, shown
+from sest.errors import InputError, nearest_file, shown, what_it_is
 from sest.untrusted.unpickle import DAMAGE, damaged, read_dictionary, read_plain_pickle
 
 MAX_VECTOR_BYTES = 64 * 2**30
@@ -165,7 +165,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 def refuse_impostor(path: Path) -> None:
     """Raise InputError for a missing or empty file and for what failed downloads leave under a weights name."""
     if not path.is_file():
-        raise InputError(f"No file at {path}.")
+        raise InputError(f"No file at {path}.{what_it_is(path) if path.exists() else nearest_file(path)}")
     try:
         with path.open("rb") as file:
             start = file.read(256)
