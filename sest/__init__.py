@@ -14,7 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sest.api import Run, embed, evaluate, open_run, predict, push, train
+    from sest import datasets
+    from sest.api import Run, embed, evaluate, open_run, predict, push, run, train
     from sest.cache import Cache, open_cache
     from sest.errors import Error
     from sest.evaluation.results import Evaluation
@@ -28,6 +29,7 @@ __all__ = [
     "Error",
     "Evaluation",
     "Run",
+    "datasets",
     "embed",
     "energy_distance",
     "evaluate",
@@ -36,6 +38,7 @@ __all__ = [
     "open_run",
     "predict",
     "push",
+    "run",
     "simulate",
     "train",
 ]
@@ -54,7 +57,8 @@ def __getattr__(name: str) -> Any:
     """Import on first use: `import sest` must not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"sest.{_HOME.get(name, 'api')}"), name)
+    module = import_module(f"sest.{name if name == 'datasets' else _HOME.get(name, 'api')}")
+    value = globals()[name] = module if name == "datasets" else getattr(module, name)
     return value
 
 

@@ -255,6 +255,25 @@ def _predict(
         return predict_cells(folders, perturbations, config, out=out, force=force)
 
 
+def run(cells: PathLike, out: PathLike, **options: Any) -> Run:
+    """From one file of cells to a report in the folder `out`: embed, train, predict, evaluate, report.
+
+    As `sest run`; the same call again goes on where it stopped. The folder gets splits.toml (chosen from the cells
+    where no splits are given), cache.zarr, run, predicted.h5ad, evaluation and report.html.
+
+    Args:
+        **options: fields of `sest.config.PipelineConfig`.
+
+    Raises:
+        sest.Error: bad input, or a folder that was begun with something else; finished stages are kept.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    from sest.pipeline.folder import run_pipeline
+
+    with shown_in_notebooks():
+        return open_run(run_pipeline(cells, out, options).plan.run)
+
+
 def push(
     run: PathLike | Run,
     repository: str,

@@ -63,7 +63,7 @@ def test_the_command_line_imports_nothing_slow_before_a_command_runs() -> None:
 
 def test_every_third_party_import_is_a_declared_dependency(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    optional = ("challenge", "eval", "filters", "hub", "sinkhorn", "tensorboard", "triton", "wandb")
+    optional = ("challenge", "datasets", "eval", "filters", "hub", "sinkhorn", "tensorboard", "triton", "wandb")
     needed = [*project["project"]["dependencies"], *(package for extra in optional for package in extras[extra])]
     declared = {_canonical(re.split(r"[<>=!;\[ ]", requirement)[0]) for requirement in needed}
     declared.add("ipython")  # imported where it runs already: by the kernel of a notebook

@@ -14,14 +14,15 @@ from helpers.source_tree import ROOT, imported, modules, parsed, used
 FLOORS = (
     ("errors",),
     ("cache", "progress", "outputs", "options", "hub", "untrusted", "baselines"),
-    ("config", "files", "head", "machine"),
+    ("config", "files", "head", "machine", "datasets"),
     ("cells", "se", "notebook"),
     ("encoder", "data", "blend"),
     ("embedding", "runs", "evaluation", "simulation"),
     ("training", "prediction"),
     ("facts",),
     ("report", "compat", "describe"),
-    ("api", "pipeline"),
+    ("pipeline",),
+    ("api",),
     ("cli",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
