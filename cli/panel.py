@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -15,8 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sest.config import TrainConfig
 from sest.progress import duration
-from sest.runs.curves import HIGHER_IS_BETTER, WITH_CELLS, curves_of, is_no_measure, judged_by, strongest
+from sest.runs.curves import HIGHER_IS_BETTER, SteadySpeed, curves_of, is_no_measure, judged, steady_speed, strongest
 from sest.runs.diagnose import GOOD, WARNING, Finding, diagnose
 
 WIDTH, HEIGHT = 80, 24  # of a terminal that does not say
@@ -47,13 +48,15 @@ class TrainingPanel:
 
     Args:
         total: steps in all.
-        patience: of early stopping; None: there is none.
+        about: what `sest.runs.diagnose.diagnose` is to know of the run.
         ascii_only: the terminal shows no block characters.
     """
 
-    def __init__(self, total: int, *, patience: int | None = None, ascii_only: bool = False) -> None:
+    def __init__(self, total: int, *, about: Mapping[str, Any] | None = None, ascii_only: bool = False) -> None:
         self.total, self.step = total, 0
-        self._patience, self._bars = patience, ASCII_BARS if ascii_only else BARS
+        self._about = {"max_steps": total, **(about or {})}
+        self._monitor = self._about.get("config", TrainConfig()).monitor
+        self._bars = ASCII_BARS if ascii_only else BARS
         self._lines: list[dict[str, Any]] = []
         self._curves = curves_of([])
         self._log: dict[str, Any] = {}  # the last line of each kind
@@ -84,7 +87,7 @@ class TrainingPanel:
         """Read the curves; the time it takes grows with the lines, and training waits meanwhile."""
         began = time.monotonic()
         self._curves = curves_of(self._lines)
-        self._findings = diagnose(self._curves, max_steps=self.total, patience=self._patience)
+        self._findings = diagnose(self._curves, **self._about)
         now = time.monotonic()
         self._read_again = now + READING_SHARE * (now - began)
 
@@ -137,7 +140,7 @@ class TrainingPanel:
         worst = next((finding for finding in self._findings if finding.level != GOOD), None)
         text = [worst.name + ":", *worst.evidence.split()] if worst else ["nothing", "unusual"] if validation else []
         return [
-            _Row("speed", _speed(log, self.speed), ", "),
+            _Row("speed", _speed(log, self.speed, steady_speed(curves.log)), ", "),
             _Row("loss", [_number(log.get("loss")), spark(curves.log.get("loss", ()))]),
             _Row(
                 "val_loss",
@@ -147,7 +150,7 @@ class TrainingPanel:
                     self._best(curves.validation),
                 ],
             ),
-            self._baselines(validation),
+            self._baselines(),
             _metrics(validation),
             _Row("optimizer", _optimizer(log), ", "),
             _Row("seems", text, " ", most=4),
@@ -161,21 +164,20 @@ class TrainingPanel:
         best = int(losses.argmin())
         return f"best {losses[best]:.4f}, step {validation['step'][best]:,.0f}"
 
-    def _baselines(self, validation: dict[str, Any]) -> _Row:
-        metric = judged_by(validation)
-        known = {name: validation.get(f"{metric}_{name}") for name in WITH_CELLS}
-        figures = {name.replace("_", " "): value for name, value in known.items() if value is not None}
-        value = validation.get(metric)
-        if value is None or not figures:
+    def _baselines(self) -> _Row:
+        """How the best validation stands beside predictions without a network: the verdict of `diagnose`."""
+        found = judged(self._curves.validation, self._monitor)
+        if found is None or not found.baselines:
             return _Row("baselines", [])
-        beaten = value < min(figures.values())
-        digits = ".4f" if metric == "val_loss" else ".3g"
-        others = [f"{name} {other:{digits}}" for name, other in sorted(figures.items(), key=lambda item: item[1])]
-        parts = others if metric == "val_loss" else [f"energy {value:.3g}", *others]
-        if is_no_measure(validation):
+        ranked = sorted(found.baselines.items(), key=lambda item: item[1])
+        others = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in ranked]
+        parts = [f"{found.metric.replace('_distance', '')} {found.smoothed:.4g}", *others]
+        if is_no_measure(self._validation):
             return _Row("baselines", ["no measure", *parts])
-        said = "beaten" if beaten else "not beaten"
-        return _Row("baselines", [said, *parts], styles={said: "green" if beaten else "yellow"})
+        said, style = ("level", "") if found.is_level else ("not beaten", "yellow")
+        if not found.is_level and found.smoothed < found.baselines[found.best]:
+            said, style = "beaten", "green"
+        return _Row("baselines", [said, *parts], styles={said: style})
 
     def _charts(self, width: int, height: int) -> list[RenderableType]:
         """The curves of the training and the validation loss, beside each other where there is room."""
@@ -265,12 +267,12 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2g}"
 
 
-def _speed(log: dict[str, Any], speed: float | None) -> list[str]:
+def _speed(log: dict[str, Any], speed: float | None, steady: SteadySpeed | None) -> list[str]:
     if not speed:
         return []
-    parts, limit = [f"{speed:,.0f} it/s" if speed >= 100 else f"{speed:.3g} it/s"], log.get("limit_it_per_s")
-    if limit:
-        parts.append(f"{speed / limit:.0%} of the limit ({log['limited_by']})")
+    parts = [f"{speed:,.0f} it/s" if speed >= 100 else f"{speed:.3g} it/s"]
+    if steady is not None and math.isfinite(steady.share):
+        parts.append(f"{steady.share:.0%} of the limit ({log['limited_by']})")
     return [*parts, f"{log['data_wait']:.1%} waiting for data"] if log else parts
 
 

@@ -61,11 +61,11 @@ class ConsoleProgress:
 
     Args:
         prefix: of every line where several processes share a terminal; then nothing is live.
-        patience: of early stopping, for the panel; None: there is none.
     """
 
-    def __init__(self, prefix: str = "", patience: int | None = None) -> None:
-        self._prefix, self._patience = prefix, patience
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._about: dict[str, Any] = {}  # of the run that trains
         self._listening = ExitStack()
         self._is_live = console.err.is_terminal and not prefix
         self._bars: Progress | None = None
@@ -89,6 +89,10 @@ class ConsoleProgress:
         self._stop()
         self._listening.close()
 
+    def train(self, about: dict[str, Any]) -> None:
+        """A training is about to begin; `about`: what `sest.runs.diagnose.diagnose` is to know of its run."""
+        self._about = about
+
     def remember(self, lines: list[dict[str, Any]]) -> None:
         """The lines that a resumed run has written before."""
         self._history = lines
@@ -102,7 +106,7 @@ class ConsoleProgress:
             from sest.cli.panel import TrainingPanel  # NumPy, which help texts do not need
 
             ascii_only = not console.err.encoding.startswith("utf")
-            self._panel = TrainingPanel(total, patience=self._patience, ascii_only=ascii_only)
+            self._panel = TrainingPanel(total, about=self._about, ascii_only=ascii_only)
             for line in self._history:
                 self._panel.add(line)
             self._said = self._warnings()

@@ -16,7 +16,7 @@ from sest.cli.options import options
 from sest.cli.predict import show_prediction
 from sest.cli.progress import ConsoleProgress
 from sest.cli.report import show_report
-from sest.cli.train import show_end, show_start
+from sest.cli.train import about_run, show_end, show_start
 from sest.config import PipelineConfig, PredictConfig
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def shown_on(progress: ConsoleProgress, folder: Path) -> Watcher:
 
         def started(self, data: Any, model: Any) -> None:
             show_start(data, model)
+            progress.train(about_run(cache, trained))
             if (trained / METRICS).exists():
                 progress.remember(read_lines(trained / METRICS))
 

@@ -122,11 +122,11 @@ def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | No
     if ranks.rank:  # the first process speaks for all
         run_training(cache, run, resolved, resume=resume, ranks=ranks, given=options)
         return
-    patience = resolved.patience if resolved.early_stopping else None
-    with ConsoleProgress(patience=patience) as progress:
+    with ConsoleProgress() as progress:
 
         def start(data: Dataset, model: StateTransition | None) -> None:
             show_start(data, model)
+            progress.train(about_run(cache, run))
             if (run / METRICS).exists():
                 progress.remember(read_lines(run / METRICS))
 
@@ -136,30 +136,34 @@ def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | No
     show_end(result, cache, run)
 
 
-def show_end(result: TrainResult, cache: Path, run: Path) -> None:
-    """Say what became of a run."""
+def about_run(cache: Path, run: Path) -> dict[str, Any]:
+    """What `sest.runs.diagnose.diagnose` is to know of a run."""
     from sest.cache import open_cache
-    from sest.runs.curves import read_curves
-    from sest.runs.diagnose import diagnose
-    from sest.runs.run_folder import METRICS, read_run_config
+    from sest.runs.run_folder import read_run_config
 
     config = TrainConfig.from_values(read_run_config(run)[0], str(run))
+    return {
+        "run": str(run),
+        "cache": str(cache),
+        "max_steps": config.max_steps,
+        "patience": config.patience if config.early_stopping else None,
+        "config": config,
+        "encoder": str(open_cache(cache).attributes["encoder"]),
+    }
+
+
+def show_end(result: TrainResult, cache: Path, run: Path) -> None:
+    """Say what became of a run."""
+    from sest.runs.curves import read_curves
+    from sest.runs.diagnose import diagnose
+    from sest.runs.run_folder import METRICS
+
     why = {"early_stopping": "no improvement", "no_head": "no head"}.get(result.reason, "all steps done")
     best = f"; best val_loss {result.best_val_loss:.4f} at step {result.best_step:,}" if result.best_step else ""
     console.say(f"{run}: step {result.step:,} ({why}){best}.")
     if result.metrics:
         show_validation("Last validation", result.metrics)
-    curves = read_curves(run / METRICS)
-    findings = diagnose(
-        curves,
-        run=str(run),
-        cache=str(cache),
-        max_steps=config.max_steps,
-        patience=config.patience if config.early_stopping else None,
-        config=config,
-        encoder=str(open_cache(cache).attributes["encoder"]),
-    )
-    show_findings("Diagnosis", findings)
+    show_findings("Diagnosis", diagnose(read_curves(run / METRICS), **about_run(cache, run)))
     show_blend(result.blend)
     console.say(f"`sest report {shlex.quote(str(run))}` draws all of this.")
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from sest.cli.panel import TrainingPanel, _Row, chart, sparkline
+from sest.config import TrainConfig
+from sest.runs.curves import curves_of, read_lines
+from sest.runs.diagnose import diagnose
+
+RECORDED = Path(__file__).parent.parent / "fixtures" / "curves"
 
 
 def log_line(step: int, **changes: Any) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def test_the_panel_shows_everything_a_run_is_watched_for() -> None:
     for part in (
         "step 12,350/40,000", "31%, 2 min left", "212 it/s, 35% of the limit (compute), 0.1% waiting for data",
         "loss      0.01606", "val_loss  1.44", "best 1.4100, step 9,000",
-        "beaten  perturbation mean 1.5400  controls 1.9400",
+        "beaten  val_loss 1.413  perturbation mean 1.54  controls 1.94",
         "pearson_delta 0.820 > 0.790", "mae 0.070 > 0.060", "pds 0.970 > 0.900",
         "lr 0.0001, gradient norm 0.52, 3 skipped, memory 3.2 GB",
     ):  # fmt: skip
@@ -143,7 +149,7 @@ def test_baselines_that_are_not_beaten_are_named_so() -> None:
     panel = TrainingPanel(100)
     panel.add(log_line(10))
     panel.add(validation(10, val_loss=1.6))
-    assert "not beaten  perturbation mean 1.5400  controls 1.9400" in "\n".join(drawn(panel))
+    assert "not beaten  val_loss 1.6  perturbation mean 1.54  controls 1.94" in "\n".join(drawn(panel))
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest_bar() -> None:
@@ -171,6 +177,30 @@ def test_the_energy_distance_stands_beside_the_best_baseline_and_the_controls_an
     panel.add(log_line(10))
     panel.add(validation(10, **line, mae_stack=0.05, pearson_delta_stack=0.9, pds_stack=0.5))
     text = drawn(panel)
-    assert any("not beaten  energy 5.16  perturbation mean 0.217  stack 0.4" in row for row in text)
-    assert any("          controls 0.865 " in row for row in text)
+    assert any("not beaten  energy 5.16  perturbation mean 0.2171  stack 0.4905" in row for row in text)
+    assert any("          controls 0.8654" in row for row in text)
     assert any("pearson_delta 0.820 < 0.900" in row for row in text)  # the metrics beside the stack's
+
+
+VERDICTS = {"beats the baselines": "beaten", "level with the baselines": "level"}
+VERDICTS |= {"does not beat the baselines": "not beaten"}
+VERDICTS |= {"no measurable effect": "no measure", "validation of perturbations that cannot be learned": "no measure"}
+
+
+@pytest.mark.parametrize("recorded", sorted(RECORDED.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_panel_says_of_a_recorded_run_what_its_diagnosis_says(recorded: Path) -> None:
+    usual = {key: value for key, value in log_line(0).items() if key != "limit_it_per_s"}  # what is not recorded
+    lines = [line if "val_loss" in line else usual | line for line in read_lines(recorded)]
+    about: dict[str, Any] = {"config": TrainConfig(dropout=0.0, control_targets=True), "encoder": "pca"}
+    panel = TrainingPanel(10**9, about=about)
+    for line in lines:
+        panel.add(line)
+    findings = {finding.name: finding for finding in diagnose(curves_of(lines), max_steps=10**9, **about)}
+    said = [VERDICTS[name] for name in findings if name in VERDICTS]
+    text = "\n".join(drawn(panel, 120, 40))
+    assert len(said) <= 1
+    for word in said:
+        assert f"baselines {word}  " in text
+    assert "--dropout 0" not in text and "--control-targets" not in text
+    if "speed" in findings and "limit" in (evidence := findings["speed"].evidence):
+        assert evidence.split(", ")[1].split(" of ")[0] + " of the limit" in text
