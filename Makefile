@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit newest faults docs format hooks clean distclean
+.PHONY: help demo test lint types unit newest faults docs dist format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, dam
 
 docs: $(VENV)/.installed-docs ## the documentation as a website, into build/docs
 	$(BIN)/zensical build --strict
+
+# setuptools would ship modules deleted since the last build. The wheel of a commit is the same bytes wherever it is built.
+dist: $(VENV)/.installed-dev ## the sdist and the wheel as PyPI takes them, checked, into dist/
+	rm -rf dist build/lib build/bdist.*
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 format: $(VENV)/.installed-test ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

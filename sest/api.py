@@ -43,6 +43,7 @@ def embed(
     dim: int | str | None = None,
     add: bool = False,
     like: PathLike | Cache | None = None,
+    data_root: Sequence[PathLike] = (),
     **options: Any,
 ) -> Cache:
     """Embed every cell of the inputs once, into `cache`; the same call again continues where it stopped.
@@ -57,6 +58,7 @@ def embed(
             that is smaller.
         add: files that a finished cache does not have yet are added to it.
         like: a cache, run or checkpoint: embed as its cells were, with the same encoder and projection.
+        data_root: folders that a .toml's paths may lead to; default: its own and the working folder.
         **options: further fields of `sest.config.EmbedConfig`.
 
     Raises:
@@ -75,7 +77,7 @@ def embed(
         files = [
             stack.enter_context(file_of(cells, "cells", config.layer, obsm_key(config.encoder))) for cells in several
         ]
-        run(files, os.fspath(cache), config, add=add, like=made)
+        run(files, os.fspath(cache), config, data_roots=[Path(root) for root in data_root], add=add, like=made)
     return open_cache(os.fspath(cache))
 
 

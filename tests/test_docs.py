@@ -59,6 +59,7 @@ FORM_ONLY = {
     "make": "installs the project, or runs the tests and this one among them; its targets are looked up",
     "pip install": "installs; its extras are looked up",
     "hf download": "downloads SE-600M",
+    "jupyter lab": "a server that runs until it is stopped; tests/test_tutorials.py executes the notebooks",
     "sbatch": "needs SLURM; the script must be a block of the page",
     "tensorboard --logdir": "a server that runs until it is stopped",
     "sest push competition": "needs a token; tests/test_hub_heads.py pushes to a server on this machine",
@@ -523,7 +524,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         there = (page.parent / file).resolve() if file else page
         assert there.is_file(), f"{page.name}: {target}"
         if page != README:
-            assert there.parent == ROOT / "docs", f"{page.name}: {target} is not part of the site"
+            assert there.is_relative_to(ROOT / "docs"), f"{page.name}: {target} is not part of the site"
         assert not anchor or anchor in _anchors(there), f"{page.name}: {target}"
 
 

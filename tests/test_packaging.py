@@ -22,6 +22,7 @@ import yaml
 import sest
 from helpers.source_tree import FOLDERS, ROOT, imported, modules
 
+DATE = {"SOURCE_DATE_EPOCH": "1764460800"}  # of all files in a wheel
 PACKAGES = {name: path.parent for name, path in modules().items() if path.name == "__init__.py"}
 SLOW_IMPORTS = {"torch", "anndata", "zarr", "pandas", "scipy", "h5py"}  # 0.1 to 3 s each
 
@@ -72,6 +73,27 @@ def test_every_third_party_import_is_a_declared_dependency(project: dict[str, An
         for top in {name.split(".")[0] for name in imported(path)} - {"sest"} - sys.stdlib_module_names:
             names = {_canonical(name) for name in distributions.get(top, [top])}
             assert names & declared, f"{path.name} imports {top}, which pyproject.toml does not name"
+
+
+def test_the_site_names_the_version() -> None:
+    assert (
+        yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["copyright"]
+        == f"sest {sest.__version__}, MIT"
+    )
+
+
+def test_the_conda_recipe_is_of_this_version_and_needs_the_same(project: dict[str, Any]) -> None:
+    recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["context"]["version"] == sest.__version__
+    names = {"torch": "pytorch"}  # the others are called alike
+    parts = [re.match(r"([\w-]+)(.*)", text) for text in project["project"]["dependencies"]]
+    needed = [f"{names.get(part[1], part[1])} {part[2]}" for part in parts if part is not None]
+    assert recipe["requirements"]["run"] == [f"python {project['project']['requires-python']}", *needed]
+    scripts = [f"{name} = {place}" for name, place in project["project"]["scripts"].items()]
+    assert recipe["build"]["python"]["entry_points"] == scripts
+    assert set(project["build-system"]["requires"]) <= {
+        text.replace(" ", "") for text in recipe["requirements"]["host"]
+    }
 
 
 CONTAINERS = ("Dockerfile", "apptainer.def")
@@ -152,6 +174,7 @@ class Installed:
     """sest in an environment of its own, which finds the other packages where this one has them."""
 
     sdist: Path
+    wheel: Path
     site: Path  # site-packages
     python: Path
 
@@ -175,18 +198,20 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copy(ROOT / name, tree)
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    _python("-m", "build", "--no-isolation", "--outdir", work / "dist", tree)
+    _python("-m", "build", "--no-isolation", "--outdir", work / "dist", tree, **DATE)
     _python("-m", "venv", "--without-pip", venv)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(venv), "platbase": str(venv)}))
     (wheel,), (sdist,) = (list((work / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
     _python("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site, wheel)
     # Python reads no .pth files of a folder that one names: an editable sest in there stays unknown.
     (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    return Installed(sdist, site, Path(sysconfig.get_path("scripts", "venv", {"base": str(venv)}), "python"))
+    return Installed(sdist, wheel, site, Path(sysconfig.get_path("scripts", "venv", {"base": str(venv)}), "python"))
 
 
-def _python(*words: str | Path) -> None:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, check=False)
+def _python(*words: str | Path, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *words], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
 
 
@@ -202,6 +227,16 @@ def test_an_installation_has_every_module_and_every_data_file_and_nothing_at_the
     assert not any(path.is_symlink() for path in files)
     rest = {path.name for path in installed.site.iterdir()} - {"sest", "bin", "others.pth"}
     assert all(name.endswith(".dist-info") for name in rest), rest
+
+
+def test_the_wheel_is_the_same_bytes_again(installed: Installed, tmp_path: Path) -> None:
+    """From the sdist and at another time; what says when is SOURCE_DATE_EPOCH."""
+    with tarfile.open(installed.sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    _python("-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path / "again", tree, **DATE)
+    (again,) = (tmp_path / "again").iterdir()
+    assert again.name == installed.wheel.name and again.read_bytes() == installed.wheel.read_bytes()
 
 
 def test_an_sdist_holds_every_module_once_and_no_links(installed: Installed) -> None:
