@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -240,11 +241,20 @@ class _Row:
         self.name, self.parts, self._join, self._most = name, [part for part in parts if part], join, most
         self._styles = styles or {}
 
+    def _fitting(self, widest: int) -> list[str]:
+        """Its parts; one that no line has room for, in pieces of whole words."""
+        fitting = list[str]()
+        for part in self.parts:
+            pieces = wrap(part, max(widest, 1), break_on_hyphens=False) if len(part) > widest else [part]
+            self._styles |= {piece: self._styles[part] for piece in pieces if part in self._styles}
+            fitting += pieces
+        return fitting
+
     def wrapped(self, width: int, room: int) -> list[Text]:
         """Its lines, `room` of them at most; one that is empty keeps its name."""
         lines, line = list[list[str]](), list[str]()
         widest = width - NAME - len(self._join.strip())
-        for part in self.parts:
+        for part in self._fitting(widest):
             if line and len(self._join.join([*line, part])) > widest:
                 lines.append(line)
                 line = []

@@ -528,6 +528,19 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in _anchors(there), f"{page.name}: {target}"
 
 
+def test_pictures_have_the_sizes_of_their_script_and_load_nothing() -> None:
+    folder = ROOT / "docs" / "pictures"
+    script = (folder / "make.py").read_text()
+    sizes = {name: re.findall(r"\((\d+), \d+\)", script.partition(f"{name} = ")[2].splitlines()[0]) for name in SIZES}
+    drawn = {f"{SIZES[name][0]}-{width}.{SIZES[name][1]}" for name, widths in sizes.items() for width in widths}
+    assert len(drawn) == 6 and {path.name for path in folder.iterdir() if path.suffix in (".svg", ".png")} == drawn
+    for picture in folder.glob("*.svg"):
+        assert not re.search(r"url\(['\"]?http|href=|<image", picture.read_text()), picture.name
+
+
+SIZES = {"TERMINALS": ("panel", "svg"), "WINDOWS": ("report", "png")}
+
+
 def _key_row(key: Key) -> str:
     option = se_st_train._option_of(key)
     note = f"takes {', '.join(f'`{word}`' for word in key.words)}" if key.words and not key.note else key.note

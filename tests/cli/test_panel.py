@@ -96,6 +96,12 @@ def test_a_row_is_broken_between_its_parts() -> None:
         "speed     212 it/s, 35% of the limit,", "          0.1% waiting",
     ]  # fmt: skip
     assert [text.plain for text in row.wrapped(37, 1)] == ["speed     212 it/s, 35% of the limit…"]
+    narrow = _Row(
+        "metrics", ["pearson_delta 0.161 < 0.662", "mae 0.2"], styles={"pearson_delta 0.161 < 0.662": "green"}
+    )
+    first, second = narrow.wrapped(32, 5)
+    assert [first.plain, second.plain] == ["metrics   pearson_delta 0.161 <", "          0.662  mae 0.2"]
+    assert [str(span.style) for text in (first, second) for span in text.spans] == ["dim", "green", "dim", "green"]
     assert row.wrapped(36, 0) == [] and [text.plain for text in _Row("loss", []).wrapped(20, 3)] == ["loss      "]
 
 
