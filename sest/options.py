@@ -179,10 +179,9 @@ def toml_bytes(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_TOML + 1)
-    except FileNotFoundError:
-        raise InputError(f"no such file.{nearest_file(path)}") from None
     except OSError as error:
-        raise InputError(f"cannot read it: {error.strerror}.") from None
+        close = nearest_file(path) if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"cannot read it: {error.strerror}.{close}") from None
     if len(raw) > MAX_TOML:
         raise InputError(f"larger than {MAX_TOML:,} bytes, which no such file needs. Is it the right file?")
     return raw
