@@ -36,7 +36,7 @@ import torch
 from encoders import SE_600M, Size, gene_names, random_cells, random_tensors
 from torch import Tensor
 
-import sest
+import sest.head.kernels
 from sest.config import TrainConfig
 from sest.head.dropout import dropout_keys
 from sest.head.loss import energy_distance
@@ -294,6 +294,36 @@ def kernels(check: Check) -> Found:
     return found
 
 
+def triton(check: Check) -> Found:
+    """Operations of `sest.head.kernels` at full size: ms by Triton and by PyTorch, and how far they differ."""
+    if not check.gpu:
+        return {"skipped": "needs a GPU; tests/head/test_triton_kernels.py has Triton's interpreter"}
+    plain, own = sest.head.kernels, sest.head.kernels.triton_kernels(check.device)
+    if own is None:
+        return {"works": False}
+    n, n_genes, at = 16 if check.small else 2048, check.n_genes, Found(device=check.device)
+    length = torch.full((n,), n_genes // 5, **at)
+    genes = torch.rand(n, n_genes, **at).argsort(1)[:, : n_genes // 5].flatten().short()
+    cells = (length.cumsum(0) - length, length, torch.rand(n, **at) + 0.1, genes, torch.ones_like(genes))
+    whole, one = (torch.randn(n // 8, 8, width, **at) for width in (n_genes, 1))
+    given: dict[str, Any] = {
+        "set_keys": (torch.arange(16, **at), 7),
+        "kept_units": (torch.arange(16, dtype=torch.int32, **at), 3, 6, 42 * n, 2**28),
+        "dense_rows": (*cells, n_genes, len(genes)),
+        "weighted_sum": (whole, whole.half(), one, whole[:, :1], one, one[:, :1], torch.bfloat16),
+    }
+    found: Found = {"works": True}
+    for name, arguments in given.items():
+        ours, theirs = partial(getattr(own, name), *arguments), partial(getattr(plain, f"plain_{name}"), *arguments)
+        a, b = ours().double(), theirs().double()
+        found[name] = {
+            "triton_ms": 1e3 * check.seconds(ours),
+            "torch_ms": 1e3 * check.seconds(theirs),
+            "difference": float((a - b).abs().max() / b.abs().max()),
+        }
+    return found
+
+
 def _weights(check: Check, name: str, n: int, **options: Any) -> Tensor:
     trainer = check.trainer(name, **options)
     with closing(trainer.batches):
@@ -408,7 +438,7 @@ def upstream(check: Check) -> Found:
     return {"sest": runs["sest"][0], "upstream": runs["upstream"][0]}
 
 
-SECTIONS = (environment, parity, data, syncs, steps, kernels, equality, resume, stop, embed, upstream)
+SECTIONS = (environment, parity, data, syncs, steps, kernels, triton, equality, resume, stop, embed, upstream)
 
 
 def run_section(section: Callable[[Check], Found], check: Check) -> None:

@@ -215,7 +215,7 @@ class TrainConfig(Config):
     precision: str = option(
         "auto", f"{PRECISION}; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU", choices=PRECISIONS
     )
-    compile: bool = option(False, "compile the head (CUDA graphs on GPUs): a slower start, then faster steps")
+    compile: bool = option(False, "compile head and loss: a slower start, faster steps, the same to rounding")
     gradients: str = option("fp32", "number format in which GPUs exchange gradients", choices=("fp32", "bf16"))
     num_workers: int = option(
         2, "threads that prepare batches ahead, each holding one; 0: in the loop", least=0, most=1024
