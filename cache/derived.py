@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 ABOUT = "about.json"
 SPARE = 2**30  # bytes of the disk that stay free
 DURABLE = 2**30  # appended bytes after which they are flushed: what a kill may lose
-_BLOCK = 2**26
-ROWS = 64  # copied at one time
+_BLOCK = 2**22  # bytes checked at one time
+ROWS = 8  # copied at one time
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import mmap
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +137,10 @@ def make_features(vectors: Vectors, names: Sequence[str], missing: str, *, neede
     Raises:
         InputError: vectors missing (listed, with the nearest names).
     """
-    matrix, has = np.zeros((len(names), vectors.width), np.float32), set()
+    matrix, has = _zeros(len(names), vectors.width), set()
     for row, name in enumerate(names):
         if (vector := vectors.find(name)) is not None:
-            matrix[row] = vector
+            np.copyto(matrix[row], vector, where=vector != 0)
             has.add(name)
     wanted = [name for name in names[1:] if needed is None or name in needed]
     absent = [name for name in wanted if name not in has]
@@ -160,6 +161,17 @@ def make_features(vectors: Vectors, names: Sequence[str], missing: str, *, neede
     digest = hashlib.sha256("\n".join(names).encode())
     digest.update(matrix.data)
     return Features(tuple(names), matrix, tuple(absent), digest.hexdigest(), vectors)
+
+
+def _zeros(n: int, width: int) -> np.ndarray:
+    """(n, width) float32 zeros that take memory where another number is written: one-hot rows are nearly all zeros.
+
+    In small pages, each of which is there once it is written to; NumPy asks for pages of 2 MB.
+    """
+    if not n * width:
+        return np.zeros((n, width), np.float32)
+    pages = mmap.mmap(-1, n * width * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.float32).reshape(n, width)
 
 
 def gene_loadings(targets: Targets, rows: np.ndarray, context: np.ndarray, seed: int) -> Source:

@@ -196,6 +196,7 @@ def group_sums(
     data: np.ndarray,
     factor: np.ndarray,
     *,
+    rows: np.ndarray | None = None,
     squared: int = 0,
     mean: bool = False,
     dtype: type[np.floating] = np.float64,
@@ -203,11 +204,10 @@ def group_sums(
     """Sums of log1p cells by group; each is added up in float64, in the cells' order.
 
     Args:
-        code: (N,) int group of every cell, below n_groups; -1 for cells in none, which are not read.
+        code: (N,) int group of every cell, or (n,) of those in `rows`, below n_groups; -1: in none, and not read.
         indptr, indices, data, factor: as `dense_log1p` takes them.
-        squared: how many of the last groups also get sums of squares.
-        mean: means instead of sums.
-        dtype: of the result.
+        rows: (n,) int64 cells; None: all.
+        squared, mean, dtype: as of `ordered_sums`.
 
     Returns:
         (n_groups, G) sums or means, 0 of a group without cells; (n_groups,) cells; (squared, G) sums of squares.
@@ -215,18 +215,55 @@ def group_sums(
     Raises:
         InputError: as of `dense_log1p`.
     """
-    assert code.max(initial=-1) < n_groups and len(code) == len(indptr) - 1 <= len(factor) and squared <= n_groups
+    assert code.max(initial=-1) < n_groups and len(code) == (len(indptr) - 1 if rows is None else len(rows))
     order = np.flatnonzero(code >= 0)
-    order = order[np.argsort(code[order], kind="stable")]
     n_cells = np.bincount(code[order], minlength=n_groups)
-    weight = 1.0 / np.maximum(n_cells, 1) if mean else np.ones(n_groups)
-    sums: np.ndarray = np.empty((n_groups, n_genes), dtype)
+    order = order[np.argsort(code[order], kind="stable")]
+    order = order if rows is None else rows[order]
+    values = n_genes, indptr, indices, data, factor
+    sums, squares = ordered_sums(order, n_cells, *values, squared=squared, mean=mean, dtype=dtype)
+    return sums, n_cells, squares
+
+
+def ordered_sums(
+    rows: np.ndarray,
+    n_cells: np.ndarray,
+    n_genes: int,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    factor: np.ndarray,
+    *,
+    squared: int = 0,
+    mean: bool = False,
+    dtype: type[np.floating] = np.float64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of log1p cells by group, of which each has its cells beside each other.
+
+    Args:
+        rows: (n,) int64 cells.
+        n_cells: (groups,) how many of them each group has, one group after another.
+        indptr, indices, data, factor: as `dense_log1p` takes them.
+        squared: how many of the last groups also get sums of squares.
+        mean: means instead of sums.
+        dtype: of the result.
+
+    Returns:
+        (groups, G) sums or means, and (squared, G) sums of squares, as `group_sums`.
+
+    Raises:
+        InputError: as of `dense_log1p`.
+    """
+    assert squared <= len(n_cells) and n_cells.sum() == len(rows) and len(indptr) - 1 <= len(factor)
+    check_rows(rows, len(indptr) - 1)
+    weight = 1.0 / np.maximum(n_cells, 1) if mean else np.ones(len(n_cells))
+    sums: np.ndarray = np.empty((len(n_cells), n_genes), dtype)
     squares = np.empty((squared, n_genes))
     whole = bool(np.issubdtype(data.dtype, np.integer))
     ends = np.concatenate([[0], np.cumsum(n_cells)])
     with _as_files_say():
-        _sums(order, ends, indptr, indices, data, factor, weight, whole, sums, squares)
-    return sums, n_cells, squares
+        _sums(rows, ends, indptr, indices, data, factor, weight, whole, sums, squares)
+    return sums, squares
 
 
 @compiled(nogil=True, inside=True)

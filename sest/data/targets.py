@@ -39,8 +39,8 @@ from sest.machine.memory import SHARE, available_bytes
 
 logger = logging.getLogger(__name__)
 
-# About 16 chunks of the cache. Larger blocks would each be new memory, which the system clears first.
-VALUES_PER_READ = 2**22
+# About 8 chunks of the cache. Larger blocks would each be new memory, which the system clears first.
+VALUES_PER_READ = 2**21
 PLACES = 4  # of a group, from which its sampled cells are read
 VALUES = "values"  # what their files are called beside a cache, see sest.cache.derived
 

@@ -18,7 +18,7 @@ from sest.evaluation.metrics import FLAT, discrimination_score, mean_absolute_er
 
 FOLDS = 8  # fewer where their sums would take more than MOST_BYTES
 MOST_BYTES = 2**29  # of the sums of all folds
-BLOCK_BYTES = 2**25  # of the sums of the pairs whose halves are compared at one time
+BLOCK_BYTES = 2**23  # of the sums of the pairs whose halves are compared at one time
 SPLITS = 10  # into halves, at most; scores are means over them
 PDS_ROWS = 20_000  # effects that pds compares over all splits, but for the first: it grows with the pairs' square
 PDS_PAIRS = 300  # perturbations of a cell type above which halves get no pds: it would take minutes at the start

@@ -18,7 +18,7 @@ from sest.cache.derived import Blocks, copied, keep_derived, read_derived
 from sest.cache.disk import sha256
 from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
-from sest.data.gather import group_sums
+from sest.data.gather import group_sums, ordered_sums
 from sest.data.labels import CONTROL, NOTHING, Labels
 from sest.data.targets import Targets
 from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds, score_halves
@@ -50,9 +50,13 @@ class Means:
 
 
 def keys_of(labels: Labels) -> np.ndarray:
-    """(N,) int64 key of the pair that a cell is of, as in `Means`; -1 for cells that are left out."""
-    key = labels.context.astype(np.int64) * len(labels.perturbations) + labels.perturbation
-    return np.where(labels.perturbation == NOTHING, -1, key)
+    """(N,) int key of the pair that a cell is of, as in `Means`; -1 for cells that are left out."""
+    n = len(labels.perturbations)
+    key: np.ndarray = labels.context.astype(np.int32 if n * len(labels.contexts) < 2**31 else np.int64)
+    key *= n  # in place: there may be many cells
+    key += labels.perturbation
+    key[labels.perturbation == NOTHING] = -1
+    return key
 
 
 def means_of(data: Dataset) -> Means:
@@ -75,28 +79,28 @@ def means_of(data: Dataset) -> Means:
 def _made(data: Dataset) -> dict[str, np.ndarray | Blocks]:
     """The arrays of `Means`; the means of all pairs, some GB of many, a block at a time."""
     targets, cell_key = data.all_targets(), keys_of(data.labels)
-    key, code = np.unique(cell_key, return_inverse=True)
-    code, key = code - int(key[0] < 0), key[key >= 0]
+    rows = np.argsort(cell_key, kind="stable")[np.count_nonzero(cell_key < 0) :]  # the cells, pair by pair
+    key, n_cells = np.unique(cell_key[rows], return_counts=True)
+    key, first = key.astype(np.int64), np.cumsum(n_cells) - n_cells
     n_perturbations, n_genes = len(data.labels.perturbations), len(targets.genes)
     values = n_genes, targets.indptr, targets.indices, targets.data, targets.factor
     at_once = max(BLOCK_BYTES // (4 * n_genes), 1)
 
     def blocks() -> Iterator[np.ndarray]:
         progress.begin("Means of all pairs", len(key), "pairs")
-        for first in range(0, len(key), at_once):
-            n = min(at_once, len(key) - first)
-            here = np.where((code >= first) & (code < first + n), code - first, -1)
-            yield group_sums(here, n, *values, mean=True, dtype=np.float32)[0]
-            progress.advance(n)
+        for start in range(0, len(key), at_once):
+            n = n_cells[start : start + at_once]
+            mine = rows[first[start] : first[start] + n.sum()]
+            yield ordered_sums(mine, n, *values, mean=True, dtype=np.float32)[0]
+            progress.advance(len(n))
 
-    context = key[key % n_perturbations == CONTROL] // n_perturbations
-    of_context = np.full(len(data.labels.contexts), -1)
-    of_context[context] = np.arange(len(context))
-    of_controls = np.where(data.labels.is_control, of_context[data.labels.context], -1)
-    control, n_controls, squares = group_sums(of_controls, len(context), *values, squared=len(context), mean=True)
+    pairs = np.flatnonzero(key % n_perturbations == CONTROL)
+    context = key[pairs] // n_perturbations
+    controls, n_controls = np.concatenate([rows[first[i] : first[i] + n_cells[i]] for i in pairs]), n_cells[pairs]
+    control, squares = ordered_sums(controls, n_controls, *values, squared=len(context), mean=True)
     return {
         "key": key,
-        "n_cells": np.bincount(code[code >= 0], minlength=len(key)),
+        "n_cells": n_cells,
         "mean": Blocks((len(key), n_genes), np.dtype(np.float32), blocks),
         "context": context,
         "n_controls": n_controls,
@@ -187,15 +191,14 @@ def _ceiling_in(
         group[chosen] = np.arange(len(chosen))
         of_cell = group[labels.perturbation[cells]]
         cells, of_cell = cells[of_cell >= 0], of_cell[of_cell >= 0]
-        code = np.full(len(labels), -1, np.int32)
-        code[cells] = of_cell * folds + deal(of_cell, folds, seed)
-        values = targets.indptr, targets.indices, targets.data, targets.factor
-        sums, n_cells, _ = group_sums(code, len(chosen) * folds, len(targets.genes), *values, dtype=np.float32)
+        code, n = of_cell * folds + deal(of_cell, folds, seed), len(chosen) * folds
+        values = len(targets.genes), targets.indptr, targets.indices, targets.data, targets.factor
+        sums, n_cells, _ = group_sums(code, n, *values, rows=cells, dtype=np.float32)
         sums = sums if measured is None else sums[:, measured]
         return Folds(sums.reshape(len(chosen), folds, -1), n_cells.reshape(len(chosen), folds), seed)
 
     controls = folded(np.flatnonzero(usable & labels.is_control), np.array([CONTROL]))
-    cells, names = np.flatnonzero(perturbed > CONTROL), [labels.perturbations[p] for p in mine]
+    cells, names = np.flatnonzero(np.isin(perturbed, pairs)), [labels.perturbations[p] for p in mine]
     n_cells = np.bincount(perturbed[cells], minlength=len(labels.perturbations))[pairs]
     halves = score_halves(controls, n_cells, lambda rows: folded(cells, pairs[rows]), names, genes)
     name = " / ".join(labels.contexts[context])

@@ -110,7 +110,7 @@ def _device_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> t
     is_gpu = device.type == "cuda"
     n, n_launches = 4096 if is_gpu else 512, 200
     a = torch.ones(n, n, device=device, dtype=dtype)
-    source = torch.ones(2**26 if is_gpu else 2**24, device=device)
+    source = torch.ones(2**26 if is_gpu else 2**22, device=device)
     out, one = torch.empty_like(source), torch.ones(1, device=device)
     return (
         2 * n**3 / _shortest(lambda: torch.mm(a, a), device, seconds),
