@@ -13,7 +13,7 @@ from sest.baselines.effects import BASELINES, Effects, Query
 from sest.baselines.means import Controls
 from sest.baselines.stack import Stack
 
-AT_ONCE = 256  # pairs predicted in float64 at one time
+AT_ONCE = 96  # pairs predicted in float64 at one time: of more, each step would be new memory to clear
 
 
 class Baselines:

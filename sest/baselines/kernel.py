@@ -93,8 +93,10 @@ class Kernel:
         alike = cosines(query.features, effects.features)[:, effects.perturbation]
         kernel = _kernel(a, alike * np.outer(strength, self._strength[effects.perturbation]), near)
         n_controls = effects.controls.n_cells[effects.context]
-        noise = a.noise * (at_context[:, None] == effects.context) / n_controls
-        z = product(kernel @ self._to_y, self._of_signal) + product(noise @ self._to_y, self._of_noise)
+        contexts, of = np.unique(at_context, return_inverse=True)  # whose noise all of their pairs have
+        noise = a.noise * (contexts[:, None] == effects.context) / n_controls
+        z = product(kernel @ self._to_y, self._of_signal)
+        z += product(noise @ self._to_y, self._of_noise)[of]
         predicted: np.ndarray = z * self._sd * self._noise_of(query.controls)[query.context][:, None]
         return predicted
 

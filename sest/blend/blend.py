@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class Blend:
 
     def effect(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         """The weighted sum of the parts' effects, each of one shape."""
-        return np.sum([self.weights.means[name] * effect for name, effect in parts.items()], axis=0)
+        return reduce(np.add, (self.weights.means[name] * effect for name, effect in parts.items()))  # one at a time
 
     def said(self, query: Query) -> list[str]:
         """Which part carries which weight: one sentence for the contexts of each kind of pair."""

@@ -210,28 +210,23 @@ def pair_metrics(
     pds is NaN where a context has one perturbation. Of more than `most_ranked` so many are drawn, always the same, and
     ranked among each other; it is NaN for the rest.
     """
-    found = {name: np.empty(len(predicted)) for name in ("pearson_delta", "mae", "pds")}
+    found = {name: np.full(len(predicted), np.nan) for name in ("pearson_delta", "mae", "pds")}
     for context in np.unique(pairs.context).tolist():
-        mine, measured = pairs.context == context, data.measured_in(context)
-        names = [data.labels.perturbations[p] for p in pairs.perturbation[mine]]
-        control = pairs.controls.mean[pairs.own[mine]]
-        sides, genes = [predicted[mine], pairs.observed[mine], control], list(data.targets.genes)
-        if measured is not None:
-            sides, genes = [side[:, measured] for side in sides], np.array(genes)[measured].tolist()
-        ours, observed, control = sides
-        for start in range(0, len(ours), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            at = np.flatnonzero(mine)[rows]
-            found["pearson_delta"][at] = pearson_delta(ours[rows], observed[rows], control[rows])
-            found["mae"][at] = mean_absolute_error(ours[rows], observed[rows])
-        ranked = np.arange(len(names))
-        if most_ranked is not None and len(names) > most_ranked:
-            ranked = np.sort(np.random.default_rng(len(names)).choice(len(names), most_ranked, replace=False))
-        pds = np.full(len(names), np.nan)
-        pds[ranked] = discrimination_score(
-            ours[ranked], observed[ranked], control[0], [names[row] for row in ranked], genes
-        )
-        found["pds"][mine] = pds
+        mine, measured = np.flatnonzero(pairs.context == context), data.measured_in(context)
+        columns = slice(None) if measured is None else measured
+        control = pairs.controls.mean[pairs.own[mine[0]]][columns]
+        for start in range(0, len(mine), ROWS_AT_ONCE):
+            rows = mine[start : start + ROWS_AT_ONCE]
+            ours, observed = predicted[rows][:, columns], pairs.observed[rows][:, columns]
+            found["pearson_delta"][rows] = pearson_delta(ours, observed, control)
+            found["mae"][rows] = mean_absolute_error(ours, observed)
+        ranked = mine
+        if most_ranked is not None and len(mine) > most_ranked:
+            ranked = mine[np.sort(np.random.default_rng(len(mine)).choice(len(mine), most_ranked, replace=False))]
+        names = [data.labels.perturbations[p] for p in pairs.perturbation[ranked]]
+        genes = np.array(data.targets.genes)[columns].tolist()
+        ours, observed = predicted[ranked][:, columns], pairs.observed[ranked][:, columns]
+        found["pds"][ranked] = discrimination_score(ours, observed, control, names, genes)
     return found
 
 

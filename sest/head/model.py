@@ -184,7 +184,8 @@ class StateTransition(nn.Module):
         of_pert, of_basal, of_out = self._kept(keys, basal.shape[-2])
         controls = self.basal_encoder(basal, of_basal)  # (B, S, H)
         shift = self.pert_encoder(perturbation, of_pert).unsqueeze(-2)  # (B, 1, H)
-        return F.relu(self.project_out(self.transformer_backbone(controls + shift) + controls, of_out))
+        cells = self.project_out(self.transformer_backbone(controls + shift) + controls, of_out)
+        return F.relu(cells, inplace=not torch.is_grad_enabled())
 
 
 def new_model(sizes: HeadSizes, seed: int) -> StateTransition:
