@@ -7,7 +7,7 @@ n: cells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,8 @@ import pandas as pd
 from sest.cells.labels import same_targets
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile
 from sest.errors import InputError, nearest, shown
+
+CELLS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def group_cells(path: str, dataset: str, obs: pd.DataFrame, control: str) -> Gro
     return GroupCells(
         path,
         dataset,
-        perturbation.codes.to_numpy(np.int32),
+        perturbation.codes.to_numpy(),
         tuple(map(str, perturbation.categories)),
-        cell_type.codes.to_numpy(np.int32),
+        cell_type.codes.to_numpy(),
         tuple(map(str, cell_type.categories)),
         control,
     )
@@ -73,20 +75,23 @@ class _Table:
     counts: np.ndarray  # (C, P) int64, cells
     bits: np.ndarray  # (C, P) uint8, written in place
     is_control: np.ndarray  # (P,) bool
-    labelled: np.ndarray  # (n,) bool
+    n_unlabelled: int  # cells without a perturbation or a cell type
 
     @classmethod
     def of(cls, group: GroupCells) -> _Table:
         shape = C, P = len(group.cell_types), len(group.perturbations)
         assert len(set(group.cell_types)) == C and len(set(group.perturbations)) == P, "names of codes are unique"
         assert group.perturbation.shape == group.cell_type.shape, "one code a cell"
-        labelled = (group.perturbation >= 0) & (group.cell_type >= 0)
-        # int64 before multiplying: pandas codes are int8 where there are few names
-        pert, row = (codes[labelled].astype(np.int64) for codes in (group.perturbation, group.cell_type))
-        assert not pert.size or (pert.max() < P and row.max() < C), "codes are below the number of names"
-        counts = np.bincount(row * P + pert, minlength=C * P).reshape(shape)
+        counts, labelled = np.zeros(C * P, np.int64), 0
+        for part in _parts(len(group.perturbation)):
+            pert, row = group.perturbation[part].astype(np.int64), group.cell_type[part].astype(np.int64)
+            assert not pert.size or (pert.max() < P and row.max() < C), "codes are below the number of names"
+            known = (pert >= 0) & (row >= 0)
+            counts += np.bincount((row * P + pert)[known], minlength=C * P)
+            labelled += int(known.sum())
         is_control = np.array([name == group.control for name in group.perturbations], dtype=bool)
-        return cls(group, counts, np.zeros(shape, dtype=np.uint8), is_control, labelled)
+        bits = np.zeros(shape, dtype=np.uint8)
+        return cls(group, counts.reshape(shape), bits, is_control, len(group.perturbation) - labelled)
 
     def perturbed(self, bit: int) -> np.ndarray:
         """Return (C, P) bool: contexts and perturbations, not controls, with cells in split `bit`."""
@@ -95,9 +100,18 @@ class _Table:
 
     def masks(self) -> np.ndarray:
         """Return (n,) uint8."""
-        out = np.zeros(len(self.labelled), dtype=np.uint8)
-        out[self.labelled] = self.bits[self.group.cell_type[self.labelled], self.group.perturbation[self.labelled]]
+        codes = self.group.cell_type, self.group.perturbation
+        out = np.empty(len(codes[0]), dtype=np.uint8)
+        for part in _parts(len(out)):
+            row, pert = (code[part] for code in codes)
+            out[part] = np.where((row >= 0) & (pert >= 0), self.bits[row, pert], 0)
         return out
+
+
+def _parts(n: int) -> Iterator[slice]:
+    """All of n cells, some at a time: indices take eight bytes each."""
+    for start in range(0, n, CELLS_AT_ONCE):
+        yield slice(start, start + CELLS_AT_ONCE)
 
 
 def assign_splits(
@@ -215,7 +229,7 @@ def _check_perturbations(rows: list[tuple[_Table, int]], names: tuple[str, ...],
 
 
 def _unlabelled_notes(tables: list[_Table]) -> list[str]:
-    missing = [(table.group.path, int((~table.labelled).sum())) for table in tables]
+    missing = [(table.group.path, table.n_unlabelled) for table in tables]
     return [f"{n:,} cells of {path!r} have no perturbation or no cell type: not used." for path, n in missing if n]
 
 

@@ -64,8 +64,9 @@ class Dataset:
     def held_out_whole(self) -> list[str]:
         """Contexts with perturbed cells to validate or test on, and none to train on."""
         perturbed = ~self.labels.is_control
-        seen = set(self.labels.context[perturbed & self.in_split(TRAIN)].tolist())
-        asked = set(self.labels.context[perturbed & (self.in_split(VAL) | self.in_split(TEST))].tolist())
+        seen = set(np.unique(self.labels.context[perturbed & self.in_split(TRAIN)]).tolist())
+        held_out = perturbed & (self.in_split(VAL) | self.in_split(TEST))
+        asked = set(np.unique(self.labels.context[held_out]).tolist())
         return [" / ".join(self.labels.contexts[code]) for code in sorted(asked - seen)]
 
     def perturbations_in(self, bit: int) -> list[str]:

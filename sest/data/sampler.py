@@ -85,15 +85,18 @@ class SetSampler:
     ) -> None:
         self.labels, self.set_size, self.seed, self.same_batch = labels, set_size, seed, same_batch
         wanted = mask & (control_targets | ~labels.is_control)
-        rows = np.flatnonzero(wanted)
+        rows = _rows(wanted)
         if not len(rows):
             raise InputError("No perturbed cells in this split.")
-        key = labels.context[rows].astype(np.int64) * len(labels.perturbations) + labels.perturbation[rows]
+        n_keys = len(labels.contexts) * len(labels.perturbations)
+        key: np.ndarray = labels.context[rows].astype(np.int32 if n_keys < 2**31 else np.int64)
+        key *= len(labels.perturbations)  # in place: there may be many cells
+        key += labels.perturbation[rows]
         keys, self.cells = _by_key(rows, key)  # per key: sorted rows
         self._keys = keys
         self.context = keys // len(labels.perturbations)  # (keys,)
         self.perturbation = keys % len(labels.perturbations)  # (keys,)
-        controls = np.flatnonzero(mask & labels.is_control)
+        controls = _rows(mask & labels.is_control)
         self.pools = self._control_pools(controls)  # context -> sorted rows
         # controls of the same batch: keys of the batches, their controls one after the other, and where each begins
         self._batches: np.ndarray
@@ -142,7 +145,7 @@ class SetSampler:
     def _begin_epoch(self, epoch: int) -> _Epoch:
         return _Epoch(
             order=np.random.default_rng([self.seed, _EPOCH_ORDER, epoch]).permutation(self.sets_per_epoch),
-            rows=np.empty((self.sets_per_epoch, self.set_size), np.int64),
+            rows=np.empty((self.sets_per_epoch, self.set_size), self.cells[0].dtype),
             known=np.zeros(len(self.cells), bool),
         )
 
@@ -157,7 +160,7 @@ class SetSampler:
                 rows = self._filled(rng.permutation(self.cells[k]), rng).reshape(-1, self.set_size)
                 drawn.rows[self._first_set[k] : self._first_set[k] + len(rows)] = rows
             drawn.known[new] = True
-            return drawn.rows[which], keys
+            return drawn.rows[which].astype(np.int64), keys
 
     def _controls(self, keys: np.ndarray, targets: np.ndarray, rngs: Iterator[np.random.Generator]) -> np.ndarray:
         """(B, S) control rows for sets of these keys (B,), without repeats where there are enough."""
@@ -199,7 +202,10 @@ class SetSampler:
         order = np.argsort(turns, kind="stable")[: max(at_most, len(self.cells)) if at_most else None]
         keys, numbers = self._key_of_set[order], np.arange(len(order))
         return self._beside(
-            np.concatenate(targets)[order], keys, streams(self.seed, _FIXED_FILL, keys, numbers), numbers
+            np.concatenate(targets)[order].astype(np.int64),
+            keys,
+            streams(self.seed, _FIXED_FILL, keys, numbers),
+            numbers,
         )
 
     def other_controls(self, sets: SetRows) -> np.ndarray:
@@ -221,11 +227,18 @@ class SetSampler:
         )
 
 
+def _rows(mask: np.ndarray) -> np.ndarray:
+    """(n,) the rows of a mask (N,): int32 where that numbers them, as they are kept for a whole training."""
+    rows: np.ndarray = np.flatnonzero(mask)
+    return rows.astype(np.int32) if len(mask) < 2**31 else rows
+
+
 def _by_key(rows: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """The different keys (n,) of cells, sorted, and the rows of each in the order they come in."""
     order = np.argsort(key, kind="stable")
-    keys, first = np.unique(key[order], return_index=True)
-    return keys, np.split(rows[order], first)[1:]  # what is before the first is empty
+    key = key[order]
+    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
+    return key[first].astype(np.int64), np.split(rows[order], first)[1:]  # what is before the first is empty
 
 
 def _as_dict(keys: np.ndarray, rows: list[np.ndarray]) -> dict[int, np.ndarray]:
