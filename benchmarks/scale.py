@@ -17,6 +17,7 @@ Fails (exit code 1, a line each) where
 
     python benchmarks/scale.py --small                              # 20 minutes; most of it is start-up
     python benchmarks/scale.py --plot scale.svg --json scale.json   # an hour or more
+    python benchmarks/scale.py --many-cells                         # 1 and 5 million cells of 20 values: 10 minutes
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ Plan = dict[str, list[Size]]  # by dimension
 TINY = Size(400, 50, 4)
 
 
-def plan(small: bool) -> Plan:
-    """The three sizes of each dimension."""
+def plan(small: bool, many_cells: bool = False) -> Plan:
+    """The three sizes of each dimension; of many cells the two of one."""
+    if many_cells:
+        return {"cells": [Size(n * 1_000_000, 100, 1_000) for n in (1, 5)]}
     base = Size(2_000, 700, 70) if small else Size(20_000, 2_000, 200)
     middle = replace(base, cells=3 * base.cells)
     return {
@@ -453,6 +456,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.name for stage in STAGES]
     parser.add_argument("--small", action="store_true", help="a tenth of the cells, a third of the rest: minutes")
+    parser.add_argument("--many-cells", action="store_true", help="1 and 5 million cells, values mapped from a disk")
     parser.add_argument("--stage", action="append", choices=names, help="only these (and what they need); repeatable")
     parser.add_argument("--dimension", action="append", choices=DIMENSIONS, help="only these; repeatable")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a stage is ended (900)")
@@ -461,7 +465,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     asked = parser.parse_args()
     stages = with_needs(asked.stage or ())
-    sizes = {name: of for name, of in plan(asked.small).items() if name in (asked.dimension or DIMENSIONS)}
+    if asked.many_cells:
+        mapped = [replace(one, words=f"{one.words} --data-device disk") for one in stages if TRAIN in one.words]
+        stages = [next((m for m in mapped if m.name == one.name), one) for one in stages]
+    sizes = plan(asked.small, asked.many_cells)
+    sizes = {name: of for name, of in sizes.items() if name in (asked.dimension or DIMENSIONS)}
     found: dict[Size, Costs] = {}
     with tempfile.TemporaryDirectory(prefix="scale-", dir=asked.work) as temporary:
         work = Path(temporary)
