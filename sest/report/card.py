@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from sest import __version__
 from sest.cache.disk import write_durably
 from sest.cells.split_file import SPLIT_NAMES, VAL
 from sest.config import TrainConfig
-from sest.errors import InputError
+from sest.errors import InputError, visible
 from sest.facts.run import RunFacts, read_runs
 from sest.facts.scores import Score
 from sest.hub import NAME, Repository
@@ -26,6 +29,7 @@ from sest.runs.known import CELLS
 from sest.runs.run_folder import CONFIG, PATHS, SPLITS
 
 FEW = 12  # names that a sentence lists
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>()#!|~$&@:^]|(?<=www)\.")  # and what makes an address a link
 
 
 def card_of(checkpoint: Checkpoint, repository: str) -> str:
@@ -39,6 +43,7 @@ def card_of(checkpoint: Checkpoint, repository: str) -> str:
     facts = read_runs([run])[0] if (run / CONFIG).is_file() else None
     state = checkpoint.state
     licence = state["encoder"]["licence"]
+    terms = licence or "No licence comes with the embeddings; the owner of this page says what holds."
     header: dict[str, Any] = {"library_name": "sest", "tags": ["single-cell", "perturbation", "state-transition"]}
     if licence:
         header |= {"license": "other", "license_name": "that-of-the-embeddings"}
@@ -50,21 +55,37 @@ def card_of(checkpoint: Checkpoint, repository: str) -> str:
         _use(checkpoint, repository),
         _data(checkpoint, facts),
         _scores(facts),
-        f"## Licence\n\n{licence or 'No licence comes with the embeddings; the owner of this page says what holds.'}\n",
+        f"## Licence\n\n{_text(terms)}\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
+def _text(words: str) -> str:
+    """Words that may be from a file, in Markdown that shows them as they are."""
+    return _MARKUP.sub(r"\\\g<0>", visible(words))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(_text(name) for name in names)
+
+
+def _code(words: str) -> str:
+    """The same as a code span."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", words)), default=0))
+    return f"{fence} {visible(words)} {fence}" if len(fence) > 1 else f"`{visible(words)}`"
+
+
 def _what(checkpoint: Checkpoint) -> str:
-    state, sizes, made = checkpoint.state, checkpoint.sizes, checkpoint.state["encoder"]
+    state, sizes = checkpoint.state, checkpoint.sizes
+    encoder, source = _text(state["encoder"]["name"]), _text(state["features"]["source"])
     kind, beside = "Baselines", ""
     if checkpoint.has_head:
         kind = f"A State Transition head of {state['trainable_parameters']:,} parameters"
         beside = ", with the baselines that its predictions are blended with" if checkpoint.has_blend else ""
     return (
-        f"{kind}{beside}, trained with sest {state['sest_version']} ({state['step']:,} steps). From embeddings of "
-        f"control cells ({made['name']}, {sizes.dim} wide) and the features of a perturbation "
-        f"({state['features']['source']}, {sizes.n_features} wide) it predicts log1p expression of {sizes.n_genes:,} "
+        f"{kind}{beside}, trained with sest {_text(state['sest_version'])} ({state['step']:,} steps). From embeddings "
+        f"of control cells ({encoder}, {sizes.dim} wide) and the features of a perturbation ({source}, "
+        f"{sizes.n_features} wide) it predicts log1p expression of {sizes.n_genes:,} "
         f"genes{_scale(state)}.\n"
     )
 
@@ -74,7 +95,7 @@ def _weights(checkpoint: Checkpoint) -> str:
     if not checkpoint.has_blend:
         return ""
     weights = checkpoint.blend().weights
-    means = [f"{name} {mean:.2f}" for name, mean in weights.means.items()]
+    means = [f"{_text(name)} {mean:.2f}" for name, mean in weights.means.items()]
     return (
         f"A prediction is {', '.join(means)} and controls {weights.of_controls:.2f} (weights fitted on "
         f"{weights.n_pairs:,} validation pairs; `stack` are the baselines together, `anchored` is the head held "
@@ -89,7 +110,7 @@ def _scale(state: dict[str, Any]) -> str:
 
 def _use(checkpoint: Checkpoint, repository: str) -> str:
     known = checkpoint.state.get(CELLS, {})
-    name = next(iter(known.get("trained", [])), "GENE")
+    name = shlex.quote(visible(next(iter(known.get("trained", [])), "GENE")))
     with_encoder = "" if checkpoint.state["encoder"]["name"] in ("pca", "genes") else " --encoder ENCODER"
     return (
         "## Use\n\n```bash\npip install 'sest[hub]'\n"
@@ -104,17 +125,18 @@ def _data(checkpoint: Checkpoint, facts: RunFacts | None) -> str:
     trained = known.get("trained", [])
     lines = ["## Data"]
     if trained:
-        listed = ", ".join(trained[:FEW]) + (f" and {len(trained) - FEW} more" if len(trained) > FEW else "")
+        listed = _listed(trained[:FEW]) + (f" and {len(trained) - FEW} more" if len(trained) > FEW else "")
         lines.append(f"Trained on {len(trained):,} perturbations: {listed}.")
     if checkpoint.has_blend:
         effects = checkpoint.blend().effects
-        lines.append(f"Contexts (file/cell type): {', '.join(effects.controls.names)}.")
+        lines.append(f"Contexts (file/cell type): {_listed(effects.controls.names)}.")
     held = sorted(set(known.get("perturbations", [])[1:]) - set(trained))
     if held:
-        lines.append(f"Held out everywhere: {len(held):,} perturbations, such as {', '.join(held[:FEW])}.")
+        lines.append(f"Held out everywhere: {len(held):,} perturbations, such as {_listed(held[:FEW])}.")
     if facts is not None and (facts.folder / SPLITS).is_file():
         splits = {key: value for key, value in read_toml(facts.folder / SPLITS).items() if key != "datasets"}  # paths
-        lines.append(f"Splits:\n\n```toml\n{tomli_w.dumps(splits).strip()}\n```")
+        shown = "\n".join(map(visible, tomli_w.dumps(splits).strip().split("\n")))
+        lines.append(f"Splits:\n\n```toml\n{shown}\n```")
     options = _options(facts.config) if facts is not None else ""
     return "\n\n".join([*lines, *([f"Options: {options}."] if options else [])]) + "\n"
 
@@ -123,7 +145,7 @@ def _options(config: TrainConfig) -> str:
     """What was not left as it is by default, but for paths."""
     usual = TrainConfig().to_values()
     own = {key: value for key, value in config.to_values().items() if value != usual.get(key) and key not in PATHS}
-    return ", ".join(f"`--{key.replace('_', '-')} {value}`" for key, value in own.items())
+    return ", ".join(_code(f"--{key.replace('_', '-')} {value}") for key, value in own.items())
 
 
 def _scores(facts: RunFacts | None) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
 from conftest import Demo
+from markdown_it import MarkdownIt
 
 from sest.facts.run import read_runs
 from sest.report.card import card_of
@@ -57,3 +61,25 @@ def test_a_checkpoint_alone_has_a_card_without_scores_and_a_licence_is_passed_on
     text = card_of(of_se, "lab/head")
     assert "license: other" in text and text.rstrip().endswith("SE weights are non-commercial.")
     assert "--encoder ENCODER --only" in text
+
+
+HOSTILE = "<script>x</script> ![i](http://a/b.png) [l](http://a) `c` | **b** \n# h\n\u202e www.a.org\x1b[31m ~~~ ```"
+
+
+def test_names_in_a_card_are_text(best: Checkpoint) -> None:
+    state = {
+        **best.state,
+        "sest_version": HOSTILE,
+        "cells": {"trained": [HOSTILE], "perturbations": ["c", HOSTILE, "h|"]},
+    }
+    state["encoder"] = {**state["encoder"], "name": HOSTILE, "licence": HOSTILE}
+    state["features"] = {**state["features"], "source": HOSTILE}
+    text = card_of(dataclasses.replace(best, state=state), "lab/head")
+    assert "\x1b" not in text and "\u202e" not in text
+    body = text.split("---\n", 2)[2]
+    html = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)
+    assert not re.search(r"<(script|img|a|em|strong|s)\b", html) and html.count("<table>") == 1  # that of scores
+    assert re.findall(r"<h1>(.*)</h1>", html) == ["head"]
+    assert html.count("&lt;script&gt;x&lt;/script&gt; ![i](http://a/b.png) [l](http://a) `c` | **b** \\n# h") >= 5
+    bash = next(block for block in re.findall(r"<code[^>]*>(.*?)</code>", html, re.DOTALL) if "sest predict" in block)
+    assert len(shlex.split(unescape(bash))) > 20 and HOSTILE.split("\n")[0] in unescape(bash)
