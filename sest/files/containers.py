@@ -15,7 +15,7 @@ from sest.errors import InputError, nearest_file, one_line, shown
 from sest.files import formats
 from sest.files.nodes import DAMAGE, Group, attribute, bad, child, is_array
 from sest.files.remote import RemoteFile, UrlPath, check_url, reason
-from sest.untrusted.probe import check_structure
+from sest.untrusted.probe import check_bytes, check_structure
 
 CHUNK_CACHE = 2**25  # bytes of decompressed chunks HDF5 keeps for each dataset
 SUFFIXES = (".h5ad", ".h5", ".h5mu", ".zarr", ".zarr.zip")  # by which a folder's files are found
@@ -109,6 +109,7 @@ def _remote_hdf5(path: UrlPath) -> tuple[Group, Close]:
         head = raw.read(len(formats.HDF5)) or b""
         if head != formats.HDF5:
             raise InputError(f"{path} is not an .h5ad file (not HDF5): it begins with {head!r}.")
+        check_bytes(str(path), raw)
         raw.seek(0)
         file = h5py.File(raw, "r", rdcc_nbytes=CHUNK_CACHE)
     except InputError:
