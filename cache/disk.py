@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -75,10 +75,15 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it; the caller flushes the folder, once for many files."""
+    """Write a file aside and rename it, or leave nothing; the caller flushes the folder, once for many files."""
     aside = path.with_name(path.name + PARTIAL)
-    write_flushed(aside, data)
-    os.replace(aside, path)
+    try:
+        write_flushed(aside, data)
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -99,14 +104,15 @@ def file_aside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_aside(folder: Path) -> Iterator[Path]:
+def folder_aside(folder: Path, *, parents: bool = False) -> Iterator[Path]:
     """An empty folder to write files in with `write_flushed`. It becomes `folder` at the end of the block, or goes.
 
-    An older folder is replaced. A kill between the two renames leaves it as `.<name>.old`.
+    Folders above it that are not there are made with `parents`. An older folder is replaced. A kill between the two
+    renames leaves it as `.<name>.old`.
     """
     aside = folder.with_name(f".{folder.name}{NEW}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside.mkdir(parents=parents)
     try:
         yield aside
         name_folder(aside, folder)

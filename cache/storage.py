@@ -235,9 +235,9 @@ class LocalStorage:
 
     def write(self, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
-            path = self.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, data)
+            for folder in reversed(self._parents(name)[:-1]):  # never the cache's own, which somebody may have deleted
+                folder.mkdir(exist_ok=True)
+            write_aside(self.root / name, data)
         for folder in sorted({parent for name in files for parent in self._parents(name)}):
             flush(folder)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -205,10 +205,10 @@ class CacheWriter:
 
     def _promise(self, files: Files, **about: Any) -> None:
         """Make files durable, then journal them; `about` goes into each line (rows, entries)."""
-        self._require()
-        self.storage.write(files)
         lines = [{"file": name, "size": len(data), "sha256": sha256(data), **about} for name, data in files.items()]
-        self.storage.append(self._journal, b"".join(map(journal.line_of, lines)))
+        with self._there():
+            self.storage.write(files)
+            self.storage.append(self._journal, b"".join(map(journal.line_of, lines)))
         self._entries.update({line["file"]: line for line in lines})
 
     def _require(self) -> None:
@@ -217,6 +217,16 @@ class CacheWriter:
             raise CacheError(
                 f"{self.storage} was deleted or moved while it was written. Nothing more is written there."
             )
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        """Around writes: see `_require`, which holds before and, where a folder is missing, at that moment."""
+        self._require()
+        try:
+            yield
+        except FileNotFoundError:
+            self._require()
+            raise
 
     def _promise_ready(self, marker: str, files: Files) -> None:
         """Promise the files of a group; its own metadata last, which says that the group is there whole."""
@@ -288,10 +298,10 @@ class CacheWriter:
             start: number of the first row.
             rows: (n, width).
         """
-        self._require()
         stream = io.BytesIO()
         np.save(stream, rows)
-        self.storage.write({f"{schema.SPOOL}/{name}/{start:012d}.npy": stream.getvalue()})
+        with self._there():
+            self.storage.write({f"{schema.SPOOL}/{name}/{start:012d}.npy": stream.getvalue()})
 
     def spooled_rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of every block spooled under `name`, in order, up to one that cannot be read."""
@@ -320,14 +330,14 @@ class CacheWriter:
                 self._finish()
 
     def _finish(self) -> None:
-        self._require()
-        self.storage.remove_folder(schema.SPOOL)
-        self.storage.sweep()
-        root = self.storage.read(schema.ROOT)
-        self._entries[schema.ROOT] = {"file": schema.ROOT, "size": len(root), "sha256": sha256(root)}
-        self.storage.write({schema.JOURNAL: journal.merged(self._entries)})
-        self.storage.write({schema.COMPLETE: journal.complete_line(self._entries)})
-        self.storage.remove(name for name in journal.journals(self.storage.here()) if name != schema.JOURNAL)
+        with self._there():
+            self.storage.remove_folder(schema.SPOOL)
+            self.storage.sweep()
+            root = self.storage.read(schema.ROOT)
+            self._entries[schema.ROOT] = {"file": schema.ROOT, "size": len(root), "sha256": sha256(root)}
+            self.storage.write({schema.JOURNAL: journal.merged(self._entries)})
+            self.storage.write({schema.COMPLETE: journal.complete_line(self._entries)})
+            self.storage.remove(name for name in journal.journals(self.storage.here()) if name != schema.JOURNAL)
 
 
 def refuse_foreign(storage: Storage) -> None:

@@ -84,7 +84,7 @@ def _suite(predicted: Path, real: Path, suite: str, out: Path, force: bool, conf
     if suite not in SUITES:
         raise InputError(f"--suite is {suite!r}; it takes one of: {', '.join(SUITES)}.{nearest(suite, SUITES)}")
     check_output(out, inputs=[predicted, real], force=force, made=MADE)
-    with ConsoleProgress(), folder_aside(out.resolve()) as aside:
+    with ConsoleProgress(), folder_aside(out.resolve(), parents=True) as aside:
         results = score_suite(predicted, real, suite, aside, config)
     for result in results:
         show_summary(result.own.summary, f"context {result.context}: {predicted.name} against {real.name}")

@@ -34,7 +34,8 @@ def info(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="read every file and compare its sha256 (caches, runs, checkpoints) [default: off]"
+            "--verify",
+            help="read every file and compare its sha256 (caches, runs, checkpoints, predictions) [default: off]",
         ),
     ] = False,
     splits: Annotated[

@@ -22,6 +22,7 @@ from sest.files.cell_file import CellFile
 from sest.files.containers import SUFFIXES
 from sest.files.formats import is_zarr, of_folder
 from sest.files.remote import located
+from sest.files.write_h5ad import as_written
 from sest.hub import fetched, repository_of
 from sest.runs.curves import read_lines
 
@@ -51,7 +52,7 @@ def describe(
     Args:
         path: a cache (also its URL), a run, a checkpoint (also hf://owner/name), an encoder folder, a file of cells, a
             splits TOML or a file of perturbation features.
-        verify: read every file of a cache or a checkpoint and compare its sha256.
+        verify: read every file of a cache or a checkpoint, or a prediction, and compare its checksum.
         splits: of a cache: also count its cells as this TOML divides them ("splits", one entry a table row, and
             "split_notes").
         columns: of a file of cells: how its labels are to be read, and its layer.
@@ -75,7 +76,7 @@ def describe(
     if path.is_file() and path.suffix in FEATURES and (found := _features(path)) is not None:
         return found, []
     if is_url(path) or (path.is_file() and path.suffix not in WEIGHTS) or is_zarr(path):
-        return _finite(_cells(path, columns or EmbedConfig())), []
+        return _finite(_cells(as_written(path) if verify else path, columns or EmbedConfig())), []
     found = _run_or_checkpoint(path, verify)
     if found is None and (path.suffix in WEIGHTS or any(any(path.glob(f"*{suffix}")) for suffix in WEIGHTS)):
         found = _encoder(path)

@@ -60,7 +60,8 @@ UNSET = (
     "NUMBA_CPU_FEATURES NUMBA_CPU_NAME NUMBA_NUM_THREADS OPENBLAS_NUM_THREADS"
 ).split()
 
-MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes")  # of a log line
+# of a log line
+MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes", "crc32c")
 TENSORS = ("model.safetensors", "optimizer.safetensors", "projection.safetensors")
 COMPUTED = re.compile(  # files of a cache whose bytes come from the PCA
     r"COMPLETE|journal\.jsonl|projection/zarr\.json|projection/\w+/c/.*|cells/obsm/X_sest/c/.*"

@@ -59,7 +59,7 @@ def export_run(run: Path, out: Path, *, checkpoint: str | None = None, force: bo
         vectors = {
             n: torch.from_numpy(v.copy()) for n, v in zip(known.features.names, known.features.matrix, strict=True)
         }
-    with folder_aside(out.resolve()) as aside:
+    with folder_aside(out.resolve(), parents=True) as aside:
         (aside / WEIGHTS).parent.mkdir()
         content = {
             "state_dict": tensors,

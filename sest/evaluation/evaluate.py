@@ -55,6 +55,7 @@ from sest.evaluation.sides import (
 from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
 from sest.files.remote import located
+from sest.files.write_h5ad import as_written
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -92,8 +93,8 @@ def evaluate(
     with (
         file_of(predicted, "predicted", None) as p_path,
         file_of(real, "real", config.layer) as r_path,
-        CellFile(p_path) as p,
-        CellFile(r_path, config.layer, config.modality) as r,
+        CellFile(as_written(p_path)) as p,
+        CellFile(as_written(r_path), config.layer, config.modality) as r,
     ):
         p.path, r.path = located(p_name), located(r_name)  # what messages call them
         record = read_record(p)

@@ -62,7 +62,7 @@ class Evaluation:
             "provenance": self.provenance,
         }
         text = json.dumps(summary, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        with folder_aside(Path(folder).resolve()) as aside:
+        with folder_aside(Path(folder).resolve(), parents=True) as aside:
             write_flushed(aside / RESULTS, str(to_csv(self.table)).encode())
             write_flushed(aside / SUMMARY, text.encode())
 

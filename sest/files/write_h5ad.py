@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import google_crc32c
 import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
 
 from sest.cache.disk import file_aside
+from sest.errors import InputError
 from sest.outputs import check_output
 
 HDF5_CHUNK = 2**16  # stored values a chunk: what reading one row unpacks
@@ -25,6 +28,9 @@ ALIKE = 1 / 32  # share of bytes equal to the one before from which on packing p
 WAITING = 4  # chunks that wait to be written, at most
 SPARE = 2**23  # bytes kept free for HDF5's own tables and half-filled chunks
 STEP = 2**20  # bytes: room is taken in multiples of it, since each time takes 0.2 ms
+CHECKED_AT_ONCE = 2**22  # bytes
+SEAL_BYTES = len(b"\nsest crc32c 00000000 of 00000000000000000000\n")
+_SEALED = re.compile(rb"\nsest crc32c [0-9a-f]{8} of [0-9]{20}\n")
 A_NAME = 64  # bytes, at most, that HDF5 adds to a string
 
 
@@ -126,10 +132,43 @@ class H5adWriter:
         size = self._file.id.get_filesize()
         self._file.close()
         self._disk.truncate(size)  # give back what was reserved for nothing
+        if self._finished and e is None:
+            self._disk.seek(size)
+            self._disk.write(_seal(Path(self._disk.name), size))
+            self._disk.flush()
         assert self._finished or e is not None, "finish() was not called"
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, e, trace)
+
+
+def _seal(path: Path, n_bytes: int) -> bytes:
+    """What stands behind an HDF5 file: the CRC-32C of its bytes, as most of them have no checksum of their own.
+
+    HDF5 leaves alone what is behind its end, and drops it when it opens the file to change it.
+    """
+    crc = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while data := file.read(min(CHECKED_AT_ONCE, n_bytes - file.tell())):
+            crc.update(data)
+    return b"\nsest crc32c %08x of %020d\n" % (int.from_bytes(crc.digest(), "big"), n_bytes)
+
+
+def as_written(path: Path) -> Path:
+    """The path itself, of a file that `H5adWriter` wrote once all of it is read; others, and changed ones, pass.
+
+    Raises:
+        InputError: its checksum does not match.
+    """
+    n_bytes = path.stat().st_size - SEAL_BYTES if path.is_file() else -1
+    if n_bytes < 0:
+        return path
+    with open(path, "rb") as file:
+        file.seek(n_bytes)
+        found = file.read()
+    if _SEALED.fullmatch(found) and found != _seal(path, n_bytes):
+        raise InputError(f"{path} is damaged: it is not as sest wrote it (its CRC-32C differs). Make or copy it again.")
+    return path
 
 
 class _Packer:

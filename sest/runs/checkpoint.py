@@ -141,7 +141,8 @@ def save_checkpoint(
         model: tensors by name; None: a run without a head.
         blend: what else predicts beside it.
         optimizer, projection, features: tensors by name.
-        write: has the writing done later, of copies of everything; None: it is done here and now.
+        write: has the writing done later, of copies of everything, in a folder that is there; None: it is done here
+            and now.
 
     Raises:
         OSError: the disk is full or not writable; the older folder is still there.
@@ -152,7 +153,7 @@ def save_checkpoint(
     content, hashes = {**state, **({} if values is None else {"blend": values})}, {}
 
     def work() -> None:
-        with folder_aside(folder) as aside:
+        with folder_aside(folder, parents=write is None) as aside:
             for name in list(files):
                 data = _bytes_of(files.pop(name))
                 hashes[name] = sha256(data)
@@ -218,7 +219,7 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
 def without_optimizer(source: Checkpoint, folder: Path) -> None:
     """Make `folder` the checkpoint `source`, but for what only a resumed training needs."""
     files = {name: digest for name, digest in source.state["files"].items() if name != OPTIMIZER}
-    with folder_aside(folder) as aside:
+    with folder_aside(folder, parents=True) as aside:
         for name in files:
             _share(source.folder / name, aside / name)
         _write_state(aside, {**source.state, "files": files})

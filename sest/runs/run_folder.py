@@ -11,6 +11,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import tomli_w
 import torch
 
 from sest import __version__
-from sest.cache.disk import naming, write_durably
+from sest.cache.disk import naming, sha256, write_durably
 from sest.cache.storage import is_url
 from sest.config import RESUMABLE, TrainConfig, upgraded
 from sest.data.dataset import Dataset
@@ -36,7 +37,7 @@ from sest.runs.checkpoint import (
     resumable,
     sound_checkpoint,
 )
-from sest.runs.schema import PROVENANCE_KIND
+from sest.runs.schema import PROVENANCE_KIND, summed_line
 from sest.untrusted.plain_json import check_plain
 
 logger = logging.getLogger(__name__)
@@ -148,13 +149,19 @@ def resumed_config(run: Path, resume: str, options: dict[str, Any]) -> TrainConf
     """The configuration of a run to resume, with the options given now on top.
 
     Raises:
-        InputError: no configuration there, or an option that a resumed run cannot change (see `RESUMABLE`).
+        InputError: no configuration there, an option that a resumed run cannot change (see `RESUMABLE`), or a head of
+            the hub, which is not fetched at a file's word.
     """
     if resume == "auto" and _is_unused(run):
         return TrainConfig.from_values(options, "the command line")
     folder = run if resume == "auto" or (run / CONFIG).exists() else Path(resume).resolve().parent
     values, _ = read_run_config(folder)
     before = TrainConfig.from_values(values, str(folder / CONFIG))
+    theirs = before.init_from
+    if theirs is not None and "init_from" not in options and repository_of(theirs) and not resumable(run):
+        raise InputError(
+            f"{run} says that it starts from {theirs}; pass it yourself: --init-from {shlex.quote(theirs)}."
+        )
     if options.get("batch_size") == 0:  # auto: it was chosen when the run began
         options = {key: value for key, value in options.items() if key != "batch_size"}
     config = TrainConfig.from_values({**values, **options}, "the command line")
@@ -176,13 +183,32 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not (run / CONFIG).is_file():
         hint = what_it_is(run) if run.exists() else nearest_file(run)
         raise InputError(f"{run} is no run folder: it has no {CONFIG}.{hint}")
-    values = upgraded(read_toml(run / CONFIG))
+    read = read_toml(run / CONFIG)
+    values = upgraded(read)
     provenance = values.pop("provenance", {})
     check_plain(provenance, PROVENANCE_KIND, f"{run / CONFIG}, [provenance]")
+    splits = (run / SPLITS).read_bytes() if (run / SPLITS).is_file() else b""
+    whole = bool(splits) == ("splits" in values)  # a kill may have come between the two files
+    if (written := provenance.pop("sha256", None)) is not None and whole and written != _digest(read, splits):
+        _say_changed(run, written)
     TrainConfig.from_values(values, str(run / CONFIG))
     if "splits" in values and (run / SPLITS).exists():
         values["splits"] = str(run / SPLITS)
     return values, provenance
+
+
+def _digest(content: Mapping[str, Any], splits: bytes) -> str:
+    """The sha256 of what a config.toml says, but for this hash, and of the splits file."""
+    made = {key: value for key, value in content["provenance"].items() if key != "sha256"}
+    return sha256(json.dumps({**content, "provenance": made}, sort_keys=True, default=str).encode() + splits)
+
+
+@cache
+def _say_changed(run: Path, written: str) -> None:
+    """Once for each run: many parts of a command read it."""
+    logger.warning(
+        f"{CONFIG} or {SPLITS} of {run} is not as sest wrote it: it was edited, or is damaged. It is used as it is."
+    )
 
 
 def own_cache(run: Path, provenance: Mapping[str, Any]) -> str:
@@ -255,9 +281,11 @@ def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | No
             **({"chosen": chosen} if chosen else {}),
         }
         content = {**config.to_values(), **paths, "provenance": provenance}
+        splits = Path(config.splits).read_bytes() if config.splits else b""
+        provenance["sha256"] = _digest(content, splits)
         write_durably(run / CONFIG, tomli_w.dumps(content).encode())
-        if config.splits:
-            write_durably(run / SPLITS, Path(config.splits).read_bytes())
+        if splits:
+            write_durably(run / SPLITS, splits)
         lines = (run / METRICS).read_text().splitlines() if (run / METRICS).exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         write_durably(run / METRICS, "".join(line + "\n" for line in kept).encode())
@@ -276,20 +304,26 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut short by a kill
 
 
-def require_folder(run: Path) -> None:
-    """Refuse to go on with a run whose folder was deleted or moved, before anything is written there.
+@contextmanager
+def run_is_there(run: Path) -> Iterator[None]:
+    """Around what is written into a run folder: one that was deleted or moved is not made again.
 
     Raises:
-        TrainingFailed: it has no configuration any more.
+        TrainingFailed: it has no configuration any more, before or while something was written.
     """
+    gone = TrainingFailed(f"{run} was deleted or moved while it trained: it has no {CONFIG}. Nothing is written there.")
     if not (run / CONFIG).is_file():
-        raise TrainingFailed(
-            f"{run} was deleted or moved while it trained: it has no {CONFIG}. Nothing is written there."
-        )
+        raise gone
+    try:
+        yield
+    except FileNotFoundError as error:
+        if not (run / CONFIG).is_file():
+            raise gone from error
+        raise
 
 
 def append_metrics(path: Path, line: dict[str, Any]) -> None:
     """Add a line, to be made durable with the next checkpoint; a number that is not finite becomes null."""
     plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
     with naming(path), open(path, "a") as file:
-        file.write(json.dumps(plain, allow_nan=False) + "\n")
+        file.write(summed_line(plain))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sest.errors import InputError
+import google_crc32c
+
+from sest.errors import InputError, one_line
 from sest.untrusted.plain_json import (
     check_plain,
     flag,
@@ -34,6 +37,7 @@ LONGEST_LINE = 2**15  # bytes of a line of metrics.jsonl; those of a validation 
 MOST_BYTES, MOST_LINES = 2**28, 10**6  # of a metrics.jsonl
 MOST_NUMBERS = 500  # in a line
 _NAME = re.compile(r"[A-Za-z0-9_]{1,80}")
+_SUM = re.compile(rb'(.*), "crc32c": (\d{1,10})\}\n?', re.DOTALL)  # a line, and the checksum of what is before it
 
 _names, _figure, _sha256 = list_of(text()), number(finite=False), maybe(text())
 _weights = mapping_of(number(0, 1 + 1e-6))
@@ -139,7 +143,9 @@ STATE_KIND = record(
         "init_from": maybe(record({"name": text(), "step": whole(), "model_sha256": text()})),
     },
 )
-PROVENANCE_KIND = record({}, {"cache": text(), "sest_version": text(), "torch_version": text(), "resumed_from": text()})
+PROVENANCE_KIND = record(
+    {}, {"cache": text(), "sest_version": text(), "torch_version": text(), "resumed_from": text(), "sha256": text()}
+)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -168,21 +174,32 @@ def read_state(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def summed_line(values: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl, which ends with the CRC-32C of all before it."""
+    text = json.dumps(values, allow_nan=False)[:-1]
+    return f'{text}, "crc32c": {google_crc32c.value(text.encode())}}}\n'
+
+
 def checked_line(line: bytes, where: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None for one that a kill cut short.
 
     Raises:
-        InputError: it says what no line says; `where` it stands.
+        InputError: it is not as it was written, or says what no line says; `where` it stands.
     """
+    summed = _SUM.fullmatch(line)
+    if summed is not None and google_crc32c.value(summed[1]) != int(summed[2]):
+        raise InputError(f"{where}: it is damaged, not as it was written (its CRC-32C differs). Delete that line.")
     try:
         found = json.loads(line)
     except RecursionError as error:
         raise InputError(f"{where}: its brackets are nested too deeply.") from error
-    except ValueError:
+    except ValueError as error:
+        if line.endswith(b"\n"):
+            raise InputError(f"{where}: it is damaged, no JSON ({one_line(error)}). Delete that line.") from error
         return None
     check_plain(found, record({"step": whole()}, {"limited_by": text("compute", "memory", "launches")}), where)
     if len(found) > MOST_NUMBERS or not all(map(_NAME.fullmatch, found)):
         raise InputError(f"{where}: it has names that no line of metrics has.")
     numbers = {name: value for name, value in found.items() if name != "limited_by"}
     check_plain(numbers, mapping_of(maybe(_figure)), where)
-    return dict(found)
+    return {name: value for name, value in found.items() if name != "crc32c"}

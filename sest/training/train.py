@@ -27,7 +27,7 @@ from sest.machine.team import join_team
 from sest.options import seconds_of
 from sest.progress import STEPS
 from sest.runs.checkpoint import LAST
-from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run, require_folder
+from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run, run_is_there
 from sest.runs.sinks import open_sinks
 from sest.training.blend import say_blend
 from sest.training.prepare import prepare
@@ -103,8 +103,8 @@ def train(
 
         def log(line: Line) -> None:
             if sinks is not None:
-                require_folder(run)
-                append_metrics(run / METRICS, line)
+                with run_is_there(run):
+                    append_metrics(run / METRICS, line)
                 sinks(line)
                 if on_log is not None:
                     on_log(line)

@@ -44,7 +44,7 @@ from sest.runs.checkpoint import (
 from sest.runs.curves import best_of
 from sest.runs.kept import check_disk, delete_older
 from sest.runs.known import CELLS, cells_to_keep, features_to_keep
-from sest.runs.run_folder import METRICS, require_folder
+from sest.runs.run_folder import METRICS, run_is_there
 from sest.training.blend import blend_of
 from sest.training.identity import projection_to_keep
 from sest.training.limit import Limit
@@ -339,11 +339,11 @@ class Trainer:
         step = self.state.step
 
         def write() -> None:
-            require_folder(self.run)
-            flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
-            work()
-            if self.config.keep_last:
-                delete_older(self.run, step, self.config.keep_last)
+            with run_is_there(self.run):
+                flush(self.run / METRICS)  # lines up to this step are not written again by a run resumed from here
+                work()
+                if self.config.keep_last:
+                    delete_older(self.run, step, self.config.keep_last)
 
         self.saves.do(write)
 

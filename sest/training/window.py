@@ -14,7 +14,7 @@ from sest.machine.memory import used_bytes
 from sest.training.limit import Limit
 
 # what differs between two runs that take the same steps
-MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes")
+MEASURED = ("it_per_s", "data_wait", "device_wait", "limit_it_per_s", "limited_by", "memory_bytes", "crc32c")
 
 
 WINDOW = "window"  # in a checkpoint's state.json: what `Window.to_values` gives

@@ -20,6 +20,7 @@ import zarr
 
 from helpers.caches import reseal, small_screen, write_cache
 from helpers.configs import small_config
+from helpers.damage import KINDS, damage, files_of
 from sest.cache import CacheError, open_cache, schema
 from sest.data.labels import read_embeddings, read_labels
 from sest.data.targets import read_targets
@@ -28,7 +29,6 @@ from sest.training.train import train
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("bit", "cut", "empty", "missing")
 ATTEMPTS = 1000  # of each of the two sweeps, in `make faults`
 
 
@@ -66,21 +66,6 @@ def content(path: Path) -> dict[str, Any]:
     for name, group in cache.groups.items():
         found[name] = group.to_anndata().obs.to_csv(), group.genes, group.embeddings(), group.attributes
     return found
-
-
-def files_of(path: Path) -> list[Path]:
-    return [file for file in sorted(path.rglob("*")) if file.is_file()]
-
-
-def damage(file: Path, kind: str, rng: np.random.Generator) -> None:
-    data = bytearray(file.read_bytes())
-    if kind == "missing":
-        file.unlink()
-        return
-    if kind == "bit":
-        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    length = {"bit": len(data), "cut": int(rng.integers(1, len(data))), "empty": 0}[kind]
-    file.write_bytes(data[:length])
 
 
 def forge(file: Path, rng: np.random.Generator) -> None:

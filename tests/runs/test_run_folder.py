@@ -18,6 +18,7 @@ from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
 from sest.runs.checkpoint import BEST, LAST, open_checkpoint, save_checkpoint, step_folder
+from sest.runs.curves import read_lines
 from sest.runs.run_folder import CONFIG, METRICS, SPLITS, config_of, read_run_config, resumed_config
 from sest.runs.schema import MODEL, OPTIMIZER, STATE
 from sest.training.train import train
@@ -237,3 +238,41 @@ def test_a_run_from_before_val_contexts_goes_on_with_the_split_it_had(cache: Pat
         assert (run / LAST / name).read_bytes() == (whole / LAST / name).read_bytes()
     assert metrics(run) == metrics(whole)
     assert read_run_config(run)[0]["val_contexts"] == "all"
+
+
+def test_a_head_of_the_hub_is_not_fetched_at_the_word_of_a_run(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / CONFIG).write_text(f'init_from = "hf://lab/head"\n{(whole / CONFIG).read_text()}')
+    with pytest.raises(
+        InputError, match=r"says that it starts from hf://lab/head; pass it yourself: --init-from hf://"
+    ):
+        resumed_config(run, "auto", {})
+    assert resumed_config(run, "auto", {"init_from": "hf://lab/head"}).init_from == "hf://lab/head"
+
+
+def test_an_edited_configuration_or_splits_file_is_said_once(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = read_run_config(run)
+    assert not caplog.messages and "sha256" not in before[1]
+    text = (run / CONFIG).read_text()
+    assert "lr = 0.001" in text
+    (run / CONFIG).write_text(text.replace("lr = 0.001", "lr = 0.003"))
+    assert read_run_config(run)[0]["lr"] == 0.003 == read_run_config(run)[0]["lr"]
+    assert [message for message in caplog.messages if "is not as sest wrote it" in message] == caplog.messages
+    assert len(caplog.messages) == 1 and str(run) in caplog.messages[0]
+
+
+def test_a_line_of_metrics_that_is_not_as_it_was_written_is_refused(whole: Path, tmp_path: Path) -> None:
+    data = (whole / METRICS).read_bytes()
+    lines = read_lines(whole / METRICS)
+    assert lines and all("crc32c" not in line for line in lines)
+    (tmp_path / METRICS).write_bytes(data + data.splitlines()[-1][:-9])  # a kill
+    assert read_lines(tmp_path / METRICS) == lines
+    at = data.index(b'"loss": ') + len(b'"loss": ')
+    (tmp_path / METRICS).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 1: it is damaged, not as it was written"):
+        read_lines(tmp_path / METRICS)
