@@ -1,10 +1,12 @@
 # A fresh machine needs Python >= 3.11, make and a C compiler. Everything else goes into .venv at the versions of constraints.txt.
-# Variables: PYTHON (python3), VENV (.venv), WORKERS (test processes; 0: none), PYTEST_ARGS. pip's own variables
-# (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) choose where it looks, for a CPU build of torch say.
+# Variables: PYTHON (python3), VENV (.venv), WORKERS (test processes; 0: none), PYTEST_ARGS, SECONDS and SEED of fuzz.
+# pip's own (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) choose where it looks, for a CPU build of torch say.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 PYTEST_ARGS ?=
+SECONDS ?= 120
+SEED ?= 0
 
 BIN := $(VENV)/bin
 SOURCES := sest cli cache tests benchmarks
@@ -15,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit newest faults docs dist format hooks clean distclean
+.PHONY: help demo test lint types unit newest faults fuzz docs dist format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +46,9 @@ newest: ## the tests with the newest versions that pip finds, and Triton's inter
 
 faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-test ## files of every kind with random damage: make fuzz SECONDS=600 SEED=1
+	PYTHONPATH=tests $(BIN)/python -m helpers.fuzzing --seconds $(SECONDS) --seed $(SEED)
 
 docs: $(VENV)/.installed-docs ## the documentation as a website, into build/docs
 	$(BIN)/zensical build --strict

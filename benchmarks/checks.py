@@ -3,6 +3,8 @@
     opening    `sest.open_cache` of a cache of many cells with few values each; of it, the sha256 of all small files
     loading    `read_targets`, as `sest train` does; of it, looking at gene numbers and values
     embedding  `sest embed --encoder pca`, the fastest encoder; of it, looking whether the cache is still there
+    writing    an .h5ad as `sest predict` writes it; of it, the checksum behind the file
+    evaluating `sest evaluate` of that file against itself; of it, that checksum, twice
 
 The cells are made up. Every time is the shortest of a few runs; the share of the checks is taken in that run.
 
@@ -28,6 +30,7 @@ import sest
 from sest.cache import CacheWriter, journal, reader
 from sest.cache.layout import GroupPlan
 from sest.data.targets import read_targets
+from sest.files import write_h5ad
 
 
 def many_cells(folder: Path, n_cells: int, n_genes: int) -> Path:
@@ -110,15 +113,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="checks-") as name:
         work = Path(name)
         many = many_cells(work / "many.zarr", options.cells, options.genes)
-        cells = sest.simulate(
-            work / "cells.h5ad",
-            n_genes=options.genes,
-            n_perturbations=20,
-            n_cells_per_perturbation=options.embedded // 50,
-            n_controls=options.embedded // 20,
-            expressed_genes=options.genes // 5,
-            umi_per_cell=options.genes * 4 // 5,
-        )
+        cells = work / "cells.h5ad"
+
+        def simulate() -> None:
+            sest.simulate(
+                cells,
+                n_genes=options.genes,
+                n_perturbations=20,
+                n_cells_per_perturbation=options.embedded // 50,
+                n_controls=options.embedded // 20,
+                expressed_genes=options.genes // 5,
+                umi_per_cell=options.genes * 4 // 5,
+            )
+
+        writing = measure("writing", simulate, 1, (write_h5ad, "_seal"))
         numbers = iter(range(options.repeats))
 
         def embed() -> None:
@@ -134,6 +142,8 @@ def main() -> None:
                 (reader, "wrong_genes"),
                 (reader, "wrong_values"),
             ),
+            writing,
+            measure("evaluating", lambda: sest.evaluate(cells, cells), options.repeats, (write_h5ad, "_seal")),
         ]
         n_values = sum(group.n_values for group in sest.open_cache(work / "0.zarr").groups.values())
     print(f"sest {version('sest')}, {os.cpu_count()} cores; {options.cells:,} cells opened, {n_values:,} values loaded")

@@ -1,175 +1,181 @@
 """`sest embed` killed, or out of disk, at any moment: the same command then ends with the cache it would have made.
 
-The sweep runs in a process of its own (this file as a script), which has imported everything and never used Zarr, and
-so can fork: every run is a child that really dies of SIGKILL before its k-th file operation.
+What a kill leaves behind changes with calls of the C library alone; these are counted, and each run dies at one.
 """
 
 from __future__ import annotations
 
 import errno
-import os
+import logging
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the helpers, when run as a script
-import sest.embedding.embed
-import sest.embedding.plan
-import sest.embedding.rows
 from helpers.caches import hashes
+from helpers.forked import NOTHING, Command, Ended, Fault, Forked
 from helpers.h5ad_files import counts, gene_names, write_cells
 from helpers.se_model import write_se
 from sest.cache import CacheError, open_cache, schema
-from sest.cache.storage import LocalStorage
-from sest.config import EmbedConfig
-from sest.se.model import StateEncoder
 
-CHANGES = ("replace", "unlink", "truncate")  # of the os module; Zarr and pathlib use them too
+logger = logging.getLogger(__name__)
 
-
-class Child:
-    """One run of `sest embed` in a forked process, which stops before its k-th file operation.
-
-    Args:
-        folder: has the input, the model and the caches.
-        way: "killed": SIGKILL; "torn": SIGKILL in the middle of the k-th write to the journal; "full": from the k-th
-            operation on, nothing can be written (ENOSPC).
-    """
-
-    def __init__(self, folder: Path, way: str = "", k: int = -1) -> None:
-        self.folder, self.way, self.k = folder, way, k
-        self.count = 0
-
-    def run(self, cache: Path) -> int:
-        """Fork, embed into `cache`; returns the exit code, negative for a signal."""
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                self._break()
-                code = self._embed(cache)
-            finally:
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def operations(self, cache: Path) -> int:
-        """How many operations (or journal writes) an uninterrupted run makes."""
-        self.run(cache)
-        return int((self.folder / "count").read_text())
-
-    def _embed(self, cache: Path) -> int:
-        # Shards of 8 cells, batches of 3, every batch spooled: all that can happen happens in a second.
-        schema.ROWS_PER_CHUNK, schema.ROWS_PER_SHARD, schema.ENTRIES_PER_CHUNK, schema.ENTRIES_PER_SHARD = 4, 8, 64, 256
-        sest.embedding.plan.SAMPLE_CELLS, sest.embedding.rows.SPOOL_SECONDS = 9, 0.0
-        config = EmbedConfig(encoder=str(self.folder / "se"), dim="4", batch_size=3, device="cpu")
-        try:
-            sest.embedding.embed.embed([self.folder / "splits.toml"], cache, config)
-            if not self.way:
-                assert open_cache(cache).verify() == []
-        except Exception as error:  # noqa: BLE001 - shown, and the exit code says so
-            if self.way == "full" and (isinstance(error, CacheError) or getattr(error, "errno", 0) == errno.ENOSPC):
-                return errno.ENOSPC
-            traceback.print_exc()
-            return 1
-        if self.k < 0:
-            (self.folder / "count").write_text(str(self.count))
-        return 0
-
-    def _break(self) -> None:
-        if self.way == "torn":
-            append = LocalStorage.append
-
-            def tearing(storage: LocalStorage, name: str, data: bytes) -> None:
-                if self._now():
-                    with open(storage.root / name, "ab") as file:
-                        file.write(data[: int(len(data) * 0.6)])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                append(storage, name, data)
-
-            LocalStorage.append = tearing  # type: ignore[method-assign, assignment]
-        elif self.way:
-            # what a kill leaves behind changes by these alone; a full disk is also noticed by fsync
-            for name in CHANGES if self.way == "killed" else (*CHANGES, "fsync"):
-                setattr(os, name, self._stopping(getattr(os, name)))
-
-    def _now(self) -> bool:
-        self.count += 1
-        return self.count > self.k >= 0
-
-    def _stopping(self, operation: Callable[..., object]) -> Callable[..., object]:
-        def stopping(*args: object, **options: object) -> object:
-            if self._now():
-                if self.way == "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return operation(*args, **options)
-
-        return stopping
+# Shards of 16 cells, batches of 5, every batch spooled: all that can happen happens in a second.
+CONSTANTS = (
+    ("sest.cache.schema", "ROWS_PER_CHUNK", 8),
+    ("sest.cache.schema", "ROWS_PER_SHARD", 16),
+    ("sest.cache.schema", "ENTRIES_PER_CHUNK", 256),
+    ("sest.cache.schema", "ENTRIES_PER_SHARD", 1024),
+    ("sest.embedding.plan", "SAMPLE_CELLS", 9),
+    ("sest.embedding.rows", "SPOOL_SECONDS", 0.0),
+    ("sest.files.containers", "check_structure", NOTHING),  # a process of its own, which takes longer than all else
+)
+DURABLE = ("rename", "fsync")
 
 
-def make_input(folder: Path) -> None:
+class Embedding:
     """Two files of one dataset and a model; the PCA to 4 is fitted on 9 cells."""
-    write_cells(folder / "a.h5ad", counts(19))
-    write_cells(folder / "b.h5ad", counts(11, seed=1))
-    write_se(folder / "se", gene_names(35))
-    (folder / "splits.toml").write_text('[datasets]\nd = "{a,b}.h5ad"\n[training]\nd = "train"\n')
 
+    def __init__(self, forked: Forked, folder: Path) -> None:
+        self.forked, self.folder = forked, folder
+        write_cells(folder / "a.h5ad", counts(19))
+        write_cells(folder / "b.h5ad", counts(11, seed=1))
+        write_se(folder / "se", gene_names(35))
+        (folder / "splits.toml").write_text('[datasets]\nd = "{a,b}.h5ad"\n[training]\nd = "train"\n')
+        ended = self.run(folder / "whole.zarr", Fault(str(folder / "whole.zarr")))
+        assert ended.code == 0, ended
+        self.whole, self.calls = hashes(folder / "whole.zarr"), ended.calls
+        assert open_cache(folder / "whole.zarr").verify() == []
 
-def sweep(folder: Path, way: str, points: int) -> None:
-    """Stop a run at `points` places (0: at every one), each time go on to the end, and compare with the whole."""
-    whole = folder / f"whole-{way}.zarr"
-    n = Child(folder, way).operations(whole)
-    expected = hashes(whole)
-    assert n > 10, n
-    for k in range(n) if not points else [int((i + 0.5) * n / points) for i in range(points)]:
-        cache = folder / f"{way}{k}.zarr"
-        code = Child(folder, way, k).run(cache)
-        assert code == (errno.ENOSPC if way == "full" else -signal.SIGKILL), (way, k, code)
-        assert Child(folder).run(cache) == 0, (way, k)
+    def command(self, cache: Path, fault: Fault | None = None, *more: object, **options: Any) -> Command:
+        words = ("embed", self.folder / "splits.toml", "--encoder", self.folder / "se", "--cache", cache)
+        settings = ("--dim", 4, "--batch-size", 5, "--device", "cpu")
+        return Command([str(w) for w in (*words, *settings, *more)], fault=fault, constants=CONSTANTS, **options)
+
+    def run(self, cache: Path, fault: Fault | None = None, *more: object) -> Ended:
+        return self.forked.together([self.command(cache, fault, *more)])[0]
+
+    def calls_of(self, *kinds: str) -> int:
+        """How often an uninterrupted run makes calls of these kinds."""
+        cache = self.folder / "counted.zarr"
+        calls = self.run(cache, Fault(str(cache), kinds)).calls
+        subprocess.run(["rm", "-r", str(cache)], check=True)
+        return calls
+
+    def stop_and_repeat(self, how: str, at: int, kinds: tuple[str, ...] = Fault.kinds) -> None:
+        """Stop a run at its `at`-th call, repeat it, and compare with the whole."""
+        cache = self.folder / f"{how}-{at}.zarr"
+        ended = self.run(cache, Fault(str(cache), kinds, at, how, errno.ENOSPC))
+        if how in ("kill", "tear"):
+            assert ended.code == -signal.SIGKILL, (at, ended)
+        else:
+            assert ended.code in (0, 2) and "Traceback" not in ended.err, (at, ended)
+            last = ended.err.splitlines()[-1]
+            assert ended.code == 0 or last.startswith(("Error: No space left on device: /", "Error: Cannot write")), (
+                last
+            )
+        self.repeat(cache, (how, at))
+
+    def repeat(self, cache: Path, what: object) -> None:
+        ended = self.run(cache)
+        assert ended.code == 0, (what, ended)
         found = hashes(cache)
-        assert found == expected, (way, k, sorted(set(found.items()) ^ set(expected.items())))
+        assert found == self.whole, (what, sorted(set(found.items()) ^ set(self.whole.items())))
         subprocess.run(["rm", "-r", str(cache)], check=True)
 
 
-def chain(folder: Path, seed: int) -> None:
-    """Kill one run again and again, each time before it can do all of the work, until it ends by itself."""
-    whole, cache = folder / f"whole-chain{seed}.zarr", folder / f"chain{seed}.zarr"
-    n, rng, kills = Child(folder, "killed").operations(whole), np.random.default_rng(seed), 0
-    while (code := Child(folder, "killed", int(rng.integers(n // 3, n // 2))).run(cache)) == -signal.SIGKILL:
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedding]:
+    folder = tmp_path_factory.mktemp("embedding")
+    with Forked(folder / "server") as forked:
+        yield Embedding(forked, folder)
+
+
+def places(n: int, calls: int) -> list[int]:
+    """`n` numbers of calls, from the first to the last."""
+    return sorted({1 + round(i * (calls - 1) / max(n - 1, 1)) for i in range(n)})
+
+
+def test_a_stopped_run_ends_with_the_same_cache_when_repeated(embedding: Embedding) -> None:
+    n = embedding.calls
+    for how, at in (("kill", n // 2), ("kill", n - 2), ("fail on", n // 3)):
+        embedding.stop_and_repeat(how, at)
+    embedding.stop_and_repeat("tear", embedding.calls_of("write") // 2, ("write",))
+
+
+@pytest.mark.full
+def test_a_run_killed_at_any_call_ends_with_the_same_cache_when_repeated(embedding: Embedding) -> None:
+    for at in places(60, embedding.calls):
+        embedding.stop_and_repeat("kill", at)
+
+
+@pytest.mark.full
+def test_a_run_killed_at_any_rename_or_fsync_ends_with_the_same_cache_when_repeated(embedding: Embedding) -> None:
+    n = embedding.calls_of(*DURABLE)
+    logger.info(f"{n} renames and fsyncs")  # shown with --log-cli-level=INFO
+    for at in range(1, n + 1):
+        embedding.stop_and_repeat("kill", at, DURABLE)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["tear", "fail", "fail on"])
+def test_a_run_whose_disk_fails_ends_with_the_same_cache_when_repeated(embedding: Embedding, how: str) -> None:
+    kinds = ("write",) if how == "tear" else Fault.kinds
+    for at in places(20, embedding.calls_of(*kinds)):
+        embedding.stop_and_repeat(how, at, kinds)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_again_and_again_ends_with_the_same_cache(embedding: Embedding, seed: int) -> None:
+    """Each time before it can do all of the work, until it ends by itself."""
+    rng, cache, kills = np.random.default_rng(seed), embedding.folder / f"chain-{seed}.zarr", 0
+    while True:
+        at = int(rng.integers(embedding.calls // 4, embedding.calls // 2))
+        if embedding.run(cache, Fault(str(cache), at=at, how="kill")).code == 0:
+            break
         kills += 1
-        assert kills < 200
-    assert code == 0 and kills, (code, kills)
-    assert Child(folder).run(cache) == 0 and hashes(cache) == hashes(whole)
+        assert kills < 100
+    assert kills
+    embedding.repeat(cache, seed)
 
 
-def in_a_process(folder: Path, *plan: str) -> None:
-    """Run this file as a script. Each word of the plan: a way and how many points of it, or "chain" and a seed."""
-    make_input(folder)
-    done = subprocess.run([sys.executable, __file__, str(folder), *plan], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def two_ranks(embedding: Embedding, cache: Path, killed: int | None = None, at: int = 0) -> list[Ended]:
+    """Embed by two processes, of which one may be killed."""
+    commands = []
+    for rank in range(2):
+        fault = Fault(str(cache), at=at, how="kill") if rank == killed else None
+        commands.append(embedding.command(cache, fault, "--rank", rank, "--world-size", 2))
+    return embedding.forked.together(commands, seconds=90)
 
 
-def test_a_stopped_run_ends_with_the_same_cache_when_repeated(tmp_path: Path) -> None:
-    in_a_process(tmp_path, "killed:4", "torn:1", "full:1")
+def kill_one_of_two(embedding: Embedding, killed: int, at: int) -> None:
+    cache = embedding.folder / f"ranks-{killed}-{at}.zarr"
+    ended = two_ranks(embedding, cache, killed, at)
+    other = ended[1 - killed]
+    assert other.code in (0, 2) and other.seconds < 60 and "Traceback" not in other.err, (killed, at, other)
+    if other.code:
+        assert f"Rank {killed} has ended before its part" in other.err.splitlines()[-1], (killed, at, other)
+    two = two_ranks(embedding, cache)
+    assert [one.code for one in two] == [0, 0], two
+    embedding.repeat(cache, (killed, at))  # nothing is left to do
+
+
+def test_one_of_two_processes_that_is_killed_ends_the_other_with_a_line(embedding: Embedding) -> None:
+    kill_one_of_two(embedding, 1, embedding.calls // 4)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("plan", ["killed:0", "torn:0", "full:100"])
-def test_a_run_stopped_at_any_operation_ends_with_the_same_cache_when_repeated(tmp_path: Path, plan: str) -> None:
-    in_a_process(tmp_path, plan)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(5))
-def test_a_run_killed_again_and_again_ends_with_the_same_cache(tmp_path: Path, seed: int) -> None:
-    in_a_process(tmp_path, f"chain:{seed}")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_of_two_processes_killed_at_any_call_costs_nothing(embedding: Embedding, killed: int) -> None:
+    for at in places(6, embedding.calls // 3):
+        kill_one_of_two(embedding, killed, at)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +203,3 @@ def test_the_command_saves_its_rows_and_exits_when_the_scheduler_asks(tmp_path: 
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     with pytest.raises(CacheError, match="unfinished"):
         open_cache(cache)
-
-
-if __name__ == "__main__":
-    assert StateEncoder.__module__ in sys.modules  # torch is imported before the first fork
-    for word in sys.argv[2:]:
-        name, number = word.split(":")
-        if name == "chain":
-            chain(Path(sys.argv[1]), int(number))
-        else:
-            sweep(Path(sys.argv[1]), name, int(number))

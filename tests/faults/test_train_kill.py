@@ -1,20 +1,22 @@
 """Training that is killed, or whose disk fails, at any operation on files: resumed, it is the uninterrupted run.
 
-OPERATIONS are all the calls by which training makes something last. Each is made to fail at its k-th use, in two ways:
-with an error of the disk, in this process, and with SIGKILL, in a child of `_kill_server` (this file run as a script:
-it imports everything once and forks, so that a kill costs little). Every run that failed is resumed until it ends.
+OPERATIONS are all the calls by which training makes something last. Each is made to fail at its k-th use in this
+process; and the command is killed at its k-th call of the C library. Every run that failed is resumed until it ends.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,15 @@ import torch
 
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
+from helpers.forked import Command, Ended, Fault, Forked
 from sest.config import TrainConfig
 from sest.head.model import HeadSizes, new_model
+from sest.runs.run_folder import CONFIG
 from sest.training.train import train
 from sest.training.window import MEASURED
 
-TESTS = Path(__file__).resolve().parent.parent
+logger = logging.getLogger(__name__)
+
 OPERATIONS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir")
 FATAL = ("fsync", "rename", "replace", "mkdir")  # others are lived with: files are copied, or left where they are
 
@@ -38,6 +43,12 @@ FATAL = ("fsync", "rename", "replace", "mkdir")  # others are lived with: files 
 def config() -> TrainConfig:
     """6 steps; at 2, 4 and 6 a validation (each the best so far) and a kept checkpoint; last/ at the end."""
     return small_config(max_steps=6, checkpoint_every=2, val_every=2, log_every=2)
+
+
+def write_config(path: Path) -> None:
+    """`config`, for the command."""
+    values = {k: v for k, v in config().to_values().items() if v != getattr(TrainConfig(), k)}
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -76,10 +87,6 @@ def failing_at(k: int, original: Callable[..., Any], fail: Callable[[], None]) -
 
 def disk_full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def kill_itself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -187,53 +194,110 @@ def test_a_disk_that_fails_at_any_operation_costs_nothing(
 # ---- SIGKILL
 
 
-def _kill_server(store: Path, runs: Path, jobs: list[tuple[str, int]]) -> None:
-    """For each (operation, k): train in a child that kills itself there, then in another one."""
-    warm_up()
-    for operation, k in jobs:
-        run = runs / f"{operation}-{k}"
-        assert _child(store, run, operation, k), f"{operation} is not used {k} times"
-        assert not _child(store, run, None, 0)
+class Training:
+    """`sest train` in a process that can be killed at any of its calls."""
+
+    def __init__(self, forked: Forked, store: Path, folder: Path) -> None:
+        self.forked, self.store, self.folder = forked, store, folder
+        write_config(folder / "config.toml")
+
+    def command(self, run: Path, fault: Fault | None, *more: object, **options: Any) -> Command:
+        begun = (run / CONFIG).exists()
+        start = ("--resume", "auto") if begun else ("--config", self.folder / "config.toml", *more)
+        return Command([str(w) for w in ("train", self.store, "--run", run, *start)], fault=fault, **options)
+
+    def team(self, run: Path, killed: int | None = None, fault: Fault | None = None) -> list[Ended]:
+        """Train with two processes, of which one may be killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torchrun = {"TORCHELASTIC_RUN_ID": "t", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        more = ("--batch-size", 2)
+        return self.forked.together(
+            [
+                self.command(
+                    run,
+                    fault if rank == killed else None,
+                    *more,
+                    environment={**torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+                for rank in range(2)
+            ],
+            seconds=90,
+        )
+
+    def calls(self, *kinds: str) -> int:
+        """How often an uninterrupted run makes calls of these kinds."""
+        run = self.folder / f"counted-{'-'.join(kinds)}"
+        ended = self.forked.together([self.command(run, Fault(str(run), kinds))])[0]
+        assert ended.code == 0, ended
+        return ended.calls
+
+    def kill_and_resume(self, whole: dict[str, bytes], how: str, at: int, kinds: tuple[str, ...]) -> None:
+        run = self.folder / f"{how}-{at}-{len(kinds)}"
+        ended = self.forked.together([self.command(run, Fault(str(run), kinds, at, how))])[0]
+        assert ended.code == -signal.SIGKILL, (at, ended)
+        ended = self.forked.together([self.command(run, None)])[0]
+        assert ended.code == 0, (at, ended)
+        assert content(run) == whole, (how, at)
+        shutil.rmtree(run)
 
 
-def _child(store: Path, run: Path, operation: str | None, k: int) -> bool:
-    """Train in a forked child; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        if operation is not None:
-            setattr(os, operation, failing_at(k, getattr(os, operation), kill_itself))
-        train(store, run, config(), resume="auto")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    ended_well = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
-    assert ended_well or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL), status
-    return not ended_well
+@pytest.fixture(scope="module")
+def training(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    folder = tmp_path_factory.mktemp("training")
+    with Forked(folder / "server") as forked:
+        yield Training(forked, store, folder)
 
 
-def kill_at(store: Path, runs: Path, whole: dict[str, bytes], jobs: list[tuple[str, int]]) -> None:
-    arguments = [sys.executable, "-W", "error", __file__, str(store), str(runs), json.dumps(jobs)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
-    }  # also of the sest beside
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    for operation, k in jobs:
-        assert content(runs / f"{operation}-{k}") == whole, (operation, k)
-
-
-def test_a_run_killed_at_some_rename_or_fsync_and_resumed_is_the_uninterrupted_run(
-    store: Path, whole: dict[str, bytes], tmp_path: Path
+def test_a_run_killed_at_some_rename_fsync_or_write_and_resumed_is_the_uninterrupted_run(
+    training: Training, whole: dict[str, bytes]
 ) -> None:
-    kill_at(store, tmp_path, whole, [("rename", 3), ("rename", 5), ("rename", 8), ("fsync", 17), ("unlink", 2)])
+    for how, at, kinds in (
+        ("kill", 9, ("rename",)),
+        ("kill", 31, ("fsync",)),
+        ("tear", 12, ("write",)),
+    ):
+        training.kill_and_resume(whole, how, at, kinds)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_run_killed_at_any_operation_and_resumed_is_the_uninterrupted_run(
-    store: Path, whole: dict[str, bytes], uses: dict[str, int], tmp_path: Path, operation: str
+def test_a_run_killed_at_any_call_and_resumed_is_the_uninterrupted_run(
+    training: Training, whole: dict[str, bytes]
 ) -> None:
-    kill_at(store, tmp_path, whole, [(operation, k) for k in range(1, uses[operation] + 1)])
+    """Also inside checkpoints, which most of the calls write."""
+    n = training.calls(*Fault.kinds)
+    logger.info(f"{n} calls")  # shown with --log-cli-level=INFO
+    for at in range(1, n + 1):
+        training.kill_and_resume(whole, "kill", at, Fault.kinds)
+
+
+@pytest.mark.full
+def test_a_run_killed_in_the_middle_of_any_write_and_resumed_is_the_uninterrupted_run(
+    training: Training, whole: dict[str, bytes]
+) -> None:
+    n = training.calls("write")
+    for at in range(1, n + 1):
+        training.kill_and_resume(whole, "tear", at, ("write",))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_of_two_processes_killed_ends_the_other_and_the_team_resumes(training: Training, killed: int) -> None:
+    run = training.folder / f"team-{killed}"
+    assert [ended.code for ended in training.team(run)] == [0, 0]
+    whole = content(run)
+    for at in (5, 40, 70, 100, 130) if killed == 0 else (1, 20):
+        run = training.folder / f"team-{killed}-{at}"
+        # only the first process writes; the other one is killed while it reads
+        below = str(run) if killed == 0 else str(training.store)
+        kinds = Fault.kinds if killed == 0 else ("open",)
+        ended = training.team(run, killed, Fault(below, kinds, at, "kill"))
+        other = ended[1 - killed]
+        assert ended[killed].code == -signal.SIGKILL, ended
+        assert other.code != 0 and other.seconds < 60 and "Traceback" not in other.err, (at, other)
+        assert [ended.code for ended in training.team(run)] == [0, 0], at
+        assert content(run) == whole, at
 
 
 @pytest.mark.full
@@ -243,8 +307,7 @@ def test_the_command_stopped_at_any_moment_and_resumed_is_the_uninterrupted_run(
 ) -> None:
     """`sest train` as a user starts it, signalled after 0, 0.3, 0.6 ... s of training until it ends by itself."""
     run = tmp_path / "run"
-    values = {k: v for k, v in config().to_values().items() if v != getattr(TrainConfig(), k)}
-    (tmp_path / "config.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    write_config(tmp_path / "config.toml")
     command = [sys.executable, "-m", "sest", "train", str(store), "--run", str(run)]
     first = [*command, "--config", str(tmp_path / "config.toml")]
     stops = 0
@@ -268,7 +331,3 @@ def test_the_command_stopped_at_any_moment_and_resumed_is_the_uninterrupted_run(
         stops += 1
     assert stops >= 1
     assert content(run) == whole
-
-
-if __name__ == "__main__":
-    _kill_server(Path(sys.argv[1]), Path(sys.argv[2]), [(name, k) for name, k in json.loads(sys.argv[3])])
