@@ -37,6 +37,7 @@ CONSTANTS = (
     ("sest.files.containers", "check_structure", NOTHING),  # a process of its own, which takes longer than all else
 )
 DURABLE = ("rename", "fsync")
+PARTS = 8  # of a sweep: none takes minutes
 
 
 class Embedding:
@@ -116,10 +117,13 @@ def test_a_run_killed_at_any_call_ends_with_the_same_cache_when_repeated(embeddi
 
 
 @pytest.mark.full
-def test_a_run_killed_at_any_rename_or_fsync_ends_with_the_same_cache_when_repeated(embedding: Embedding) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_run_killed_at_any_rename_or_fsync_ends_with_the_same_cache_when_repeated(
+    embedding: Embedding, part: int
+) -> None:
     n = embedding.calls_of(*DURABLE)
     logger.info(f"{n} renames and fsyncs")  # shown with --log-cli-level=INFO
-    for at in range(1, n + 1):
+    for at in range(1 + part, n + 1, PARTS):
         embedding.stop_and_repeat("kill", at, DURABLE)
 
 
