@@ -88,9 +88,8 @@ def names_of(run: Path) -> list[str]:
 @pytest.fixture
 def predicted(demo: Demo, tmp_path: Path) -> Path:
     """Some cells of one perturbation, and the controls."""
-    return predict(demo.run, tmp_path / "predicted.h5ad", PredictConfig(cell_type="beta", n_cells=4)) and (
-        tmp_path / "predicted.h5ad"
-    )
+    predict(demo.run, tmp_path / "predicted.h5ad", PredictConfig(cell_type="beta", n_cells=4))
+    return tmp_path / "predicted.h5ad"
 
 
 def test_a_change_of_any_file_of_a_run_is_refused_or_said(demo: Demo, tmp_path: Path) -> None:

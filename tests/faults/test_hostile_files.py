@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
         yield server
 
 
-def some(names: dict[str, object]) -> list[object]:
+def some(names: Iterable[str]) -> list[object]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,7 @@ def targets(folder: Path) -> dict[str, Target]:
     vectors = {f"G{i}": torch.arange(4.0) + i for i in range(5)}
     for suffix, sound in _vector_files(vectors).items():
         place = files / f"vectors{suffix}"
-        add(suffix[1:], place, lambda place=place: read_vectors(place), sound)
+        add(suffix[1:], place, partial(read_vectors, place), sound)
     add("yaml", files / "x.yaml", lambda: read_yaml(files / "x.yaml"), b"a: [1, 2]\nb: &x {c: 1}\nd: *x\n")
     return found
 
@@ -176,7 +177,7 @@ def _vector_files(vectors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     pt, npz = io.BytesIO(), io.BytesIO()
     torch.save(dict(vectors), pt)
     arrays = {name: value.numpy() for name, value in vectors.items()}
-    np.savez_compressed(npz, **arrays)
+    np.savez_compressed(npz, **arrays)  # type: ignore[arg-type]
     rows = "".join(f"{name},{','.join(map(str, value.tolist()))}\n" for name, value in vectors.items())
     return {
         ".safetensors": safetensors.torch.save(dict(vectors)),

@@ -147,7 +147,7 @@ CELLS: dict[str, Maker] = {
     "a shape below zero": _cells(lambda file: file["X"].attrs.__setitem__("shape", np.array([-1, 31]))),
     "complex values": _put("X/data", _unwritten((8,), "c8")),
     "values that are references": _put("X/data", lambda g, last: g.create_dataset(last, (8,), h5py.ref_dtype)),
-    "values that are records": _put("X/data", _unwritten((8,), "i4,f4")),  # type: ignore[arg-type]
+    "values that are records": _put("X/data", _unwritten((8,), "i4,f4")),
     "values that are lists": _put("X/data", lambda g, last: g.create_dataset(last, (8,), h5py.vlen_dtype("f4"))),
     "a filter that nobody knows": _put("X/data", _filtered(310)),
     "a group instead of names": _put("var/_index", lambda group, last: group.create_group(last)),

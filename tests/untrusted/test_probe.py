@@ -91,6 +91,7 @@ def test_of_a_file_elsewhere_only_some_bytes_are_read_and_a_crash_is_one_line(tm
 
     class Fatal(Counted):
         def read(self, n: int | None = -1) -> bytes:
+            assert process is not None
             os.kill(process.pid, signal.SIGSEGV)
             process.wait()
             return super().read(n)
