@@ -106,21 +106,23 @@ class Group:
     @cached_property
     def target_dtype(self) -> np.dtype:
         """Of the stored targets: int16 or int32 counts, float32 log1p values."""
-        array = self._zarr["X/data"]
-        assert isinstance(array, zarr.Array)
-        return np.dtype(array.dtype)
+        return np.dtype(self._array("X/data").dtype)
 
     @cached_property
     def n_values(self) -> int:
         """How many values of the targets are stored; the array's shape says it."""
-        array = self._zarr["X/data"]
-        assert isinstance(array, zarr.Array)
-        return int(array.shape[0])
+        return int(self._array("X/data").shape[0])
 
     @cached_property
     def _zarr(self) -> zarr.Group:
         with reading(self.storage, self.path):
             return open_group(self.storage, self.path)
+
+    def _array(self, name: str) -> zarr.Array:
+        with reading(self.storage, f"{self.path}/{name}"):
+            array = self._zarr[name]
+        assert isinstance(array, zarr.Array)
+        return array
 
     def embeddings(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of obsm/X_sest: (rows, dim), float16 or float32 as stored; NaN rows were not embedded."""
@@ -162,8 +164,7 @@ class Group:
         """Entries of one array. Raises CacheError where a chunk is not what its checksum says."""
         if (shards := self._shards(name)) is not None:
             return shards.read(start, stop)
-        array = self._zarr[name]
-        assert isinstance(array, zarr.Array)
+        array = self._array(name)
         with reading(self.storage, f"{self.path}/{name}"):
             return np.asarray(array[start:stop])
 

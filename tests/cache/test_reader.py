@@ -265,3 +265,12 @@ def test_a_chunk_that_the_journal_does_not_have_is_refused(path: Path) -> None:
     (path / "a/obs/perturbation/codes/c/1").unlink()
     zarr.open_group(path / "a/obsm", mode="r+").create_array("X_umap", data=np.zeros((19, 2)))  # the user's own
     open_cache(path)
+
+
+def test_metadata_of_an_array_with_another_key_is_one_line(path: Path) -> None:
+    """Found by `make fuzz`: Zarr itself says what is wrong, when the array is opened."""
+    file = path / "a/X/data/zarr.json"
+    file.write_text(file.read_text().replace('"separator"', '"separqtor"'))
+    with pytest.raises(CacheError, match=r"a/X/data cannot be read \(.*separqtor") as refused:
+        _ = open_cache(reseal(path)).groups["a"].target_dtype
+    assert "\n" not in str(refused.value)
