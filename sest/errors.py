@@ -66,9 +66,12 @@ def what_it_is(path: str | os.PathLike[str]) -> str:
     return ""
 
 
+LONGEST = 200  # characters of a name in an error line
+
+
 def shown(names: Iterable[str], limit: int = 8) -> str:
-    """Join names for an error line: the first `limit` of them and how many more there are."""
-    names = [str(name) for name in names]
+    """Join names for an error line: the first `limit` of them, each cut at LONGEST, and how many more there are."""
+    names = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in map(str, names)]
     if not names:
         return "(none)"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -84,3 +84,7 @@ def test_what_stands_at_a_path_instead_is_said_with_the_command_that_takes_it(tm
     assert what_it_is(tmp_path / "run") == " It is a run folder, which `sest predict` takes."
     assert what_it_is(tmp_path / "checkpoint") == " It is a checkpoint folder, which `sest predict` takes."
     assert what_it_is(tmp_path / "none") == what_it_is(tmp_path / "table.csv") == what_it_is(tmp_path / "gone") == ""
+
+
+def test_a_name_of_a_megabyte_is_cut() -> None:
+    assert shown(["x" * 10**6, "y"]) == f"{'x' * 200}..., y"

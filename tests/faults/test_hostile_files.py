@@ -18,7 +18,10 @@ QUICK = (  # in `make test`; most kinds have tests of what reads them as well
     *("cycle of hard links", "row starts of 64 GB", "labels that a terminal obeys", "zarr with a pickle filter"),
     *("pt that runs", "pickle of 10^40 lists", "200,000 brackets", "sizes of 10^12"),
 )
-READ = ("groups without end", "30,000 columns", "labels that a terminal obeys", "a label of a megabyte")  # harmless
+READ = (  # harmless
+    *("groups without end", "30,000 columns", "labels that a terminal obeys", "a label of a megabyte"),
+    *("counts of 10^30", "an encoding from elsewhere"),
+)
 
 
 @pytest.fixture(scope="module")
