@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -88,7 +89,7 @@ def measure_limit(
     compiled: bool = False,
     seconds: float = 0.05,
 ) -> Limit:
-    """The limit on the device where the model lies; its speed is the best of about `seconds` of trying.
+    """The limit on the device where the model lies; its speed is the best of about `seconds` of trying, once a process.
 
     Args:
         n_sets: of an optimizer step, in all of its forward passes.
@@ -105,8 +106,12 @@ def measure_limit(
     return Limit(flops, moved, flops_per_s, bytes_per_s, launches, a_launch)
 
 
+@cache
 def _device_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
-    """FLOPs a second of a matrix product, bytes a second of copying, and seconds of the smallest operation."""
+    """FLOPs a second of a matrix product, bytes a second of copying, and seconds of the smallest operation.
+
+    Measured once a process: runs of several seeds are trained on one device.
+    """
     is_gpu = device.type == "cuda"
     n, n_launches = 4096 if is_gpu else 512, 200
     a = torch.ones(n, n, device=device, dtype=dtype)
