@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 SOURCES := sest cli cache tests benchmarks
 # One thread a test process: on few cores, test processes and OpenMP threads would fight for them.
 unit newest faults: export OMP_NUM_THREADS ?= 1
+# Tests start many processes: what these import is compiled once, also where the environment says otherwise.
+unit newest faults: export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
