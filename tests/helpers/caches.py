@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -170,8 +169,7 @@ def write_cache(path: Path, groups: Sequence[CellGroup], *, dtype: str = "float1
         basis, zero = np.eye(dim, dtype=np.float32), np.zeros(dim, np.float32)
         arrays = {"mean": zero, "basis": basis, "explained_variance": zero + np.float32(1 / dim)}
         fitted = arrays, {"sha256": "0" * 64, "genes": [f"g{i}" for i in range(dim)]}
-    # Durability is for tests/faults and tests/cache; 100 calls of fsync a group take most of the time here.
-    with mock.patch("os.fsync"), CacheWriter(path, attributes) as writer:
+    with CacheWriter(path, attributes) as writer:
         _fill(writer, groups, dtype, fitted)
     return path
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -27,13 +26,6 @@ from sest.training.validate import Validator
 from sest.training.window import MEASURED
 
 
-@pytest.fixture
-def quick_disk() -> Iterator[None]:
-    """Durability is for tests/faults; fsync takes most of the time of runs as small as these."""
-    with mock.patch("os.fsync"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("cache") / "s.zarr", [small_screen()])
@@ -43,8 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 12 steps with dropout; validated and kept at 4, 8 and 12."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    with mock.patch("os.fsync"):
-        train(cache, run, small_config())
+    train(cache, run, small_config())
     return run
 
 

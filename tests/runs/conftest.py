@@ -1,5 +1,5 @@
 """Runs that several test modules of this room compare with."""
 
-from helpers.runs import cache, quick_disk, whole
+from helpers.runs import cache, whole
 
-__all__ = ["cache", "quick_disk", "whole"]
+__all__ = ["cache", "whole"]

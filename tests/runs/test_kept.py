@@ -23,8 +23,6 @@ from sest.runs.run_folder import CONFIG
 from sest.runs.schema import STATE
 from sest.training.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 FULL, HEAD = 600_000_000, 200_000_000  # bytes of a checkpoint and of best/
 
 

@@ -23,8 +23,6 @@ from sest.runs.run_folder import CONFIG, METRICS, SPLITS, config_of, read_run_co
 from sest.runs.schema import MODEL, OPTIMIZER, STATE
 from sest.training.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 
 def test_an_existing_run_is_refused_and_stays_as_it_was(cache: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

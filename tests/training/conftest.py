@@ -1,14 +1,5 @@
 """Runs that several test modules of this room compare with."""
 
-from __future__ import annotations
+from helpers.runs import cache, whole
 
-import pytest
-
-from helpers.runs import cache, quick_disk, whole
-
-__all__ = ["cache", "quick_disk", "whole"]
-
-
-@pytest.fixture(autouse=True)
-def _quick_disk(quick_disk: None) -> None:
-    """In every test of this room."""
+__all__ = ["cache", "whole"]
