@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import sest
+from helpers.processes import server
 from sest.errors import InputError, TrainingFailed
 from sest.report.write import write_report
 
@@ -128,8 +129,8 @@ def test_a_resumed_run_is_the_run_of_all_steps(cache: sest.Cache, run: sest.Run,
 
 
 def test_predictions_are_those_of_the_command(run: sest.Run, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sest", "predict", str(run.folder), "--out", str(tmp_path / "command.h5ad")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    done = server().run(["-m", "sest", "predict", run.folder, "--out", tmp_path / "command.h5ad"])
+    assert done.returncode == 0, done.stderr
     expected, predicted = anndata.read_h5ad(tmp_path / "command.h5ad"), run.predict(out=tmp_path / "api.h5ad")
     np.testing.assert_array_equal(predicted.X.toarray(), expected.X.toarray())
     assert predicted.obs.equals(expected.obs) and predicted.var_names.equals(expected.var_names)

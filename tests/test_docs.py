@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -35,7 +34,9 @@ import typer
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
+from helpers.processes import start_ranks
 from helpers.se_model import write_se
 from sest.baselines.effects import BASELINES
 from sest.cells.columns import detect_columns
@@ -72,7 +73,7 @@ READY = {  # what is there before a page's first command, as made on the pages b
     "staged.md": ("vcc.zarr",),
     "formats.md": ("vcc.zarr", "competition"),
 }
-TORCHRUN = ("training.md",)  # where torchrun starts two processes; elsewhere one does the work (see test_ranks.py)
+TORCHRUN = ("training.md",)  # where two processes are started as torchrun does; elsewhere one does the work
 FOREIGN = set("--nproc-per-node --local-dir --help --version".split())  # options of torchrun, hf and of `sest` itself
 PERTURBATIONS = ("AARS", "NUP107", "RPUSD4", "TP53", "STAT1", "JAK2")
 GENES = [*PERTURBATIONS, *(f"G{i}" for i in range(54))]
@@ -250,7 +251,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters = {"transformer_backbone_kwargs": backbone, "gene_names": GENES, "cell_set_len": 8}
     torch.save({**upstream, "hyper_parameters": parameters}, folder / "upstream.ckpt")
     (folder / "tiny.toml").write_text(tomli_w.dumps(TINY))
-    with pytest.MonkeyPatch.context() as patch, mock.patch("os.fsync"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         embed([Path("starter.toml")], "vcc.zarr", EmbedConfig(encoder="pca", dim=DIM))
         files = {"splits": "starter.toml", "perturbations": "ESM2_pert_features.pt"}
@@ -303,8 +304,7 @@ def _reduced(words: list[str], page: str, before: list[str]) -> list[str]:
         if page not in TORCHRUN:
             return _reduced(words[at:], page, before)
         n = str(min(2, int(words[words.index("--nproc-per-node") + 1])))
-        launched = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*launched, *_with(words[1:at], "--nproc-per-node", n), *_reduced(words[at:], page, before)]
+        return ["torchrun", *_with(words[1:at], "--nproc-per-node", n), *_reduced(words[at:], page, before)]
     if words[0] == "vcc":
         return [*words, "--expected-gene-dim", str(len(GENES))]
     if words[0] == "se-st-train":
@@ -357,18 +357,22 @@ def _form_only(command: Command, part: list[Block]) -> bool:
 
 def _run(words: list[str]) -> tuple[int, str]:
     """Run a command: in this process, or torchrun's in others. Returns its exit code and what it says of an error."""
-    if words[0] == sys.executable:
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return done.returncode, done.stderr[-2000:]
+    if words[0] == "torchrun":
+        asked = get_args_parser().parse_args(words[1:])
+        assert asked.module
+        command = ["-m", asked.training_script, *asked.training_script_args]
+        ranks = start_ranks(int(asked.nproc_per_node), command)
+        said = "\n".join(rank.communicate()[1][-1000:] for rank in ranks)
+        return max(abs(rank.wait(0.0)) for rank in ranks), said
     if words[0] == "vcc":
         program = str(Path(sys.executable).with_name("vcc"))
         done = subprocess.run([program, *words[1:]], capture_output=True, text=True)
         return done.returncode, done.stderr[-2000:]
-    command = {"sest": main, "se-st-train": se_st_train.main}[words[0]]
+    run = {"sest": main, "se-st-train": se_st_train.main}[words[0]]
     code: Any = 0
-    with mock.patch.object(sys, "argv", words), mock.patch("os.fsync"):
+    with mock.patch.object(sys, "argv", words):
         try:
-            command()
+            run()
         except SystemExit as ended:
             code = ended.code
     return int(code or 0), ""
@@ -412,8 +416,7 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
             text = text.replace(large, small)
         names = {**names, "TINY": TINY}
     try:
-        with mock.patch("os.fsync"):
-            exec(compile(text, str(block), "exec"), names)
+        exec(compile(text, str(block), "exec"), names)
     except Exception as error:
         raise AssertionError(f"{block}: {error!r}") from error
 

@@ -18,8 +18,7 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import pytest
 import zarr
 from safetensors.numpy import load_file
 
+from helpers.processes import Server
 from sest.baselines.effects import BASELINES
 
 BEFORE = Path(__file__).resolve().parent / "fixtures" / "before_rooms"
@@ -118,12 +118,15 @@ def copy(tmp_path: Path) -> Path:
     return copy_to(tmp_path)
 
 
+@cache
+def server() -> Server:
+    """Its libraries chose their kernels in `environment`."""
+    return Server(environment())
+
+
 def sest(folder: Path, *words: str) -> str:
     """Run `sest` in a folder; returns its standard output."""
-    command = [sys.executable, "-m", "sest", *words]
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    done = server().run(["-m", "sest", *words], cwd=folder)
     assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout

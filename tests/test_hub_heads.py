@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from conftest import Demo
 
 from helpers.hub import COMMIT, NO_SERVER, TOKEN, Hub, hub_environment
+from helpers.processes import server
 from sest.config import PredictConfig
 from sest.hub import fetched, repository_of
 from sest.prediction.predict import predict
@@ -39,10 +39,7 @@ def hub(files: Path) -> Iterator[Hub]:
 
 def sest(folder: Path, endpoint: str, *words: object, token: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = hub_environment(folder, endpoint) | ({} if token is None else {"HF_TOKEN": token})
-    return subprocess.run(
-        [sys.executable, "-m", "sest", *map(str, words)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    return server().run(["-m", "sest", *words], cwd=folder, env=environment)
 
 
 def test_names_of_heads_have_a_scheme_of_their_own() -> None:

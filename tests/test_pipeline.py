@@ -1,4 +1,6 @@
-"""All stages through the command line, each in a process of its own, as a user runs them."""
+"""All stages through the command line, each in a process of its own: the first time in a Python that is started for it,
+as users do, later in a forked one.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,27 @@ import anndata as ad
 import numpy as np
 import pytest
 
+from helpers.processes import server
 from sest.baselines.effects import BASELINES
 
 
-def sest(folder: Path, *words: str) -> str:
+def sest(folder: Path, *words: str, forked: bool = False) -> str:
     """Run `sest` in a folder; returns its standard output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sest", *words]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    command, environment = ["-m", "sest", *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    if forked:
+        done = server().run(command, cwd=folder, env=environment)
+    else:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stderr}"
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     return done.stdout
 
 
 def info(folder: Path, path: str) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(sest(folder, "info", path, "--json"))
+    facts: dict[str, Any] = json.loads(sest(folder, "info", path, "--json", forked=True))
     return facts
 
 
@@ -61,7 +67,7 @@ def test_cells_become_a_cache_a_run_a_prediction_and_scores(tmp_path: Path) -> N
     assert set(metrics) == {"pearson_delta", "pearson_delta_independent", "mae", "pds", "energy_distance"}
     assert set(metrics["mae"]) == {"model", *BASELINES, "real_half"}
 
-    sest(tmp_path, "train", "cells.zarr", "--run", "run", "--resume", "auto", "--max-steps", "9")
+    sest(tmp_path, "train", "cells.zarr", "--run", "run", "--resume", "auto", "--max-steps", "9", forked=True)
     run = info(tmp_path, "run")
     assert (run["kind"], run["step"], run["dim"], run["n_genes"]) == ("run", 9, 16, 200)
     assert run["best_step"] in (3, 6, 9) and run["val_loss"] == run["best_val_loss"] > 0

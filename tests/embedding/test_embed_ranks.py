@@ -19,6 +19,7 @@ import sest.embedding.plan
 from helpers.caches import hashes, small_shards
 from helpers.embed_rank import EmbedRank
 from helpers.h5ad_files import counts, gene_names, write_cells
+from helpers.processes import Process, server
 from helpers.se_model import write_se
 from sest.cache import CacheError, CacheWriter, open_cache, schema
 from sest.cache.disk import PARTIAL
@@ -216,18 +217,18 @@ def test_ranks_of_the_command_line_and_of_torchrun_make_the_same_cache(tmp_path:
     se = write_se(tmp_path / "se", gene_names(35))
     config = EmbedConfig(encoder=str(se))
     words = ("--batch-size", "256")
-    for name, launcher, each in (
-        ("one", [sys.executable], [()]),
-        ("ranks", [sys.executable], [("--rank", str(r), "--world-size", "2") for r in range(2)]),
-        ("torchrun", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], [()]),
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, each in (
+        ("one", [()]),
+        ("ranks", [("--rank", str(r), "--world-size", "2") for r in range(2)]),
+        ("torchrun", [()]),
     ):
-        running = [
-            subprocess.Popen(
-                [*launcher, *command([path], tmp_path / f"{name}.zarr", config, *words, *more)],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for more in each
+        asked = [command([path], tmp_path / f"{name}.zarr", config, *words, *more) for more in each]
+        running: list[Process | subprocess.Popen[str]] = [
+            subprocess.Popen([*torchrun, *one], stderr=subprocess.PIPE, text=True)
+            if name == "torchrun"
+            else server().start(one)
+            for one in asked
         ]
         for process in running:
             said = process.communicate(timeout=200)[1]
@@ -240,12 +241,12 @@ def test_ranks_of_the_command_line_and_of_torchrun_make_the_same_cache(tmp_path:
 
 def test_a_waiting_rank_stops_when_asked(inputs: list[Path], config: EmbedConfig, tmp_path: Path) -> None:
     words = command(inputs, tmp_path / "s.zarr", config, "--rank", "1", "--world-size", "2")
-    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as waiting:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "s.zarr" / schema.SPOOL / "lock-1").exists():
-            assert time.monotonic() < deadline and waiting.poll() is None
-            time.sleep(0.1)
-        time.sleep(1)
-        waiting.send_signal(signal.SIGTERM)
-        said = waiting.communicate(timeout=60)[1]
+    waiting = server().start(words)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "s.zarr" / schema.SPOOL / "lock-1").exists():
+        assert time.monotonic() < deadline and waiting.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    waiting.send_signal(signal.SIGTERM)
+    said = waiting.communicate(timeout=60)[1]
     assert waiting.returncode == 143 and "Traceback" not in said, said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
+from helpers.processes import start_ranks
 from sest.errors import InputError
 from sest.machine.ranks import Ranks
 from sest.machine.team import join_team
@@ -31,13 +31,12 @@ PROCESS = """
 import json, os, sys, warnings
 warnings.simplefilter("error")
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 from helpers.configs import small_config
 from sest.errors import InputError
 from sest.machine.ranks import ranks_of
 from sest.machine.signals import Interrupted
 from sest.training.train import train
-store, run, changes, resume, stop_at = json.loads(sys.argv[2])
+store, run, changes, resume, stop_at = json.loads(sys.argv[1])
 def on_log(line):
     if line["step"] == stop_at:
         os.kill(os.getpid(), 15)
@@ -54,26 +53,9 @@ def together(
     n: int, store: Path, run: Path, changes: dict[str, Any] | None = None, resume: str | None = None, stop_at: int = 0
 ) -> list[str]:
     """What the last lines of n processes say that train together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = json.dumps([str(store), str(run), changes or {}, resume, stop_at])
-    processes = []
-    for rank in range(n):
-        torchrun = {
-            "TORCHELASTIC_RUN_ID": "t", "RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROCESS, str(Path(__file__).parent.parent), words],
-                env={**os.environ, **torchrun},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    results = [process.communicate(timeout=240) for process in processes]
+    processes = start_ranks(n, ["-c", PROCESS, words])
+    results = [process.communicate() for process in processes]
     assert all(process.returncode == 0 for process in processes), [err[-2000:] for _, err in results]
     return [out.strip().splitlines()[-1] for out, _ in results]
 
@@ -150,27 +132,23 @@ def test_gradients_in_bf16_are_refused_where_gpus_do_not_exchange_them(store: Pa
         train(store, tmp_path / "run", small_config(gradients="bf16"))
 
 
-def test_torchrun_starts_the_command_line_and_one_process_speaks(store: Path, tmp_path: Path) -> None:
-    options = ["--batch-size", 4, "--set-size", 4, "--hidden", 16, "--n-heads", 2, "--n-layers", 1, "--max-steps", 3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sest"]
-    done = subprocess.run(
-        [*command, *map(str, ["train", store, "-r", tmp_path / "run", *options, "--log-every", 1])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("trainable parameters") == 1 and done.stdout.count("step 3 (all steps done)") == 1
+HEAD = ("--batch-size", 4, "--set-size", 4, "--hidden", 16, "--n-heads", 2, "--n-layers", 1, "--log-every", 1)
+
+
+def test_of_the_command_line_s_processes_one_speaks(store: Path, tmp_path: Path) -> None:
+    ranks = start_ranks(2, ["-m", "sest", "train", store, "-r", tmp_path / "run", *HEAD, "--max-steps", 3])
+    results = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], [err[-2000:] for _, err in results]
+    said = "".join(out for out, _ in results)
+    assert said.count("trainable parameters") == 1 and said.count("step 3 (all steps done)") == 1
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
-def test_sigterm_to_torchrun_saves_and_stops_all(store: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_the_command_line_and_sigterm_to_it_saves_and_stops_all(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ["--batch-size", 4, "--set-size", 4, "--hidden", 16, "--n-heads", 2, "--n-layers", 1, "--log-every", 1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sest"]
     process = subprocess.Popen(
-        [*command, *map(str, ["train", store, "-r", run, *options])],
+        [*command, *map(str, ["train", store, "-r", run, *HEAD])],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.demo_cells import CONTROL, SET_SIZE, Predict, rows_of
 from helpers.notes import Notes
+from helpers.processes import server
 from sest.baselines.effects import BASELINES
 from sest.cache import open_cache
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P
@@ -338,8 +337,7 @@ with reporting(Killing()):
 def test_a_kill_in_the_middle_leaves_no_file_of_that_name_and_does_not_hinder_the_next(
     demo: Demo, predicted: Predict, whole: ad.AnnData, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(demo.run), str(tmp_path / "out.h5ad")]
-    assert subprocess.run(command, timeout=120, check=False).returncode == -9
+    assert server().run(["-c", KILLED, demo.run, tmp_path / "out.h5ad"]).returncode == -9
     assert not (tmp_path / "out.h5ad").exists()
     np.testing.assert_array_equal(predicted().X.toarray(), whole.X.toarray())
 

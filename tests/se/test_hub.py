@@ -12,6 +12,7 @@ import pytest
 
 from helpers.h5ad_files import counts, gene_names, write_cells
 from helpers.hub import COMMIT, NO_SERVER, Hub, hub_environment
+from helpers.processes import server
 from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.config import EmbedConfig
@@ -45,14 +46,10 @@ def sest(tmp_path: Path, endpoint: str, *words: object, **environment: str) -> s
     """Run `sest embed a.h5ad --cache s.zarr --encoder WORDS` in a process of its own: HF_ENDPOINT is read on import."""
     if not (tmp_path / "a.h5ad").exists():
         write_cells(tmp_path / "a.h5ad", counts(20))
-    return subprocess.run(
-        [sys.executable, "-m", "sest", "embed", "a.h5ad", "--device", "cpu", "--cache", "s.zarr", "--encoder"]
-        + [str(word) for word in words],
+    return server().run(
+        ["-m", "sest", "embed", "a.h5ad", "--device", "cpu", "--cache", "s.zarr", "--encoder", *words],
         cwd=tmp_path,
         env=hub_environment(tmp_path, endpoint) | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
 
 
@@ -118,10 +115,8 @@ def test_what_the_hub_does_not_have_is_one_line_that_says_what_to_do(hub: Hub, t
         "lab/one@v2": "lab/one on the Hugging Face hub has no revision 'v2'.",
         "lab/other": "lab/other has no .ckpt or .safetensors: it is no SE encoder. It has: README.md.",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, *expected], cwd=tmp_path, env=hub_environment(tmp_path, hub.url),
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    done = server().run(["-c", IN_TURN, *expected], cwd=tmp_path, env=hub_environment(tmp_path, hub.url))
+    assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert "Traceback" not in done.stderr
     for line, message in zip(lines, expected.values(), strict=True):
