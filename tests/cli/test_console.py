@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from conftest import Demo
 
 from helpers.commands import Done
+from helpers.processes import server
 from sest.cli import console
 
 
@@ -28,12 +27,8 @@ def test_a_notebook_s_terminal_gets_plain_lines(tmp_path: Path, variables: dict[
     """`!sest ...` in a notebook runs under a pseudo-terminal whose escape codes nobody interprets."""
     ours, theirs = pty.openpty()
     words = ["simulate", str(tmp_path / "x.h5ad"), "--n-perturbations", "2", "--n-cells", "3"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sest", *words],
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm"} | variables,
-    )
+    environment = {**os.environ, "TERM": "xterm"} | variables
+    process = server().start(["-m", "sest", *words], env=environment, terminal=theirs)
     os.close(theirs)
     written = b""
     try:
@@ -41,16 +36,15 @@ def test_a_notebook_s_terminal_gets_plain_lines(tmp_path: Path, variables: dict[
             written += part
     except OSError:  # the other end is closed
         pass
-    assert process.wait() == 0 and b"cells" in written
+    process.communicate()
+    assert process.returncode == 0 and b"cells" in written
     assert (b"\x1b[?25l" in written) == live  # hides the cursor, to draw over lines
 
 
 def test_a_log_file_gets_plain_lines_even_where_colour_is_forced(tmp_path: Path) -> None:
     words = ["simulate", str(tmp_path / "x.h5ad"), "--n-perturbations", "2", "--n-cells", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sest", *words], capture_output=True, env={**os.environ, "FORCE_COLOR": "1"}, check=True
-    )
-    assert b"\x1b" not in done.stdout + done.stderr and b"cells" in done.stderr
+    done = server().run(["-m", "sest", *words], env={**os.environ, "FORCE_COLOR": "1"})
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr and "cells" in done.stderr
 
 
 HOSTILE = "[/nope][red]a[/red] :smile: \x1b]0;title\x07\x1b[2J \u202egnp.exe\nError: forged"

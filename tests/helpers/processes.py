@@ -97,15 +97,21 @@ class Server:
         self._server.wait()
 
     def start(
-        self, words: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self,
+        words: Sequence[object],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        terminal: int | None = None,
     ) -> Process:
-        """Start `python *words`; the words begin with -m MODULE or -c CODE."""
+        """Start `python *words`, which begin with -m MODULE or -c CODE; it writes to `terminal`, if there is one."""
         out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `communicate`
         channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = dict(self._environment if env is None else env)
         request = json.dumps([[str(word) for word in words], str(cwd or Path.cwd()), environment])
         with theirs:
-            socket.send_fds(self._ours, [request.encode()], [theirs.fileno(), out.fileno(), err.fileno()])
+            written = (out.fileno(), err.fileno()) if terminal is None else (terminal, terminal)
+            socket.send_fds(self._ours, [request.encode()], [theirs.fileno(), *written])
         return Process(channel, out, err)
 
     def run(
