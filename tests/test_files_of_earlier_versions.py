@@ -324,7 +324,11 @@ def test_a_run_of_an_earlier_version_predicts_the_same_cells(copy: Path, exact: 
     paths = () if recorded else (*CACHE, *FEATURES)
     sest(copy, "predict", "run", "--out", "p.h5", "--device", "cpu", *paths)
     expected, cells, before = EXPECTED["prediction"], ad.read_h5ad(copy / "p.h5"), ad.read_h5ad(BEFORE / "predicted.h5")
+    made, own = cells.uns["sest"], expected["uns_sest"]
     assert list(cells.var_names) == expected["var_names"]
+    draws = cells.obs.pop("sest_draw")  # there was none then
+    is_control = (cells.obs[made["columns"]["perturbation"]] == made["columns"]["control"]).to_numpy()
+    assert set(draws[is_control]) == {-1} and draws[~is_control].min() == 0
     pd.testing.assert_frame_equal(cells.obs, before.obs)
     assert_close(cells.X.toarray(), before.X.toarray(), VALUES)
     if exact:
@@ -333,7 +337,6 @@ def test_a_run_of_an_earlier_version_predicts_the_same_cells(copy: Path, exact: 
             found["indptr"] = found["indptr"].astype(np.int64)  # of the indices' type now, which scipy needs to sort
             found = {name: sha256(values.tobytes()) for name, values in found.items()}
         assert found == expected["X_sha256"]
-    made, own = cells.uns["sest"], expected["uns_sest"]
     version = {"sest_version": metadata.version("sest")}
     assert {key: made[key] for key in own} == own | {"provenance": own["provenance"] | version}
     for key, names in before.uns["sest"]["pairs"].items():

@@ -113,7 +113,8 @@ def test_a_line_over_steps_before_and_after_a_stop_is_that_of_the_uninterrupted_
             patch.setattr(Trainer, "step", stopping)
             with pytest.raises(Interrupted):
                 train(cache, tmp_path / name, config)
-    train(cache, tmp_path / "stopped", config, resume="auto")
+            patch.setattr(Trainer, "step", one_step)
+            train(cache, tmp_path / name, config, resume="auto")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert metrics(tmp_path / "whole")[-2]["skipped_steps"] == 1
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
