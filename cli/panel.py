@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
+from statistics import harmonic_mean
 from textwrap import wrap
 from typing import Any
 
@@ -26,6 +27,7 @@ NARROWEST, WIDEST, LEAST_ROWS = 40, 200, 9
 NAME, SPARKS = 10, 24  # columns of a row's name, and of a curve within a row at the usual width
 FEW_POINTS = 5  # of a curve, of which no chart is drawn
 LEAST_CHART, HIGHEST_CHART, SIDE_BY_SIDE = 5, 24, 100  # rows of a chart; columns from which two stand in one line
+AVERAGED = 10  # log lines whose speed is taken together: single ones, of few steps, are uneven
 READING_SHARE = 50  # of the time, one part in so many goes into reading the curves
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*#@"
@@ -94,9 +96,11 @@ class TrainingPanel:
 
     @property
     def speed(self) -> float | None:
-        """Steps a second: of the last log line, or before the first one of this process all since it began."""
+        """Steps a second over the last log lines, or before the first one of this process all since it began."""
         if self._began is None or (self._log and self._log["step"] > self._began[1]):
-            return self._log.get("it_per_s")
+            first = 0 if self._began is None else self._began[1]
+            lines = [line for line in self._lines[-2 * AVERAGED :] if "it_per_s" in line and line["step"] > first]
+            return harmonic_mean([line["it_per_s"] for line in lines[-AVERAGED:]]) if lines else None
         (when, first), now = self._began, time.monotonic()
         return (self.step - first) / (now - when) if self.step > first and now > when else None
 

@@ -176,7 +176,7 @@ class ConsoleProgress:
             self._said = self._warnings()
         else:
             skipped = f", {line['skipped_steps']} skipped" if line["skipped_steps"] else ""
-            left = duration((self._total - line["step"]) / line["it_per_s"])
+            left = duration((self._total - line["step"]) / (self._panel.speed or line["it_per_s"]))
             self.note(
                 f"step {line['step']:,}/{self._total:,}: loss {line['loss']:.4f}, grad norm {line['grad_norm']:.3g}, "
                 f"{_rate(line['it_per_s'])} it/s, {left} left{skipped}"

@@ -87,6 +87,8 @@ def test_the_time_left_is_known_from_the_first_step_on(monkeypatch: pytest.Monke
     assert "40%, 1 h 40 min left" in drawn(panel)[1] and "speed     0.1 it/s" in "\n".join(drawn(panel))
     panel.add(log_line(450))
     assert "3 s left" in drawn(panel)[1]
+    panel.add(log_line(500, it_per_s=log_line(450)["it_per_s"] / 9))
+    assert panel.speed == pytest.approx(log_line(450)["it_per_s"] / 5)  # a line of 1 s and one of 9: two in 10
 
 
 def test_a_row_is_broken_between_its_parts() -> None:
