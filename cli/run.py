@@ -16,7 +16,7 @@ from sest.cli.options import options
 from sest.cli.predict import show_prediction
 from sest.cli.progress import ConsoleProgress
 from sest.cli.report import show_report
-from sest.cli.train import about_run, show_end, show_start
+from sest.cli.train import show_beginning, show_end
 from sest.config import PipelineConfig, PredictConfig
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def shown_on(progress: ConsoleProgress, folder: Path) -> Watcher:
         folder: of everything.
     """
     from sest.pipeline.stages import EMBED, EVALUATE, PREDICT, REPORT, TRAIN, Watcher  # imports torch
-    from sest.runs.curves import read_lines
-    from sest.runs.run_folder import METRICS
 
     cache, trained, predicted = folder / "cache.zarr", folder / "run", folder / "predicted.h5ad"
 
@@ -81,10 +79,7 @@ def shown_on(progress: ConsoleProgress, folder: Path) -> Watcher:
             show_facts(cells, facts)
 
         def started(self, data: Any, model: Any) -> None:
-            show_start(data, model)
-            progress.train(about_run(cache, trained))
-            if (trained / METRICS).exists():
-                progress.remember(read_lines(trained / METRICS))
+            show_beginning(progress, cache, trained, data, model)
 
         def logged(self, line: dict[str, Any]) -> None:
             progress.show(line)

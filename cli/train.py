@@ -112,8 +112,7 @@ def train(
 
 
 def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | None, from_file: bool) -> None:
-    from sest.runs.curves import read_lines
-    from sest.runs.run_folder import METRICS, config_of  # imports torch
+    from sest.runs.run_folder import config_of  # imports torch
     from sest.training.train import train as run_training
 
     resolved = config_of(run, options, resume, "the command line", from_file=from_file)
@@ -125,15 +124,26 @@ def _train_one(cache: Path, run: Path, options: dict[str, Any], resume: str | No
     with ConsoleProgress() as progress:
 
         def start(data: Dataset, model: StateTransition | None) -> None:
-            show_start(data, model)
-            progress.train(about_run(cache, run))
-            if (run / METRICS).exists():
-                progress.remember(read_lines(run / METRICS))
+            show_beginning(progress, cache, run, data, model)
 
         result = run_training(
             cache, run, resolved, resume=resume, ranks=ranks, given=options, on_start=start, on_log=progress.show
         )
     show_end(result, cache, run)
+
+
+def show_beginning(
+    progress: ConsoleProgress, cache: Path, run: Path, data: Dataset, model: StateTransition | None
+) -> None:
+    """What will be trained, and all that the panel is to know; without a head (None) there is nothing to watch."""
+    from sest.runs.curves import read_lines
+    from sest.runs.run_folder import METRICS
+
+    show_start(data, model)
+    if model is not None:
+        progress.train(about_run(cache, run))
+        if (run / METRICS).exists():
+            progress.remember(read_lines(run / METRICS))
 
 
 def about_run(cache: Path, run: Path) -> dict[str, Any]:

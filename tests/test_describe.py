@@ -12,6 +12,7 @@ import pytest
 from conftest import Demo
 
 from helpers.h5ad_files import gene_names
+from helpers.runs import metrics
 from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.cache.schema import COMPLETE
@@ -96,7 +97,7 @@ def test_a_checkpoint_says_where_it_stands(demo: Demo, folder: str) -> None:
 def test_a_run_says_how_far_it_is_and_which_step_was_best(demo: Demo) -> None:
     facts = strict(describe(demo.run, verify=True)[0])
     assert set(facts) >= PROMISED_OF_A_RUN and facts["kind"] == "run"
-    lines = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(demo.run, timed=True)
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     best = min(losses, key=lambda step: losses[step])
     assert (facts["step"], facts["max_steps"], facts["best_step"]) == (20, 20, best)
@@ -121,10 +122,10 @@ def test_a_run_without_a_checkpoint_yet_has_the_same_keys(demo: Demo, tmp_path: 
 def test_a_metric_that_is_nan_becomes_null_and_a_line_cut_short_is_passed_over(demo: Demo, tmp_path: Path) -> None:
     run = shutil.copytree(demo.run, tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    broken = json.loads(lines[-1]) | {"pds": math.nan, "step": 20}
+    broken = metrics(run, timed=True)[-1] | {"pds": math.nan, "step": 20}
     (run / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(broken), lines[-1][:50]]))
-    metrics = strict(describe(run)[0])["metrics"]
-    assert metrics["pds"] is None and metrics["val_loss"] == broken["val_loss"]
+    found = strict(describe(run)[0])["metrics"]
+    assert found["pds"] is None and found["val_loss"] == broken["val_loss"]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def tables(n_cells: int, n_genes: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def written(folder: Path, *files: Files) -> LocalStorage:
     storage = LocalStorage(folder)
+    folder.mkdir(exist_ok=True)  # as the lock of a cache makes it
     for some in files:
         storage.write(some)
     return storage

@@ -65,6 +65,11 @@ def test_urls_are_told_from_paths() -> None:
 def test_files_are_written_whole_and_found_again(tmp_path: Path, kind: str) -> None:
     storage = storage_at(tmp_path / "s" if kind == "folder" else URL)
     assert storage.here() == [] and storage.sizes() == {}
+    if kind == "folder":
+        with pytest.raises(FileNotFoundError):  # somebody has deleted it
+            storage.write({"zarr.json": b"{}"})
+        assert not (tmp_path / "s").exists()
+        (tmp_path / "s").mkdir()
     storage.write({"zarr.json": b"{}", "a/c/0": b"12345"})
     storage.append("journal.jsonl", b"one\n")
     storage.append("journal.jsonl", b"two\n")

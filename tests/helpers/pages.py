@@ -12,6 +12,7 @@ from typing import Any
 
 from helpers.caches import CellGroup
 from helpers.configs import small_config
+from helpers.runs import metrics
 from sest.facts.run import RunFacts
 from sest.report.write import write_report
 from sest.runs.curves import curves_of
@@ -88,7 +89,7 @@ class Trained:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return metrics(self.run, timed=True)
 
     @property
     def validations(self) -> list[dict[str, Any]]:
