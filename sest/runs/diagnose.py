@@ -91,7 +91,7 @@ def _to_try(config: TrainConfig, encoder: str, others: set[str]) -> str:
         "train longer": not (overfits or unstable or others & {"converged", "stopped early"}),
         "raise --lr": not (overfits or unstable),
         "--dropout 0": not overfits and config.dropout > 0,
-        "--control-targets": not config.control_targets,
+        "pass --control-targets": not config.control_targets,
         "hold the encoder against --encoder pca": encoder not in ("pca", "genes"),
     }
     tips = [tip for tip, does in helps.items() if does]

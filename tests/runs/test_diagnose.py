@@ -120,6 +120,8 @@ CAUSES: dict[str, tuple[set[str], set[str]]] = {  # of tests/fixtures/curves: wh
     "unstable": ({"unstable"}, {"overfitting", "underfitting", "converged"}),
     "underfits": ({"underfitting"}, {"overfitting", "unstable", "diverged"}),
     "overfits": ({"overfitting"}, {"underfitting", "diverged", "still falling at the end"}),
+    "papalexi_short": ({"does not beat the baselines", "still falling at the end"}, {"overfitting", "diverged"}),
+    "no_effect": ({"no measurable effect"}, {"beats the baselines", "does not beat the baselines", "overfitting"}),
     "falls": ({"still falling at the end"}, {"overfitting", "underfitting", "diverged", "converged"}),
     "converges": ({"converged"}, {"overfitting", "underfitting", "diverged", "still falling at the end"}),
 }  # fmt: skip
