@@ -13,13 +13,13 @@ SOURCES := sest cli cache tests benchmarks
 # One thread a test process: on few cores, test processes and OpenMP threads would fight for them.
 unit newest faults: export OMP_NUM_THREADS ?= 1
 # Tests start many processes: what these import is compiled once, also where the environment says otherwise.
-unit newest faults: export PYTHONDONTWRITEBYTECODE :=
+unit slow newest faults: export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit newest faults fuzz docs dist format hooks clean distclean
+.PHONY: help demo test lint types unit slow newest faults fuzz docs dist format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ demo: $(VENV)/.installed-demo ## install, then run the whole pipeline on made-up
 	rm -rf build/demo
 	$(BIN)/sest demo --out build/demo
 
-test: lint types unit ## install, then lint, type-check and run every test but the long fault sweep
+test: lint types unit ## install, then lint, type-check and run the tests but for `slow` and `faults`
 
 lint: $(VENV)/.installed-test ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -39,6 +39,9 @@ types: $(VENV)/.installed-test ## mypy, over the product and its tests
 
 unit: $(VENV)/.installed-test ## the tests alone: make unit PYTEST_ARGS="tests/head/test_loss.py -k energy"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+slow: $(VENV)/.installed-test ## the tests that run whole pages, notebooks and benchmarks, or start many processes
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 newest: ## the tests with the newest versions that pip finds, and Triton's interpreter, in .venv-newest
 	$(PYTHON) -m venv .venv-newest

@@ -33,6 +33,7 @@ def shown(cell: Any) -> tuple[str, list[Any]]:
     return " ".join(pages), [o for o in cell.outputs if o.output_type not in ("display_data", "execute_result")]
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_the_progress_of_its_steps_and_nothing_else(tmp_path: Path) -> None:
     """HTML in place of earlier HTML, one display a call, notes below; nothing on stdout or stderr."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])

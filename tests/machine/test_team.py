@@ -144,6 +144,7 @@ def test_of_the_command_line_s_processes_one_speaks(store: Path, tmp_path: Path)
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_command_line_and_sigterm_to_it_saves_and_stops_all(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sest"]
