@@ -15,6 +15,7 @@ from helpers.configs import small_config
 from helpers.notes import Notes
 from helpers.runs import files, metrics, signal_after
 from sest.errors import InputError
+from sest.machine.behind import Behind
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
 from sest.runs.checkpoint import BEST, LAST, checkpoints, step_folder, step_folders
@@ -194,7 +195,13 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_is_tried_again(
 
         return call
 
+    def done_at_once(behind: Behind, work: Callable[[], None]) -> None:
+        do(behind, work)
+        behind.wait()
+
     seen: list[list[str]] = []
+    do = Behind.do
+    monkeypatch.setattr(Behind, "do", done_at_once)  # else what is seen after a step depends on the thread that writes
     monkeypatch.setattr(os, operation, failing(getattr(os, operation)))
     notes = Notes()
     with reporting(notes):
