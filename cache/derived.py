@@ -13,6 +13,7 @@ kept where the cache lies on an object store, in a folder that cannot be written
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,13 +77,19 @@ def read_derived(
 ) -> dict[str, np.ndarray] | None:
     """Arrays that `keep_derived` kept under this name and key, mapped read-only; None where they are not there."""
     folder = folder_of(storage, name, key)
-    return None if folder is None else read_folder(folder, key, arrays, clear=True)
+    if folder is None or not (folder / ABOUT).exists():
+        return None
+    if (found := read_folder(folder, key, arrays)) is not None:
+        return found
+    with _alone_in(folder.parent):  # damaged, if it still is so
+        return read_folder(folder, key, arrays, clear=True)
 
 
 def forget_derived(storage: Storage, name: str, key: Mapping[str, Any]) -> None:
     """Delete what is kept under this name and key, and say that it is made again."""
     if (folder := folder_of(storage, name, key)) is not None:
-        _clear(folder)
+        with _alone_in(folder.parent):
+            _clear(folder)
 
 
 def read_folder(
@@ -119,22 +126,27 @@ def keep_derived(
     folder = folder_of(storage, name, key)
     if folder is None:
         return
-    needed = sum(array.nbytes for array in arrays.values())
     try:
         folder.parent.mkdir(exist_ok=True)
-        if shutil.disk_usage(folder.parent).free < needed + SPARE:
-            logger.info(f"{folder.parent} keeps no {name}: its disk is nearly full.")
-            return
-        about: dict[str, Any] = {"key": _plain(key), "arrays": {}}
-        with folder_aside(folder) as aside:
-            for array, values in arrays.items():
-                blocks = values.make() if isinstance(values, Blocks) else iter([values])
-                checksum = Checksum()
-                write_flushed(aside / f"{array}.bin", parts=map(checksum.add, map(_bytes, blocks)))
-                about["arrays"][array] = [str(values.dtype), list(values.shape), checksum.value]
-            write_flushed(aside / ABOUT, json.dumps(about).encode())
-    except OSError as error:  # nothing can be written there, or another process keeps the same
+        with _alone_in(folder.parent):
+            if read_folder(folder, key, arrays) is None:  # no other process has kept the same meanwhile
+                _keep(folder, key, arrays)
+    except OSError as error:
         logger.debug(f"{folder.parent} keeps no {name}: {error.strerror}.")
+
+
+def _keep(folder: Path, key: Mapping[str, Any], arrays: Mapping[str, np.ndarray | Blocks]) -> None:
+    if shutil.disk_usage(folder.parent).free < sum(array.nbytes for array in arrays.values()) + SPARE:
+        logger.info(f"{folder} is not kept: its disk is nearly full.")
+        return
+    about: dict[str, Any] = {"key": _plain(key), "arrays": {}}
+    with folder_aside(folder) as aside:
+        for array, values in arrays.items():
+            blocks = values.make() if isinstance(values, Blocks) else iter([values])
+            checksum = Checksum()
+            write_flushed(aside / f"{array}.bin", parts=map(checksum.add, map(_bytes, blocks)))
+            about["arrays"][array] = [str(values.dtype), list(values.shape), checksum.value]
+        write_flushed(aside / ABOUT, json.dumps(about).encode())
 
 
 def copied(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -258,6 +270,17 @@ def lacking_bytes(folder: Path, needed: int) -> int:
 def _clear(folder: Path, file: str = "") -> None:
     logger.warning(f"{folder / file} is damaged; it is made again.")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(place: Path) -> Iterator[None]:
+    """While no other process keeps or deletes anything there; no wait where folders cannot be locked (NFS)."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            descriptor = os.open(place, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _aside(folder: Path) -> Path:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,3 +201,24 @@ def test_an_array_made_in_blocks_is_kept_as_if_whole(tmp_path: Path) -> None:
         np.testing.assert_array_equal(copied(kept["mean"], asked), rows[asked])
     about = [json.loads(file.read_text())["arrays"] for file in sorted((tmp_path / ".derived").glob("*/about.json"))]
     assert about[0] == about[1]
+
+
+def test_processes_that_keep_the_same_at_one_time_leave_each_other_alone(storage: Storage, tmp_path: Path) -> None:
+    """Two processes that start on a new cache: each reads what it or the other kept, and none says it is damaged."""
+    ready, n = tmp_path / "ready", 20
+
+    def one() -> None:
+        while not ready.exists():
+            time.sleep(0.001)
+        for i in range(n):
+            keep_derived(storage, "means", KEY | {"target_sum": i}, {"mean": np.full((200, 1000), i)})
+            found = read_derived(storage, "means", KEY | {"target_sum": i}, ["mean"])
+            assert found is not None and (found["mean"] == i).all()
+
+    children = [context.Process(target=one) for context in [get_context("fork")] * 3]
+    for child in children:
+        child.start()
+    ready.touch()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_values_that_cannot_be_those_of_the_controls_are_read_again(
         forged["data"] = forged["data"][:-1]
     else:
         forged["totals"] = forged["totals"][:, None]
+    shutil.rmtree(Path(cache.storage.url) / ".derived")
     keep_derived(cache.storage, "controls", own._key, forged)
     assert own.read() is None and "is damaged; it is made again." in caplog.text
     again = read_targets(cache, 1e4, controls=controls, only_controls=True)
