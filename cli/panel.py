@@ -26,7 +26,8 @@ WIDTH, HEIGHT = 80, 24  # of a terminal that does not say
 NARROWEST, WIDEST, LEAST_ROWS = 40, 200, 9
 NAME, SPARKS = 10, 24  # columns of a row's name, and of a curve within a row at the usual width
 FEW_POINTS = 5  # of a curve, of which no chart is drawn
-LEAST_CHART, HIGHEST_CHART, SIDE_BY_SIDE = 5, 24, 100  # rows of a chart; columns from which two stand in one line
+LEAST_CHART, HIGHEST_CHART, SIDE_BY_SIDE = 5, 14, 100  # rows of a chart; columns from which two stand in one line
+WIDE_RANGE = 4  # times the lowest value of a chart, from which it shows logarithms
 AVERAGED = 10  # log lines whose speed is taken together: single ones, of few steps, are uneven
 READING_SHARE = 50  # of the time, one part in so many goes into reading the curves
 BARS = "▁▂▃▄▅▆▇█"
@@ -207,7 +208,10 @@ class TrainingPanel:
 
 
 def chart(name: str, steps: Any, values: Any, *, width: int, height: int, bars: str = BARS) -> list[str]:
-    """A curve as `height` lines of at most `width` characters: its name and range above, its steps below."""
+    """A curve as `height` lines of at most `width` characters: its name and range above, its steps below.
+
+    Of one that falls to a small part of where it began, the logarithm: else all but its beginning is one flat line.
+    """
     n = height - 2
     pairs = [(int(step), float(v)) for step, v in zip(steps, values, strict=True) if math.isfinite(v)]
     if not pairs:
@@ -218,8 +222,9 @@ def chart(name: str, steps: Any, values: Any, *, width: int, height: int, bars: 
     low, high = min(means), max(means)
     stretch = -(-width // columns) if columns < width // 2 else 1
     stretch = max(min(stretch, width // columns), 1)
-    scale = (n * len(bars) - 1) / (high - low) if high > low else 0.0
-    heights = [round((value - low) * scale) + 1 for value in means]
+    of, note = (math.log, ", log scale") if 0 < WIDE_RANGE * low < high else (float, "")
+    scale = (n * len(bars) - 1) / (of(high) - of(low)) if high > low else 0.0
+    heights = [round((of(value) - of(low)) * scale) + 1 for value in means]
     lines = []
     for row in reversed(range(n)):
         levels = (min(max(level - row * len(bars), 0), len(bars)) for level in heights)
@@ -227,7 +232,7 @@ def chart(name: str, steps: Any, values: Any, *, width: int, height: int, bars: 
     first, last = f"step {pairs[0][0]:,}", f"{pairs[-1][0]:,}"
     drawn = columns * stretch
     below = f"{first}{last:>{max(drawn - len(first), len(last) + 1)}}"
-    return [f"{name} {_number(low)} to {_number(high)}"[:width], *lines, below[:width]]
+    return [f"{name} {_number(low)} to {_number(high)}{note}"[:width], *lines, below[:width]]
 
 
 class _Row:

@@ -114,6 +114,15 @@ def test_a_chart_has_its_range_above_and_its_steps_below() -> None:
     assert chart("loss", [1, 2], [5.0, 5.0], width=20, height=3)[1] == "▁" * 20
 
 
+def test_a_chart_of_a_wide_range_shows_logarithms_and_says_so() -> None:
+    """The whole, two fifths (rounded up, of four rows two), and the lowest bar."""
+    lines = chart("loss", [1, 2, 3], [10.0, 10**0.4, 1.0], width=3, height=6, bars="_#")
+    assert lines[0] == "los" and chart("loss", [1, 2], [10.0, 1.0], width=40, height=4)[0] == "loss 1 to 10, log scale"
+    assert lines[1:-1] == ["#", "#", "##", "##_"]
+    assert "log" not in chart("loss", [1, 2], [3.9, 1.0], width=40, height=4)[0]
+    assert "log" not in chart("loss", [1, 2], [10.0, -1.0], width=40, height=4)[0]
+
+
 def test_the_panel_names_what_is_wrong_first() -> None:
     panel = full_panel()
     for step in range(12_400, 15_001, 50):
