@@ -46,7 +46,7 @@ def simulate(
     """Simulate a Perturb-seq experiment of any size.
 
     Raw counts with controls, cell types, batches, and effects that generalise.
-    A full panel: --n-genes 18080 --expressed-genes 3700 --umi-per-cell 15000.
+    A full panel: --n-genes 18080.
     """
     names = None
     if genes is not None:

@@ -114,7 +114,7 @@ def _cell(sim: Simulation, biology: _Biology, obs: _Obs, index: int) -> tuple[np
     """Return the expressed genes of one cell, ascending, and their counts (both int32)."""
     rng = random_stream(CELL, index, sim.seed)
     cell_type, perturbation = obs.cell_type[index], obs.perturbation[index] - 1
-    library = sim.umi_per_cell * np.exp(sim.library_spread * rng.standard_normal())
+    library = sim.median_umi * np.exp(sim.library_spread * rng.standard_normal())
     phase, stress = rng.uniform(0, 2 * np.pi), rng.standard_normal()
     rate = biology.rate[cell_type, obs.batch[index]] * _noise(biology.noise, rng, sim.n_genes)  # (G,)
     _move(rate, biology.states, (np.cos(phase), np.sin(phase), stress))
@@ -211,7 +211,7 @@ def _calibrated(sim: Simulation, rank: np.ndarray, markers: np.ndarray) -> np.nd
     normal[rank] = -_normal_quantiles(sim.n_genes)
     nodes, weights = np.polynomial.hermite_e.hermegauss(9)
     spread = np.hypot(sim.library_spread, sim.dispersion)
-    depth = sim.umi_per_cell * np.exp(spread * nodes - sim.dispersion**2 / 2)  # (9,) library x noise of one gene
+    depth = sim.median_umi * np.exp(spread * nodes - sim.dispersion**2 / 2)  # (9,) library x noise of one gene
 
     def expressed(tail: float) -> float:
         rate = np.exp(tail * normal + markers)
@@ -220,14 +220,14 @@ def _calibrated(sim: Simulation, rank: np.ndarray, markers: np.ndarray) -> np.nd
         return float(seen.sum(axis=1).mean())
 
     low, high = 0.0, 8.0
-    if not expressed(high) < sim.expressed_genes < expressed(low):
+    if not expressed(high) < sim.mean_expressed < expressed(low):
         raise InputError(
-            f"{sim.umi_per_cell} UMIs over {sim.n_genes} genes cannot express {sim.expressed_genes} genes; "
+            f"{sim.median_umi} UMIs over {sim.n_genes} genes cannot express {sim.mean_expressed} genes; "
             f"choose between {expressed(high):.0f} and {expressed(low):.0f}, or change umi_per_cell."
         )
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if expressed(middle) > sim.expressed_genes else (low, middle)
+        low, high = (middle, high) if expressed(middle) > sim.mean_expressed else (low, middle)
     log_rate: np.ndarray = low * normal + markers
     return log_rate
 

@@ -12,8 +12,7 @@ from sest.options import LARGEST_SEED, N_CELLS, SEED, Config, option
 class Simulation(Config):
     """Size and biology of a simulated screen; every value has a default.
 
-    The defaults make a small file that is quick to learn from. A full panel, 80% zeros, is
-    `Simulation(n_genes=18_080, expressed_genes=3_700, umi_per_cell=15_000)`.
+    The defaults make a small file that is quick to learn from; `n_genes=18_080` a full panel, 80% zeros.
     Raises InputError for sizes that cannot be.
     """
 
@@ -25,8 +24,10 @@ class Simulation(Config):
     n_batches: int = option(2, "batches, shared by all cell types", least=1)
     n_features: int = option(64, "width of a perturbation's features")
     n_programs: int = option(8, "latent gene programs that perturbations drive", least=1)
-    expressed_genes: int = option(700, "mean number of genes with counts in a cell")
-    umi_per_cell: int = option(5000, "median counts of a cell")
+    expressed_genes: int | None = option(
+        None, "mean number of genes with counts in a cell; default: 35% of the genes, at most 3,700"
+    )
+    umi_per_cell: int | None = option(None, "median counts of a cell; default: 2.5 a gene, at most 15,000")
     library_spread: float = option(0.35, "standard deviation of the log library size", least=0)
     effect_size: float = option(0.7, "log fold change of a typical program gene at activity 1", least=0)
     null_fraction: float = option(0.15, "share of perturbations that move no program", least=0, most=1)
@@ -50,13 +51,23 @@ class Simulation(Config):
             raise InputError(
                 f"n_features {self.n_features} cannot hold {self.n_programs} programs; raise it or lower n_programs."
             )
-        if not 1 <= self.expressed_genes <= min(self.n_genes - 1, self.umi_per_cell):
+        if not 1 <= self.mean_expressed <= min(self.n_genes - 1, self.median_umi):
             raise InputError(
-                f"expressed_genes is {self.expressed_genes}; it must be at least 1, below n_genes ({self.n_genes}) "
-                f"and not above umi_per_cell ({self.umi_per_cell})."
+                f"expressed_genes is {self.mean_expressed}; it must be at least 1, below n_genes ({self.n_genes}) "
+                f"and not above umi_per_cell ({self.median_umi})."
             )
         if not 0 < self.knockdown < 1:
             raise InputError(f"knockdown is {self.knockdown}; it is a fraction between 0 and 1.")
+
+    @property
+    def mean_expressed(self) -> int:
+        """`expressed_genes`, or what fits the panel."""
+        return min(int(0.35 * self.n_genes), 3_700) if self.expressed_genes is None else self.expressed_genes
+
+    @property
+    def median_umi(self) -> int:
+        """`umi_per_cell`, or what fits the panel."""
+        return min(int(2.5 * self.n_genes), 15_000) if self.umi_per_cell is None else self.umi_per_cell
 
     @property
     def n_cells(self) -> int:

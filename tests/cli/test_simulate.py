@@ -14,7 +14,7 @@ TINY = ("--n-perturbations", 2, "--n-cells", 3, "--n-controls", 4, "--n-genes", 
 def test_simulating_what_cannot_be_leaves_nothing(refused: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "x.h5ad"
     assert "n_genes is 20" in refused("simulate", out, "--n-genes", "20")
-    assert "expressed_genes is 700" in refused("simulate", out, "--n-genes", "300")
+    assert "expressed_genes is 700" in refused("simulate", out, "--n-genes", "300", "--expressed-genes", "700")
     assert "does not end in .npz, .safetensors, .pt" in refused("simulate", out, "--features", tmp_path / "f.csv")
     (tmp_path / "genes.txt").write_text("A\nB\nA\n")
     assert "n_genes is 3" in refused("simulate", out, "--genes", tmp_path / "genes.txt")

@@ -104,7 +104,7 @@ def test_genes_that_are_named_name_the_perturbations() -> None:
 
 
 def test_full_panel_has_the_stated_sparsity_and_library_size() -> None:
-    sim = Simulation(n_genes=18_080, expressed_genes=3_700, umi_per_cell=15_000)
+    sim = Simulation(n_genes=18_080)
     counts = simulate_counts(sim, 0, 400)
     per_cell, library = np.diff(counts.indptr), np.asarray(counts.sum(axis=1)).ravel()
     # standard errors over 400 cells: 1% of the mean number of genes, 2% of the median library
@@ -114,6 +114,14 @@ def test_full_panel_has_the_stated_sparsity_and_library_size() -> None:
     by_gene = np.sort(np.asarray(counts.mean(axis=0)).ravel())[::-1]
     assert 0.2 < by_gene[:100].sum() / by_gene.sum() < 0.5  # long tail
     assert np.median(by_gene) < 0.2 < 15_000 / 18_080 < by_gene[1000]
+
+
+@pytest.mark.parametrize("n_genes", [50, 300, 2000, 9000])
+def test_counts_and_expressed_genes_follow_the_panel_where_nobody_says(n_genes: int) -> None:
+    sim = Simulation(n_genes=n_genes, n_perturbations=2)
+    counts = simulate_counts(sim, 0, 300)
+    assert np.diff(counts.indptr).mean() == pytest.approx(min(0.35 * n_genes, 3_700), rel=0.06)
+    assert np.median(np.asarray(counts.sum(axis=1))) == pytest.approx(min(2.5 * n_genes, 15_000), rel=0.08)
 
 
 def test_counts_are_poisson_without_dispersion_and_lognormal_poisson_with_it() -> None:
