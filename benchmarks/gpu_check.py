@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from encoders import SE_600M, Size, gene_names, random_cells, random_tensors
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import sest.head.kernels
 from sest.config import TrainConfig
@@ -306,7 +307,11 @@ def triton(check: Check) -> Found:
     genes = torch.rand(n, n_genes, **at).argsort(1)[:, : n_genes // 5].flatten().short()
     cells = (length.cumsum(0) - length, length, torch.rand(n, **at) + 0.1, genes, torch.ones_like(genes))
     whole, one = (torch.randn(n // 8, 8, width, **at) for width in (n_genes, 1))
+    gates = torch.randn(3, n, 2688, **at).bfloat16()
     given: dict[str, Any] = {
+        "centre_and_largest": (whole,),
+        "swiglu": tuple(gates[1:]),
+        "swiglu_backward": tuple(gates),
         "set_keys": (torch.arange(16, **at), 7),
         "kept_units": (torch.arange(16, dtype=torch.int32, **at), 3, 6, 42 * n, 2**28),
         "dense_rows": (*cells, n_genes, len(genes)),
@@ -315,7 +320,7 @@ def triton(check: Check) -> Found:
     found: Found = {"works": True}
     for name, arguments in given.items():
         ours, theirs = partial(getattr(own, name), *arguments), partial(getattr(plain, f"plain_{name}"), *arguments)
-        a, b = ours().double(), theirs().double()
+        a, b = (torch.cat([t.flatten().double() for t in tree_leaves(run())]) for run in (ours, theirs))
         found[name] = {
             "triton_ms": 1e3 * check.seconds(ours),
             "torch_ms": 1e3 * check.seconds(theirs),

@@ -45,15 +45,16 @@ def test_a_step_of_the_default_sizes_launches_and_moves_no_more_than_it_did(trac
         for phase in dict.fromkeys(op.phase for op in ops)
         for of in ([op for op in ops if op.phase == phase],)
     }
-    most = {"data": (7, 0.2), "forward": (175, 1.5), "loss": (75, 1.3), "backward": (285, 3.2), "update": (30, 1.8)}
+    most = {"data": (7, 0.2), "forward": (168, 1.41), "loss": (72, 1.1), "backward": (276, 3.0), "update": (29, 1.8)}
     assert found.keys() == most.keys()
     for phase, (n, gb) in most.items():
         assert found[phase][0] <= n and found[phase][1] <= gb, (phase, found[phase])
     assert sum(op.flops for op in ops) == pytest.approx(step_cost(StateTransition(sizes), 16, 128)[0], rel=0.02)
     assert len(ops) == pytest.approx(step_launches(sizes), rel=0.05)
     assert not [op for op in ops if op.phase == "forward" and op.out.startswith("int32")]  # nothing hashed bit by bit
-    assert {"dense_rows", "set_keys", "kept_units", "weighted_sum"} <= {op.name for op in ops}  # sest.head.kernels
-    assert sum(op.modelled_ms for op in ops) < 4.7
+    own = {"dense_rows", "set_keys", "kept_units", "weighted_sum", "centre_and_largest", "swiglu", "swiglu_backward"}
+    assert own <= {op.name for op in ops}  # sest.head.kernels
+    assert sum(op.modelled_ms for op in ops) < 4.5
 
 
 @pytest.mark.parametrize("on_device", [True, False])

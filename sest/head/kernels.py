@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sest.head.mix import mix32
@@ -144,6 +145,61 @@ def plain_weighted_sum(
     return (torch.addcmul(sum, x, of_x).addcmul_(of_shift, shift) * unit).to(dtype)
 
 
+@torch.library.custom_op("sest::centre_and_largest", mutates_args=())
+def centre_and_largest(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the cells of each set and largest magnitudes of each: (B, S, G) -> (B, 1, G), (B,), both float32.
+
+    In one pass. Where a number is NaN its gene's mean is, and the largest may leave it out.
+    """
+    kernels = triton_kernels(cells.device)
+    return plain_centre_and_largest(cells) if kernels is None else kernels.centre_and_largest(cells)
+
+
+@centre_and_largest.register_fake
+def _(cells: Tensor) -> tuple[Tensor, Tensor]:
+    n_sets, _, n_genes = cells.shape
+    return cells.new_empty(n_sets, 1, n_genes, dtype=torch.float32), cells.new_empty(n_sets, dtype=torch.float32)
+
+
+def plain_centre_and_largest(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """`centre_and_largest` in PyTorch's operations."""
+    largest = torch.linalg.vector_norm(cells, torch.inf, dim=(1, 2)).float()
+    return cells.mean(1, keepdim=True, dtype=torch.float32), largest
+
+
+@torch.library.custom_op("sest::swiglu", mutates_args=())
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of two tensors of one shape and type, computed in float32 and rounded once."""
+    kernels = triton_kernels(gate.device)
+    return plain_swiglu(gate, up) if kernels is None else kernels.swiglu(gate, up)
+
+
+@torch.library.custom_op("sest::swiglu_backward", mutates_args=())
+def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `swiglu` for gate and up; silu(gate) is computed again, as to read it would take longer."""
+    kernels = triton_kernels(gate.device)
+    back = plain_swiglu_backward if kernels is None else kernels.swiglu_backward
+    return back(gradient, gate, up)
+
+
+swiglu.register_fake(lambda gate, up: torch.empty_like(gate))
+swiglu_backward.register_fake(lambda gradient, gate, up: (torch.empty_like(gate), torch.empty_like(up)))
+swiglu.register_autograd(
+    lambda ctx, gradient: swiglu_backward(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in PyTorch's operations, each of which rounds."""
+    return F.silu(gate) * up
+
+
+def plain_swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`swiglu_backward` in PyTorch's operations."""
+    return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+
+
 def triton_kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels for a GPU where they work, else None; what stands in their way is said once."""
     return _working_kernels() if device.type == "cuda" else None
@@ -175,11 +231,19 @@ def _check(kernels: ModuleType, device: torch.device) -> None:
     values = [torch.tensor([7, 7, 0, -1, 1, 2, 3]).to(torch.int16), torch.tensor([9, 9, 1, 2, 0, 3, 4000]).short()]
     cells: Any = (*(tensor.to(device) for tensor in (*rows, *values)), 2**16, 6)
     of_sets: Any = (*(torch.linspace(-2, 3, n, device=device).view(shape) for n, shape in _SMALL_SUM), torch.float32)
+    of_cells = torch.linspace(-2, 9, 60, device=device).view(2, 3, 10)
+    gates: Any = tuple(torch.linspace(-9, 9, 60, device=device) * factor for factor in (0.1, 1.0, -0.3))
     same = (
         torch.equal(kernels.set_keys(number, -3), keys),
         torch.equal(kernels.kept_units(keys, *places), plain_kept_units(keys, *places)),
         torch.allclose(kernels.weighted_sum(*of_sets), plain_weighted_sum(*of_sets)),
         torch.allclose(kernels.dense_rows(*cells), plain_dense_rows(*cells), rtol=1e-6),  # float32
+        *map(torch.allclose, kernels.centre_and_largest(of_cells), plain_centre_and_largest(of_cells)),
+        torch.allclose(kernels.swiglu(*gates[1:]), plain_swiglu(*gates[1:]), atol=1e-6),
+        *(
+            torch.allclose(ours, theirs, atol=1e-6)
+            for ours, theirs in zip(kernels.swiglu_backward(*gates), plain_swiglu_backward(*gates), strict=True)
+        ),
     )
     if not all(same):
         raise ArithmeticError("it computes other numbers than PyTorch")

@@ -99,14 +99,15 @@ class _EnergyDistance(torch.autograd.Function):
     def forward(ctx: Any, predicted: Tensor, target: Tensor, gram: torch.dtype) -> Tensor:
         (n_sets, n_x, n_genes), n_y = predicted.shape, target.shape[1]
         noise, n_cells = GRAMS[gram], n_y + n_x
-        centre_x = predicted.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, G)
-        centre_y = target.mean(1, keepdim=True, dtype=torch.float32)
-        shift = centre_x - centre_y
         if gram == torch.float16:
-            largest = [torch.linalg.vector_norm(cells, torch.inf, dim=(1, 2)).float() for cells in (predicted, target)]
-            scale = _power_of_two(2 * torch.maximum(*largest), gram)  # 2: centred, a value may be twice as large
+            compiling = torch.compiler.is_compiling()
+            look = kernels.plain_centre_and_largest if compiling else kernels.centre_and_largest
+            (centre_x, largest_x), (centre_y, largest_y) = look(predicted), look(target)  # (B, 1, G), (B,)
+            scale = _power_of_two(2 * torch.maximum(largest_x, largest_y), gram)  # 2: centred, it may be twice as large
         else:
+            centre_x, centre_y = (cells.mean(1, keepdim=True, dtype=torch.float32) for cells in (predicted, target))
             scale = _power_of_two(centre_x[:, 0, 0], gram)
+        shift = centre_x - centre_y
         # y, x, shift, and rows of 0 up to a multiple of what tensor cores take
         n_rows = -(-(n_cells + 1) // ALIGNED_ROWS) * ALIGNED_ROWS
         cells = torch.empty(n_sets, n_rows, n_genes, dtype=gram, device=predicted.device)

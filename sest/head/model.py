@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sest.head import kernels
 from sest.head.dropout import SetDropout, kept_units
 
 RMS_NORM_EPS = 1e-6
@@ -111,7 +112,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        plain = x.device.type == "cpu" or torch.compiler.is_compiling()
+        gated = kernels.plain_swiglu if plain else kernels.swiglu  # the operator has its backward pass in one too
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class BackboneLayer(nn.Module):

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024  # numbers that a program takes at a time
+_ROWS, _GENES = 8, 256  # of a set that a program takes at a time
 
 
 @triton.jit
@@ -73,6 +74,61 @@ def _weighted_sum(  # type: ignore[no-untyped-def]
     tl.store(out + place, (value * tl.load(unit + of)).to(out.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _plus(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@triton.jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _centre_and_largest(  # type: ignore[no-untyped-def]
+    cells, centre, largest, n_cells, n_genes, ROWS: tl.constexpr, GENES: tl.constexpr
+):
+    of, part = tl.program_id(0), tl.program_id(1)
+    gene, row = part * GENES + tl.arange(0, GENES), tl.arange(0, ROWS)
+    total = tl.full([ROWS, GENES], 0.0, tl.float32)
+    most = total
+    for first in range(0, n_cells, ROWS):
+        cell = first + row
+        place = (of.to(tl.int64) * n_cells + cell[:, None]) * n_genes + gene[None, :]
+        here = (cell[:, None] < n_cells) & (gene[None, :] < n_genes)
+        value = tl.load(cells + place, mask=here, other=0.0).to(tl.float32)
+        total += value
+        most = tl.maximum(most, tl.abs(value))
+    tl.store(centre + of.to(tl.int64) * n_genes + gene, tl.reduce(total, 0, _plus) / n_cells, mask=gene < n_genes)
+    tl.store(largest + of * tl.num_programs(1) + part, tl.reduce(tl.reduce(most, 0, _larger), 0, _larger))
+
+
+@triton.jit
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    small = tl.exp(-tl.abs(x))  # which does not overflow
+    return tl.where(x < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def _swiglu(gate, up, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(gate + i, mask=i < n, other=0.0).to(tl.float32)
+    y = tl.load(up + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(out + i, (x * _sigmoid(x) * y).to(out.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def _swiglu_backward(gradient, gate, up, of_gate, of_up, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(gate + i, mask=i < n, other=0.0).to(tl.float32)
+    slope = tl.load(gradient + i, mask=i < n, other=0.0).to(tl.float32)
+    y = tl.load(up + i, mask=i < n, other=0.0).to(tl.float32)
+    share = _sigmoid(x)
+    to_gate = slope * y * share * (1.0 + x * (1.0 - share))
+    tl.store(of_gate + i, to_gate.to(of_gate.dtype.element_ty), mask=i < n)
+    tl.store(of_up + i, (slope * x * share).to(of_up.dtype.element_ty), mask=i < n)
+
+
 def set_keys(number: Tensor, of_seed: int) -> Tensor:
     keys, n = torch.empty_like(number, dtype=torch.int32), number.numel()
     with torch.cuda.device_of(number):
@@ -109,3 +165,29 @@ def weighted_sum(
             sum, x, of_x, shift, of_shift, unit, out, n_cells, n_genes, x.stride(0), x.stride(1), BLOCK=_BLOCK
         )
     return out
+
+
+def centre_and_largest(cells: Tensor) -> tuple[Tensor, Tensor]:
+    n_sets, n_cells, n_genes = cells.shape
+    cells, parts = cells.contiguous(), triton.cdiv(n_genes, _GENES)
+    centre = torch.empty(n_sets, 1, n_genes, device=cells.device)
+    largest = torch.empty(n_sets, parts, device=cells.device)
+    with torch.cuda.device_of(cells):
+        _centre_and_largest[(n_sets, parts)](cells, centre, largest, n_cells, n_genes, ROWS=_ROWS, GENES=_GENES)
+    return centre, largest.amax(1)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out, n = torch.empty_like(gate), gate.numel()
+    with torch.cuda.device_of(gate):
+        _swiglu[(triton.cdiv(n, _BLOCK),)](gate, up, out, n, BLOCK=_BLOCK)
+    return out
+
+
+def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gradient, gate, up = (tensor.contiguous() for tensor in (gradient, gate, up))
+    of_gate, of_up, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+    with torch.cuda.device_of(gate):
+        _swiglu_backward[(triton.cdiv(n, _BLOCK),)](gradient, gate, up, of_gate, of_up, n, BLOCK=_BLOCK)
+    return of_gate, of_up

@@ -19,7 +19,7 @@ PASSES_OVER_CELLS = 12  # reads and writes of a (B, S, G) float32 tensor a step:
 BYTES_A_PARAMETER = 28  # AdamW reads weight, gradient and two moments, and writes all but the gradient
 # Operations of a step that is not compiled, in a half; benchmarks/step_ops.py counts them: of a layer of the backbone,
 # of a linear layer of an MLP, and of all else, once a forward pass
-LAUNCHES_A_LAYER, LAUNCHES_A_LINEAR, LAUNCHES_A_PASS = 63, 12, 151
+LAUNCHES_A_LAYER, LAUNCHES_A_LINEAR, LAUNCHES_A_PASS = 60, 12, 148
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ PLAIN: dict[str, Any] = {
     "kept_units": kernels.plain_kept_units,
     "weighted_sum": kernels.plain_weighted_sum,
     "dense_rows": kernels.plain_dense_rows,
+    "centre_and_largest": kernels.plain_centre_and_largest,
+    "swiglu": kernels.plain_swiglu,
+    "swiglu_backward": kernels.plain_swiglu_backward,
 }
 
 
@@ -35,16 +38,29 @@ def test_every_operation_is_one_of_pytorch_with_shapes_that_are_known_beforehand
             kernels.plain_weighted_sum,
             (ones, ones, of_cell, of_gene, of_cell, of_set, torch.half),
         ),
+        (kernels.centre_and_largest, kernels.plain_centre_and_largest, (cells[4].view(1, 1, 3),)),
+        (kernels.swiglu, kernels.plain_swiglu, (ones, 2 * ones)),
+        (kernels.swiglu, kernels.plain_swiglu, (ones.clone().requires_grad_(), ones.clone().requires_grad_())),
+        (kernels.swiglu_backward, kernels.plain_swiglu_backward, (ones, ones, 2 * ones)),
     )
     for operation, plain, given in tried:
         torch.library.opcheck(operation, given)
-        assert torch.equal(operation(*given), plain(*given))
+        torch.testing.assert_close(operation(*given), plain(*given), rtol=0, atol=0)
+
+
+def test_the_gradient_of_swiglu_is_that_of_pytorchs_operations() -> None:
+    gate, up = (torch.linspace(-6, 6, 50).roll(n).double().requires_grad_() for n in (0, 9))
+    assert torch.autograd.gradcheck(kernels.swiglu, (gate, up))
+
+
+def off_by_one(out: Any) -> Any:
+    return tuple(map(off_by_one, out)) if isinstance(out, tuple) else 1 - out.float()
 
 
 @pytest.mark.parametrize("wrong", PLAIN)
 def test_kernels_are_taken_only_if_they_compute_the_same_numbers(wrong: str) -> None:
     kernels._check(SimpleNamespace(**PLAIN), CPU)  # type: ignore[arg-type]
-    off = SimpleNamespace(**PLAIN | {wrong: lambda *given, **more: 1 - PLAIN[wrong](*given, **more).float()})
+    off = SimpleNamespace(**PLAIN | {wrong: lambda *given, **more: off_by_one(PLAIN[wrong](*given, **more))})
     with pytest.raises(ArithmeticError, match="other numbers than PyTorch"):
         kernels._check(off, CPU)  # type: ignore[arg-type]
 

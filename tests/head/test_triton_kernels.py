@@ -1,8 +1,12 @@
-"""The Triton kernels, run by Triton's interpreter: each gives what PyTorch's own operations do."""
+"""The Triton kernels, run by Triton's interpreter: each gives what PyTorch's own operations do.
+
+And compiled for GPUs, which needs none: what the interpreter takes is not always what the compiler does.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -94,5 +98,71 @@ def test_tritons_weighted_sum_is_pytorchs(interpreted: ModuleType, dtype: torch.
     torch.testing.assert_close(out, kernels.plain_weighted_sum(*given), rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 1, 5), (3, 11, 37), (2, 4, 16)])
+def test_tritons_means_and_largest_numbers_of_sets_are_pytorchs(
+    interpreted: ModuleType, dtype: torch.dtype, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreted, "_ROWS", 4)
+    monkeypatch.setattr(interpreted, "_GENES", 16)  # the interpreter adds up number by number
+    cells = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cells[0, 0, -1], cells[1, -1, 0] = -7.5, 9.0
+    centre, largest = interpreted.centre_and_largest(cells)
+    assert largest.tolist()[:2] == [7.5, 9.0] and centre.dtype == largest.dtype == torch.float32
+    torch.testing.assert_close(centre, cells.double().mean(1, keepdim=True).float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(largest, kernels.plain_centre_and_largest(cells)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tritons_swiglu_is_rounded_once(interpreted: ModuleType, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [(4 * torch.randn(3, 700, generator=generator)).to(dtype) for _ in range(3)]
+    given[1][0, :4] = torch.tensor([0.0, -200.0, 200.0, -80.0])
+    gate, up = (tensor.double().requires_grad_() for tensor in given[1:])
+    (torch.nn.functional.silu(gate) * up).backward(given[0].double())
+    ours = interpreted.swiglu(*given[1:]), *interpreted.swiglu_backward(*given)
+    for tensor, exact in zip(ours, (torch.nn.functional.silu(gate) * up, gate.grad, up.grad), strict=True):
+        assert exact is not None and tensor.dtype == dtype
+        rtol = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps  # the interpreter cuts off bfloat16
+        torch.testing.assert_close(tensor.double(), exact.detach(), rtol=rtol, atol=1e-6)
+
+
 def test_every_kernel_passes_the_comparison_that_a_gpu_begins_with(interpreted: ModuleType) -> None:
     kernels._check(interpreted, torch.device("cpu"))
+
+
+KERNELS: dict[str, tuple[str, dict[str, int]]] = {  # types of the arguments, and constants
+    "_set_keys": ("*i64 *i32 i32 i32", {"BLOCK": 1024}),
+    "_kept_units": ("*i32 *i1 i32 i32 i32 i64", {"BLOCK": 1024}),
+    "_dense_rows": ("*i64 *i64 *fp32 *i16 *i16 *fp32 i32", {"BLOCK": 1024}),
+    "_weighted_sum": ("*fp32 *fp16 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32 i32 i32", {"BLOCK": 1024}),
+    "_centre_and_largest": ("*bf16 *fp32 *fp32 i32 i32", {"ROWS": 8, "GENES": 256}),
+    "_swiglu": ("*bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
+    "_swiglu_backward": ("*fp16 *fp16 *fp16 *fp16 *fp16 i32", {"BLOCK": 1024}),
+}
+
+
+@pytest.mark.parametrize("architecture", [70, 90])  # V100, H100
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_kernels_compile_for_gpus(
+    name: str, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for GPUs; `make newest` installs it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from sest.head import triton_kernels
+
+    kernel, (types, constants) = getattr(triton_kernels, name), KERNELS[name]
+    signature = dict(zip(kernel.arg_names, [*types.split(), *["constexpr"] * len(constants)], strict=True))
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert f"sm_{architecture}" in compiled.asm["ptx"] and compiled.asm["cubin"]
+
+
+def test_every_kernel_that_pytorch_starts_is_compiled_above() -> None:
+    text = Path(kernels.__file__).with_name("triton_kernels.py").read_text()
+    assert set(re.findall(r"^ +(_\w+)\[(?:grid|\()", text, re.MULTILINE)) == set(KERNELS)
