@@ -37,12 +37,12 @@ def nearest_file(path: str | os.PathLike[str]) -> str:
     return nearest(name, there)
 
 
-# A file that only such a folder has, what the folder is, and the command that takes it.
+# A file that only such a folder has, what the folder is, and what takes it.
 _FOLDERS = (
-    ("state.json", "a checkpoint folder", "sest predict"),
-    ("config.toml", "a run folder", "sest predict"),
-    ("pipeline.toml", "a folder of `sest run`; its run is in run", "sest predict"),
-    ("protein_embeddings.pt", "an encoder folder", "sest embed --encoder"),
+    ("state.json", "a checkpoint folder, which `sest predict` takes"),
+    ("config.toml", "a run folder, which `sest predict` takes"),
+    ("pipeline.toml", "a folder of `sest run`; the run in it is {path}/run"),
+    ("protein_embeddings.pt", "an encoder folder, which `sest embed --encoder` takes"),
 )
 
 
@@ -60,9 +60,9 @@ def what_it_is(path: str | os.PathLike[str]) -> str:
             return f" It is {'a cache, which `sest train`' if is_cache else 'a Zarr store, which `sest embed`'} takes."
     except OSError:
         return ""
-    for name, what, command in _FOLDERS:
+    for name, what in _FOLDERS:
         if os.path.isfile(os.path.join(path, name)):
-            return f" It is {what}, which `{command}` takes."
+            return f" It is {what.format(path=path.rstrip(os.sep))}."
     return ""
 
 

@@ -74,6 +74,7 @@ def test_what_stands_at_a_path_instead_is_said_with_the_command_that_takes_it(tm
         ("store", "zarr.json", "{}"),
         ("run", "config.toml", ""),
         ("checkpoint", "state.json", "{}"),
+        ("of {run}", "pipeline.toml", ""),
         ("none", "other.json", ""),
     ):
         (tmp_path / folder).mkdir()
@@ -83,6 +84,10 @@ def test_what_stands_at_a_path_instead_is_said_with_the_command_that_takes_it(tm
     assert what_it_is(str(tmp_path / "store")) == " It is a Zarr store, which `sest embed` takes."
     assert what_it_is(tmp_path / "run") == " It is a run folder, which `sest predict` takes."
     assert what_it_is(tmp_path / "checkpoint") == " It is a checkpoint folder, which `sest predict` takes."
+    assert (
+        what_it_is(tmp_path / "of {run}")
+        == f" It is a folder of `sest run`; the run in it is {tmp_path}/of {{run}}/run."
+    )
     assert what_it_is(tmp_path / "none") == what_it_is(tmp_path / "table.csv") == what_it_is(tmp_path / "gone") == ""
 
 

@@ -20,8 +20,8 @@ from sest.cells.labels import targets_of
 from sest.config import TrainConfig
 from sest.data.labels import read_labels
 from sest.data.targets import Targets
-from sest.data.vectors import AUTO, ENCODER, GENES, ONE_HOT, Source, Vectors, absent_hint, sources_of
-from sest.errors import InputError, shown
+from sest.data.vectors import AUTO, ENCODER, GENES, ONE_HOT, WORDS, Source, Vectors, absent_hint, sources_of
+from sest.errors import InputError, nearest, nearest_file, shown
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,15 @@ def with_sources(config: TrainConfig, cache: Cache) -> TrainConfig:
     """The configuration with sources that can be read, where it has words that depend on the cache; says which.
 
     Raises:
-        InputError: unusable labels, or no folder of the encoder.
+        InputError: unusable labels, a source that is neither a word nor a file, or no folder of the encoder.
     """
     parts = sources_of(config.perturbations)
+    for part in parts:
+        if part not in (words := (AUTO, *WORDS, ENCODER)) and not Path(part).exists():
+            raise InputError(
+                f"No perturbation features {part!r}: no file has that name, and without a file there are "
+                f"{', '.join(words)}.{nearest(part, words) or nearest_file(part)}"
+            )
     if AUTO in parts and len(parts) > 1:
         raise InputError(f"--perturbations {AUTO} chooses the sources. Name others without it.")
     if ENCODER in parts:

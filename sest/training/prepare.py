@@ -30,7 +30,7 @@ from sest.head.loss import HeadLoss, make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.head.moments import tensors_to_optimizer
 from sest.head.preset import TrainingData, level_of, preset_values, why
-from sest.machine.devices import DTYPES, autocast, choose_precision, faster_precision, slow_pages
+from sest.machine.devices import DTYPES, autocast, choose_precision
 from sest.machine.team import Team
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.diagnose import GIVE_FEATURES
@@ -212,15 +212,12 @@ def _state_of(start: Checkpoint) -> RunState:
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:
-    """What is computed in; refuse what this machine cannot do, and say what it could do better."""
+    """What is computed in; refuse what this machine cannot do."""
     precision = choose_precision(config.precision, device, training=True)
     if config.gradients == "bf16" and device.type == "cpu":
         raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
     frozen_parts(config)
     check_sinks(config)
-    for hint in (faster_precision(precision, device), slow_pages(device)):
-        if hint:
-            logger.info(hint)
     return precision
 
 

@@ -20,7 +20,7 @@ from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError, TrainingFailed, is_out_of_memory
 from sest.head.model import StateTransition, n_parameters
-from sest.machine.devices import choose_device
+from sest.machine.devices import choose_device, choose_precision, faster_precision, slow_pages
 from sest.machine.ranks import SINGLE, Ranks
 from sest.machine.signals import Interrupted, StopRequest, TimeLimit, stop_requests
 from sest.machine.team import join_team
@@ -211,6 +211,9 @@ def say_time(trainer: Trainer) -> None:
         f"{left:,} steps will take about {progress.duration(left * seconds)} here, validations aside "
         f"({seconds:.2g} s a step); {fits}."
     )
+    precision = choose_precision(config.precision, trainer.device, training=True)
+    for hint in filter(None, (faster_precision(precision, trainer.device), slow_pages(trainer.device))):
+        logger.info(hint)
 
 
 def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> str:

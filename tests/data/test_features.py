@@ -163,6 +163,9 @@ def test_what_nobody_named_is_the_genes_vectors_where_all_targets_are_measured_a
     assert with_sources(TrainConfig(), in_one_file).perturbations == ONE_HOT
     with pytest.raises(InputError, match=r"auto chooses the sources"):
         with_sources(TrainConfig(perturbations="auto+genes"), measured)
+    for word, near in (("gene", "genes"), ("one-hot", "onehot"), ("gene+onehot", "genes")):
+        with pytest.raises(InputError, match=rf"No perturbation features .*, drugs, encoder\. Did you mean '{near}'\?"):
+            with_sources(TrainConfig(perturbations=word), measured)
 
 
 def test_the_encoder_is_where_the_cache_says(tmp_path: Path) -> None:
