@@ -37,7 +37,7 @@ from sest.runs.checkpoint import (
     resumable,
     sound_checkpoint,
 )
-from sest.runs.schema import PROVENANCE_KIND, summed_line
+from sest.runs.schema import PROVENANCE, PROVENANCE_KIND, PROVENANCE_TOO, summed_line
 from sest.untrusted.plain_json import check_plain
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,9 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     check_plain(provenance, PROVENANCE_KIND, f"{run / CONFIG}, [provenance]")
     splits = (run / SPLITS).read_bytes() if (run / SPLITS).is_file() else b""
     whole = bool(splits) == ("splits" in values)  # a kill may have come between the two files
-    if (written := provenance.pop("sha256", None)) is not None and whole and written != _digest(read, splits):
+    is_complete = provenance.keys() >= PROVENANCE and provenance.keys() <= PROVENANCE | PROVENANCE_TOO
+    written = provenance.pop("sha256", None)  # earlier runs have none
+    if not is_complete or (written is not None and whole and written != _digest(read, splits)):
         _say_changed(run, written)
     TrainConfig.from_values(values, str(run / CONFIG))
     if "splits" in values and (run / SPLITS).exists():
@@ -204,7 +206,7 @@ def _digest(content: Mapping[str, Any], splits: bytes) -> str:
 
 
 @cache
-def _say_changed(run: Path, written: str) -> None:
+def _say_changed(run: Path, written: str | None) -> None:
     """Once for each run: many parts of a command read it."""
     logger.warning(
         f"{CONFIG} or {SPLITS} of {run} is not as sest wrote it: it was edited, or is damaged. It is used as it is."

@@ -143,9 +143,9 @@ STATE_KIND = record(
         "init_from": maybe(record({"name": text(), "step": whole(), "model_sha256": text()})),
     },
 )
-PROVENANCE_KIND = record(
-    {}, {"cache": text(), "sest_version": text(), "torch_version": text(), "resumed_from": text(), "sha256": text()}
-)
+PROVENANCE = {"cache", "sest_version", "torch_version", "resumed_from"}  # which every config.toml says
+PROVENANCE_TOO = {"chosen", "sha256"}  # and some
+PROVENANCE_KIND = record({}, dict.fromkeys(PROVENANCE | PROVENANCE_TOO, text()))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

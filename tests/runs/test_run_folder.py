@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,22 @@ def test_an_edited_configuration_or_splits_file_is_said_once(
     assert read_run_config(run)[0]["lr"] == 0.003 == read_run_config(run)[0]["lr"]
     assert [message for message in caplog.messages if "is not as sest wrote it" in message] == caplog.messages
     assert len(caplog.messages) == 1 and str(run) in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("sha256 = ", "sja256 = "),  # one bit, and there is nothing to compare with
+        lambda text: text[: text.index("[provenance]")],
+        lambda text: text[: text.index("resumed_from")],
+    ],
+)
+def test_a_configuration_that_lost_its_hash_is_said(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[str], str]
+) -> None:
+    (tmp_path / CONFIG).write_text(change((whole / CONFIG).read_text()))
+    read_run_config(tmp_path)
+    assert len(caplog.messages) == 1 and "is not as sest wrote it" in caplog.messages[0]
 
 
 def test_a_line_of_metrics_that_is_not_as_it_was_written_is_refused(whole: Path, tmp_path: Path) -> None:
