@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from helpers.forked import Forked
     from helpers.pages import Trained
     from sest.evaluation.results import Evaluation
     from sest.training.train import TrainResult
@@ -116,6 +117,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     result = run_demo(folder, quick=True, watcher=watcher)
     assert result.training is not None and result.evaluation is not None
     return Demo(folder, watcher.commands, result.training, result.evaluation)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forked:
+    """Commands in which something fails, for the tests of faults."""
+    from helpers.forked import Forked
+
+    return Forked(tmp_path_factory.mktemp("forked"))
 
 
 @pytest.fixture(scope="session")

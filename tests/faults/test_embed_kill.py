@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +91,8 @@ class Embedding:
 
 
 @pytest.fixture(scope="module")
-def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedding]:
-    folder = tmp_path_factory.mktemp("embedding")
-    with Forked(folder / "server") as forked:
-        yield Embedding(forked, folder)
+def embedding(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Embedding:
+    return Embedding(forked, tmp_path_factory.mktemp("embedding"))
 
 
 def places(n: int, calls: int) -> list[int]:

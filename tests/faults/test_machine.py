@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,8 @@ def said_in_one_line(ended: Ended, words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def work(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
-    folder = tmp_path_factory.mktemp("machine")
-    with Forked(folder / "server") as forked:
-        yield Work(forked, demo, folder)
+def work(forked: Forked, demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(forked, demo, tmp_path_factory.mktemp("machine"))
 
 
 def disk_fails(work: Work, name: str, disk: str, share: float) -> None:
@@ -175,6 +173,19 @@ def test_what_a_machine_lacks_changes_nothing(work: Work, name: str) -> None:
     assert ended.code == 0 and "Traceback" not in ended.err, ended
     assert not re.search(r"-\d+ (s|it|cells)|\d{5,} (s|h|min)\b", ended.err), ended.err  # of times that jumped
     assert same(usual) == same(odd)
+
+
+@pytest.mark.full
+def test_a_umap_is_drawn_where_neither_home_nor_its_package_can_be_written(work: Work) -> None:
+    """umap-learn caches what numba compiles beside its source or below HOME, and cannot be imported without either."""
+    packages = Path(pytest.importorskip("umap").__file__).parents[1]
+    read_only = Fault(str(packages), ("create",), 1, "fail on", errno.EROFS)
+    out = work.new()
+    words = ("report", work.demo.run, "--umap", "--device", "cpu", "--out", out / "report.html")
+    nobody = {"HOME": "/proc/nobody", "XDG_CACHE_HOME": ""}
+    ended = work.forked.run(*words, fault=read_only, environment=nobody, seconds=300)
+    assert ended.code == 0 and ended.calls, ended
+    assert "UMAP 1" in (out / "report.html").read_text()
 
 
 def same(out: Path) -> dict[str, str]:

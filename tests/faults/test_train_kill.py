@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -246,10 +246,8 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def training(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
-    folder = tmp_path_factory.mktemp("training")
-    with Forked(folder / "server") as forked:
-        yield Training(forked, store, folder)
+def training(forked: Forked, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return Training(forked, store, tmp_path_factory.mktemp("training"))
 
 
 def test_a_run_killed_at_some_rename_fsync_or_write_and_resumed_is_the_uninterrupted_run(

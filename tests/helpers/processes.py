@@ -2,7 +2,7 @@
 
 Each is a process of its own, with its memory, environment, signals and exit code. Only what libraries decide while they
 are imported (which kernels, how many threads) is as in the environment in which the `Server` was started. Where the
-start itself is tested, tests start Python anew.
+start itself is tested, tests start Python anew. forked.py has processes in which something fails.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -25,9 +26,9 @@ from typing import IO
 
 TESTS = Path(__file__).resolve().parents[1]
 IMPORTED = """
-typer rich.live rich.progress sest.pipeline.stages sest.embedding.embed sest.training.train sest.prediction.predict
-sest.prediction.submission sest.evaluation.evaluate sest.facts.run sest.report.write sest.runs.known
-sest.simulation.simulation torch._dynamo torch.distributed.run
+typer rich.live rich.progress anndata.io sest.pipeline.stages sest.embedding.embed sest.training.train
+sest.prediction.predict sest.prediction.submission sest.evaluation.evaluate sest.facts.run sest.report.write
+sest.runs.known sest.simulation.simulation torch._dynamo torch.distributed.run
 """.split()
 LARGEST_REQUEST = 2**20  # bytes
 
@@ -39,6 +40,7 @@ class Process:
         self._channel, self._out, self._err = channel, out, err
         self.pid = int(channel.recv(64))
         self.returncode: int | None = None
+        self.megabytes = self.seconds = 0.0  # at its end: memory beyond the server's at most, time of a processor
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None: it runs."""
@@ -51,9 +53,10 @@ class Process:
         if self.returncode is None:
             self._channel.settimeout(timeout)
             try:
-                self.returncode = int(self._channel.recv(64))
+                code, kilobytes, seconds = self._channel.recv(64).split()
             except (BlockingIOError, TimeoutError) as error:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout) from error
+            self.returncode, self.megabytes, self.seconds = int(code), int(kilobytes) / 1024, float(seconds)
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
@@ -80,13 +83,13 @@ class Server:
     """A Python that has imported `IMPORTED`; it ends with this process."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self._environment = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
+        self.environment = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        paths = [str(TESTS), str(TESTS.parent), self._environment.get("PYTHONPATH", "")]
+        paths = [str(TESTS), str(TESTS.parent), self.environment.get("PYTHONPATH", "")]
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
-                env=self._environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env=self.environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -103,12 +106,18 @@ class Server:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         terminal: int | None = None,
+        first: tuple[str, str, object] | None = None,
     ) -> Process:
-        """Start `python *words`, which begin with -m MODULE or -c CODE; it writes to `terminal`, if there is one."""
-        out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `communicate`
+        """Start `python *words`, which begin with -m MODULE or -c CODE.
+
+        Args:
+            terminal: what it writes to.
+            first: (module, function, argument) to call in the process before.
+        """
+        out, err = (tempfile.TemporaryFile("w+", errors="backslashreplace") for _ in "oe")  # noqa: SIM115 - see communicate
         channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = dict(self._environment if env is None else env)
-        request = json.dumps([[str(word) for word in words], str(cwd or Path.cwd()), environment])
+        environment = dict(self.environment if env is None else env)
+        request = json.dumps([[str(word) for word in words], str(cwd or Path.cwd()), environment, first])
         with theirs:
             written = (out.fileno(), err.fileno()) if terminal is None else (terminal, terminal)
             socket.send_fds(self._ours, [request.encode()], [theirs.fileno(), *written])
@@ -147,6 +156,7 @@ def _serve(channel: socket.socket) -> list[str]:
     """Fork for every request; returns the words of it in a process that is to run them."""
     for name in IMPORTED:
         importlib.import_module(name)
+    _use()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends pytest, and so this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -163,18 +173,45 @@ def _serve(channel: socket.socket) -> list[str]:
     answers = socket.socket(fileno=files[0])
     if child := os.fork():
         answers.send(str(child).encode())
-        answers.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        _, status, used = os.wait4(child, 0)
+        took = f"{max(used.ru_maxrss - before, 0)} {used.ru_utime + used.ru_stime}"
+        answers.send(f"{os.waitstatus_to_exitcode(status)} {took}".encode())
         os._exit(0)
     answers.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate(files[1:], start=1):
         os.dup2(file, number)
         os.close(file)
-    words, folder, environment = json.loads(request)
+    words, folder, environment, first = json.loads(request)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if first is not None:
+        module, function, argument = first
+        getattr(importlib.import_module(module), function)(argument)
     return words
+
+
+def _use() -> None:
+    """What Typer, PyTorch and numba import, and make, when they are first used."""
+    import numba
+    import torch
+    import typer
+    from typer.testing import CliRunner
+
+    from sest.head.model import HeadSizes, new_model
+
+    new_model(HeadSizes(dim=2, n_features=2, n_genes=2, hidden=8), 0)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
+    numba.njit(lambda x: x)(1)
+    app = typer.Typer()
+    app.command()(_options)
+    CliRunner().invoke(app, ["--n", "1"])
+
+
+def _options(n: int = 0) -> None:
+    """A command with an option."""
 
 
 def _run(words: list[str]) -> None:
