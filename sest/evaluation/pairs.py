@@ -24,6 +24,7 @@ from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows, SetSampler
 from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
+from sest.head.model import StateTransition
 from sest.machine.team import ALONE, Team
 
 ROWS_AT_ONCE = 64  # pairs scored in float64 at one time: of more, each step would be new memory for the system to clear
@@ -103,7 +104,7 @@ def held_out(data: Dataset, config: TrainConfig, bit: int, at_most: int, fitted:
     )
 
 
-def some_sets(sets: SetRows, part: slice) -> SetRows:
+def some_sets(sets: SetRows, part: slice | np.ndarray) -> SetRows:
     """A batch of sets."""
     return SetRows(
         targets=sets["targets"][part],
@@ -123,38 +124,48 @@ def predicted_means(
     *,
     team: Team = ALONE,
     each: Callable[[SetRows, Tensor], None] | None = None,
+    advance: Callable[[int], None] | None = None,
+    alike: np.ndarray | None = None,
 ) -> np.ndarray:
     """Mean predicted cell of every pair, over its sets.
 
     Args:
         features: (perturbations, P) on the cells' device.
         size: sets a forward pass.
-        each: is given every batch of sets and the cells predicted for them, (B, S, G).
+        each: is given every batch of sets and the cells predicted for them, (B, S, G); without it a
+            `StateTransition` makes the means alone.
+        advance: is told how many sets each batch had.
+        alike: (sets,) for each set the one that is predicted in its place; None: each itself.
 
     Returns:
         (K, G) float64.
     """
     sums = torch.zeros(len(held.pairs.context), cells.n_genes, dtype=torch.float64, device=cells.device)
+    predicted_for, of_set = np.unique(np.arange(len(held.pair)) if alike is None else alike, return_inverse=True)
+    means_alone = model.cell_means if each is None and isinstance(model, StateTransition) else None
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for number, start in enumerate(range(0, len(held.pair), size)):
+        for number, start in enumerate(range(0, len(predicted_for), size)):
             if not team.ranks.owns(number):
                 continue
-            part = slice(start, start + size)
-            sets = some_sets(held.sets, part)
+            sets = some_sets(held.sets, predicted_for[start : start + size])
             basal, perturbation = cells.basal(sets["controls"]), torch.as_tensor(sets["perturbation"])
             with autocast():
-                predicted = model(basal, features[perturbation.to(cells.device)])
+                predicted = (means_alone or model)(basal, features[perturbation.to(cells.device)])
             if each is not None:
                 each(sets, predicted)
-            sums.index_add_(
-                0, torch.as_tensor(held.pair[part], device=cells.device), predicted.float().mean(1).double()
-            )
+            means = (predicted if means_alone else predicted.float().mean(1)).double()
+            mine = np.flatnonzero((of_set >= start) & (of_set < start + size))
+            pair, place = (torch.as_tensor(n[mine], device=cells.device) for n in (held.pair, of_set - start))
+            sums.index_add_(0, pair, means[place])
+            if advance is not None:
+                advance(len(means))
     model.train(was_training)
     counts = np.bincount(held.pair, minlength=len(sums))
-    means: np.ndarray = team.sum(sums).cpu().numpy() / counts[:, None]
-    return means
+    result: np.ndarray = team.sum(sums).cpu().numpy()
+    result /= counts[:, None]
+    return result
 
 
 def head_effects(
@@ -174,15 +185,7 @@ def head_effects(
     progress.begin(what, 2 * len(held.pair), "sets")
 
     def means(features: Tensor) -> np.ndarray:
-        return predicted_means(
-            model,
-            cells,
-            held,
-            features,
-            size,
-            cast,
-            each=lambda sets, _: progress.advance(len(sets["perturbation"])),
-        )
+        return predicted_means(model, cells, held, features, size, cast, advance=progress.advance)
 
     predicted, of_controls = means(features), means(features[:1].expand_as(features))
     effects = {HEAD: predicted - held.pairs.control, ANCHORED: predicted - of_controls}

@@ -5,7 +5,8 @@ Shapes: K (context, perturbation) pairs, G genes. Space: log1p, as the run's tar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -18,7 +19,8 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, VAL
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
-from sest.evaluation.means import query_of
+from sest.data.sampler import SetRows
+from sest.evaluation.means import Pairs, query_of
 from sest.evaluation.pairs import HeldOut, held_out, measured_effects, pair_metrics, predicted_means
 from sest.facts.scores import MODEL
 from sest.head.model import StateTransition
@@ -26,7 +28,8 @@ from sest.machine.devices import autocast, choose_precision
 from sest.runs.checkpoint import Checkpoint
 
 MOST_RANKED = 150  # pairs of a context that get a pds: ranking grows with their square
-VALUES_AT_ONCE = 2**22  # predicted by a CPU: larger arrays are new memory at every pass
+CONTROL_SETS = 16  # of a context, where not all sets of a split are predicted
+ROWS_AT_ONCE = 64  # pairs whose effects are blended at one time
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,7 @@ class PairResults:
     n_sets: int  # predicted
     of_sets: int  # there are
     n_not_learned: int = 0  # pairs of perturbations that training says nothing about
+    shares_controls: bool = False  # whether the sets of a context start from CONTROL_SETS draws of its controls
     weights: tuple[str, ...] = ()  # what head and baselines count in the prediction, a sentence each kind of pair
 
     def of_model(self, metric: str) -> np.ndarray:
@@ -85,8 +89,11 @@ def predict_pairs(
     for bit in (VAL, TEST):
         if (perturbed & bit).any():
             held = held_out(data, config, bit, n_sets, fitted)
+            is_shared = 0 < n_sets < held.n_sets and config.match_controls == "context"
+            held = _with_few_controls(data, held) if is_shared else held
             fitted = held.fitted  # for the other split
-            results.append(_results(data, bit, held, _effects(data, config, bit, held, model, cells, blend), blend))
+            effects = _effects(data, config, bit, held, model, cells, blend)
+            results.append(replace(_results(data, bit, held, effects, blend), shares_controls=is_shared))
     return results
 
 
@@ -100,41 +107,75 @@ def _effects(
     blend: Blend | None,
 ) -> np.ndarray:
     """(K, G) effects of a split's pairs: of the head, or blended as `sest predict` does, without parts of no weight."""
-    control, parts = held.pairs.control, dict[str, np.ndarray]()
-    if blend is None or blend.weights.means.get(STACK, 0.0) > 0:
-        parts[STACK] = held.baselines[STACK] - control
+    weights = {HEAD: 1.0} if blend is None else blend.weights.means
+    predicted = of_controls = None
     if model is not None:
-        weights = {HEAD: 1.0} if blend is None else blend.weights.means
-        asked = [name for name in (HEAD, ANCHORED) if weights.get(name, 0.0) > 0]
-        size = config.batch_size
-        if cells.device.type == "cpu":
-            size = max(1, min(size, VALUES_AT_ONCE // (config.set_size * cells.n_genes)))
+        alike = _first_with_same_controls(held)
+        n_alike = len(np.unique(alike)) if weights.get(ANCHORED, 0.0) > 0 else 0
         cast = partial(autocast, cells.device, choose_precision("auto", cells.device, training=False))
         features = torch.from_numpy(data.features.matrix).to(cells.device)
-        progress.begin(f"Predicting the {SPLIT_NAMES[bit]} split", (1 + (ANCHORED in asked)) * len(held.pair), "sets")
+        progress.begin(f"Predicting the {SPLIT_NAMES[bit]} split", len(held.pair) + n_alike, "sets")
+        means = partial(predicted_means, model, cells, held, size=config.batch_size, autocast=cast)
+        predicted = means(features=features, advance=progress.advance)
+        if n_alike:
+            of_control = features[:1].expand_as(features)
+            of_controls = means(features=of_control, advance=progress.advance, alike=alike)
+    effects = np.zeros(held.pairs.observed.shape)
+    for rows in _blocks(effects):  # all at once, each part would be as large as the result
+        parts = dict[str, np.ndarray]()
+        control = held.pairs.controls.mean[held.pairs.own[rows]]
+        if model is None if blend is None else weights.get(STACK, 0.0) > 0:
+            parts[STACK] = held.baselines[STACK][rows] - control
+        if predicted is not None and weights.get(HEAD, 0.0) > 0:
+            parts[HEAD] = predicted[rows] - control
+        if predicted is not None and of_controls is not None:
+            parts[ANCHORED] = predicted[rows] - of_controls[rows]
+        if blend is None:
+            effects[rows] = parts[HEAD if model is not None else STACK]
+        elif parts:
+            effects[rows] = blend.effect(parts)
+    return measured_effects(data, held.pairs, effects)
 
-        def means(features: torch.Tensor) -> np.ndarray:
-            return predicted_means(
-                model, cells, held, features, size, cast, each=lambda sets, _: progress.advance(len(sets["number"]))
-            )
 
-        predicted = means(features)
-        parts[HEAD] = measured_effects(data, held.pairs, predicted - control)
-        if ANCHORED in asked:
-            of_controls = means(features[:1].expand_as(features))
-            parts[ANCHORED] = measured_effects(data, held.pairs, predicted - of_controls)
-    if blend is None:
-        return parts[HEAD] if model is not None else parts[STACK]
-    return blend.effect(parts) if parts else np.zeros_like(control)
+def _with_few_controls(data: Dataset, held: HeldOut) -> HeldOut:
+    """The same with so few sets of controls in a context that what they are without a perturbation costs little."""
+    context, controls = data.labels.context[held.sets["targets"][:, 0]], held.sets["controls"].copy()
+    for code in np.unique(context):
+        mine = np.flatnonzero(context == code)
+        controls[mine] = controls[mine[np.arange(len(mine)) % CONTROL_SETS]]
+    return replace(held, sets=SetRows(**{**held.sets, "controls": controls}))
+
+
+def _first_with_same_controls(held: HeldOut) -> np.ndarray:
+    """(sets,) the first set that has the controls of each."""
+    _, first, of_set = np.unique(held.sets["controls"], axis=0, return_index=True, return_inverse=True)
+    found: np.ndarray = first[of_set.ravel()]
+    return found
+
+
+def _blocks(pairs: np.ndarray) -> Iterator[slice]:
+    """Rows of (K, G), some at a time."""
+    for start in range(0, len(pairs), ROWS_AT_ONCE):
+        yield slice(start, start + ROWS_AT_ONCE)
+
+
+def _changes(pairs: Pairs, means: np.ndarray) -> np.ndarray:
+    """(K, G) float32 means of cells minus those of the controls."""
+    found = np.empty(means.shape, np.float32)
+    for rows in _blocks(found):
+        found[rows] = means[rows] - pairs.controls.mean[pairs.own[rows]]
+    return found
 
 
 def _results(data: Dataset, bit: int, held: HeldOut, effects: np.ndarray, blend: Blend | None) -> PairResults:
-    """The scores of a split's pairs; effects: (K, G) predicted."""
-    labels, pairs, control = data.labels, held.pairs, held.pairs.control
+    """The scores of a split's pairs; effects: (K, G) float64 predicted, which become the predicted means."""
+    labels, pairs = data.labels, held.pairs
     contexts = [labels.contexts[c] for c in pairs.context]
     cell_types = ["/".join(c) if len(labels.groups) > 1 else c[1] for c in contexts]
     perturbations = [labels.perturbations[p] for p in pairs.perturbation]
-    means, never = np.maximum(control + effects, 0.0), set(data.never_learned())
+    never, means = set(data.never_learned()), effects
+    for rows in _blocks(means):  # in place
+        np.maximum(pairs.controls.mean[pairs.own[rows]] + means[rows], 0.0, out=means[rows])
     keys = pd.DataFrame({"cell_type": cell_types, "perturbation": perturbations, "n_real": pairs.n_cells})
     predictors = {MODEL: means, **held.baselines}
     progress.begin(f"Scoring the {SPLIT_NAMES[bit]} split", len(predictors), "predictors")
@@ -143,19 +184,19 @@ def _results(data: Dataset, bit: int, held: HeldOut, effects: np.ndarray, blend:
         scores = pair_metrics(data, pairs, predicted, most_ranked=MOST_RANKED)
         tables.append(keys.assign(predictor=name, **scores))
         progress.advance(1)
-    of_own = pairs.own
-    per_cell = 1 / pairs.n_cells + 1 / pairs.controls.n_cells[of_own]
-    noise = np.sqrt(pairs.controls.variance[of_own] * per_cell[:, None])
+    noise, per_cell = np.empty(means.shape, np.float32), 1 / pairs.n_cells + 1 / pairs.controls.n_cells[pairs.own]
+    for rows in _blocks(noise):
+        noise[rows] = np.sqrt(pairs.controls.variance[pairs.own[rows]] * per_cell[rows, None])
     return PairResults(
         split=SPLIT_NAMES[bit],
         cell_types=cell_types,
         perturbations=perturbations,
         n_cells=pairs.n_cells,
         scores=pd.concat(tables, ignore_index=True),
-        observed=(pairs.observed - control).astype(np.float32),
-        predicted=(means - control).astype(np.float32),
-        of_stack=(held.baselines[STACK] - control).astype(np.float32),
-        noise=noise.astype(np.float32),
+        observed=_changes(pairs, pairs.observed),
+        predicted=_changes(pairs, means),
+        of_stack=_changes(pairs, held.baselines[STACK]),
+        noise=noise,
         context=pairs.context,
         perturbation=pairs.perturbation,
         n_sets=len(held.pair),

@@ -22,6 +22,7 @@ from sest.head.dropout import SetDropout, kept_units
 
 RMS_NORM_EPS = 1e-6
 BACKBONE_INIT_STD = 0.02  # Llama's initializer_range
+VALUES_AT_ONCE = 2**18  # predicted for means of cells: a block that stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,23 @@ class StateTransition(nn.Module):
         shift = self.pert_encoder(perturbation, of_pert).unsqueeze(-2)  # (B, 1, H)
         cells = self.project_out(self.transformer_backbone(controls + shift) + controls, of_out)
         return F.relu(cells, inplace=not torch.is_grad_enabled())
+
+    def cell_means(self, basal: Tensor, perturbation: Tensor) -> Tensor:
+        """The mean of the cells of each set that `forward` predicts, (B, G) float32; some genes at a time.
+
+        Args: as of `forward`; in evaluation mode.
+        """
+        assert not self.training
+        controls = self.basal_encoder(basal)
+        shift = self.pert_encoder(perturbation).unsqueeze(-2)
+        cells = self.transformer_backbone(controls + shift) + controls
+        *inner, last = self.project_out.children()
+        for layer in inner:
+            cells = layer(cells, None) if isinstance(layer, SetDropout) else layer(cells)
+        assert isinstance(last, nn.Linear)
+        at_once = max(VALUES_AT_ONCE // cells.shape[:-1].numel(), 1)
+        genes = zip(last.weight.split(at_once), last.bias.split(at_once), strict=True)
+        return torch.cat([F.relu(F.linear(cells, *some)).float().mean(-2) for some in genes], -1)
 
 
 def new_model(sizes: HeadSizes, seed: int) -> StateTransition:

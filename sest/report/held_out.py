@@ -10,7 +10,7 @@ import numpy as np
 
 from sest.facts.cache import CacheFacts
 from sest.facts.cells import CellMap
-from sest.facts.pairs import MOST_RANKED, PairResults
+from sest.facts.pairs import CONTROL_SETS, MOST_RANKED, PairResults
 from sest.facts.run import RunFacts
 from sest.facts.scores import MODEL, Scoreboard
 from sest.report.page import Html, Page, element, grid, join, note, paragraph, sentence_case, table
@@ -131,9 +131,10 @@ def _predicted(result: PairResults) -> Html:
             f" Of {result.n_not_learned:,} of these pairs the head can have learned nothing: their scores are chance."
         )
     sets = f"{result.n_sets:,} of its {result.of_sets:,} sets" if result.n_sets < result.of_sets else "all its sets"
+    draws = f", from {CONTROL_SETS} draws of controls a cell type" if result.shares_controls else ""
     return paragraph(
         element("b", f"{sentence_case(result.split)} split"),
-        f": {len(result.perturbations):,} pairs, {int(result.n_cells.sum()):,} cells ({sets} predicted).{never} "
+        f": {len(result.perturbations):,} pairs, {int(result.n_cells.sum()):,} cells ({sets} predicted{draws}).{never} "
         f"{' '.join(f'Weights in {said}' for said in result.weights)}",
     )
 

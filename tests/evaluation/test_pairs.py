@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
 from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
 from sest.evaluation.pairs import head_effects, held_out, mean_scores, pair_metrics, predicted_means, some_sets
+from sest.head.model import HeadSizes, new_model
 
 SPLITS = """
 [datasets]
@@ -137,6 +139,24 @@ def test_a_head_sees_the_controls_and_the_features_of_each_set(data: Dataset, ce
     for k, (code, mean) in enumerate(zip(held.pairs.perturbation, means[:, 0], strict=True)):
         expected = embeddings[held.pair == k].mean() + 1000 * code
         assert mean == pytest.approx(expected, abs=1e-3)  # float32 of values up to 5,000
+
+
+def test_sets_that_are_alike_are_predicted_once(data: Dataset, cells: ResidentCells) -> None:
+    held, features = held_out(data, small_config(), VAL, 0), torch.from_numpy(data.features.matrix)
+    alike, counted = np.array([0, 1, 0, 1, 0, 1, 0, 1]), list[int]()
+    controls = held.sets["controls"][alike]
+    sets = SetRows(**{**held.sets, "controls": controls, "perturbation": np.ones_like(held.sets["perturbation"])})
+    head = new_model(
+        HeadSizes(cells.embeddings.shape[1], features.shape[1], cells.n_genes, hidden=8, n_layers=1, n_heads=2, ffn=8),
+        seed=0,
+    )
+    same = replace(held, sets=sets)
+    every = predicted_means(head, cells, same, features, 3, nullcontext, each=lambda *_: None)
+    for size in (1, 3):
+        counted.clear()
+        found = predicted_means(head, cells, same, features, size, nullcontext, advance=counted.append, alike=alike)
+        assert sum(counted) == 2
+        np.testing.assert_allclose(found, every, atol=1e-6)
 
 
 def test_some_sets_are_the_same_rows_of_every_part(data: Dataset) -> None:

@@ -14,8 +14,9 @@ from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.pages import CELL_TYPE, HOSTILE, SIZES, Trained
 from sest.baselines.effects import BASELINES
+from sest.cells.split_file import VAL
 from sest.data.dataset import read_dataset
-from sest.evaluation.pairs import predicted_means
+from sest.evaluation.pairs import held_out, predicted_means
 from sest.facts import pairs
 from sest.facts.pairs import PairResults, predict_pairs
 from sest.facts.run import read_runs
@@ -137,3 +138,30 @@ def test_of_many_pairs_of_a_cell_type_some_are_ranked(trained: Trained, monkeypa
     scores = predicted(trained.run)[0].scores
     mine = scores[(scores["predictor"] == "model") & (scores["cell_type"] == "x")]
     assert len(mine) == 3 and int(mine["pds"].notna().sum()) == 2
+
+
+def test_sets_of_a_limited_report_share_controls_and_nothing_else_changes(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many draws of controls as sets, the values are those of sets with controls of their own."""
+    run = read_runs([trained.run])[0]
+    data = read_dataset(run.cache, run.config, only_controls=True)
+    held = held_out(data, run.config, VAL, 5)
+    context = data.labels.context[held.sets["targets"][:, 0]]
+    monkeypatch.setattr(pairs, "CONTROL_SETS", 2)
+    few = pairs._with_few_controls(data, held)
+    for code in np.unique(context):
+        mine = np.flatnonzero(context == code)
+        assert len(np.unique(few.sets["controls"][mine], axis=0)) == min(2, len(mine))
+    np.testing.assert_array_equal(few.sets["targets"], held.sets["targets"])
+
+    blend = run.checkpoint.blend()  # type: ignore[union-attr]
+    weights = replace(blend.weights, means={"stack": 0.5, "head": 0.2, "anchored": 0.3})
+    monkeypatch.setattr(Checkpoint, "blend", lambda _: replace(blend, weights=weights))
+    shared = predicted(trained.run, n_sets=5)[0]
+    monkeypatch.setattr(pairs, "CONTROL_SETS", 100)
+    apart = predicted(trained.run, n_sets=5)[0]
+    assert shared.shares_controls and not predicted(trained.run)[0].shares_controls
+    assert not np.array_equal(shared.predicted, apart.predicted)
+    monkeypatch.setattr(pairs, "_with_few_controls", lambda _, held: held)
+    np.testing.assert_array_equal(apart.predicted, predicted(trained.run, n_sets=5)[0].predicted)

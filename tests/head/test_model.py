@@ -59,6 +59,16 @@ def one_vector_a_set(perturbation: Tensor) -> Tensor:
     return perturbation[:, 0]
 
 
+@pytest.mark.parametrize("at_once", [1, 12, 10_000])
+def test_means_of_cells_are_those_of_the_predicted_cells(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("sest.head.model.VALUES_AT_ONCE", at_once)
+    model = new_model(SMALL, seed=0).eval()
+    basal, perturbation = noise(3, 4, SMALL.dim), noise(3, SMALL.n_features, seed=2)
+    with torch.inference_mode():
+        expected = model(basal, perturbation).mean(1)
+        torch.testing.assert_close(model.cell_means(basal, perturbation), expected, rtol=0, atol=1e-6)
+
+
 def test_predictions_losses_and_gradients_are_upstreams(shared_reference: Path) -> None:
     model, made = upstream(shared_reference / "st")
     predicted = model(made["basal"], one_vector_a_set(made["pert"]))

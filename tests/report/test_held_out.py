@@ -70,7 +70,7 @@ def is_of(page: Opened, figure: dict[str, Any], name: str) -> bool:
 def test_a_limit_on_sets_is_kept_and_said(trained: Trained, tmp_path: Path) -> None:
     write_report([trained.run], tmp_path / "r.html", n_sets=5)
     # val: 8, 7, 9 and 6 cells in sets of 4; 2 + 2 + 3 + 2 sets; test: 5 cells, 2 sets
-    assert "(5 of its 9 sets predicted)" in opened(tmp_path / "r.html").words
+    assert "(5 of its 9 sets predicted, from 16 draws of controls a cell type)" in opened(tmp_path / "r.html").words
     assert "(all its sets predicted)" in opened(tmp_path / "r.html").words
 
 
