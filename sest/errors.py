@@ -9,9 +9,16 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST = 200  # characters of a name in an error line
+LONGEST_LINE = 2000
+
 
 class Error(ValueError):
-    """Whatever a user's input can cause; offered as `sest.Error`."""
+    """Whatever a user's input can cause; offered as `sest.Error`. A line of more than LONGEST_LINE loses its middle."""
+
+    def __init__(self, line: str = "") -> None:
+        kept = (LONGEST_LINE - len(" ... ")) // 2
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:kept]} ... {line[-kept:]}")
 
 
 class InputError(Error):
@@ -64,9 +71,6 @@ def what_it_is(path: str | os.PathLike[str]) -> str:
         if os.path.isfile(os.path.join(path, name)):
             return f" It is {what.format(path=path.rstrip(os.sep))}."
     return ""
-
-
-LONGEST = 200  # characters of a name in an error line
 
 
 def shown(names: Iterable[str], limit: int = 8) -> str:

@@ -18,6 +18,16 @@ def test_the_first_line_of_what_an_error_says_is_cut_at_a_limit() -> None:
     assert one_line(MemoryError()) == "MemoryError"
 
 
+def test_a_line_of_a_megabyte_loses_its_middle() -> None:
+    line = str(InputError(f"Unknown key '{'x' * 10**6}' in run.toml. Known: lr, seed."))
+    assert (
+        len(line) <= 2000
+        and line.startswith("Unknown key 'xxx")
+        and line.endswith("xxx' in run.toml. Known: lr, seed.")
+    )
+    assert str(InputError("y" * 2000)) == "y" * 2000
+
+
 def test_a_value_is_shown_as_json_of_at_most_60_characters() -> None:
     assert brief({"b": None, "a": [1, "x"]}) == '{"a": [1, "x"], "b": null}'
     assert len(brief("x" * 100)) == 60 and brief("x" * 100).endswith("x...")

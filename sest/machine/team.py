@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sest.errors import InputError
+from sest.errors import InputError, TrainingFailed
 from sest.machine.ranks import SINGLE, Ranks
 
 LONGEST_WAIT = timedelta(
@@ -87,6 +87,7 @@ def join_team(ranks: Ranks, device: torch.device, environment: Mapping[str, str]
 
     Raises:
         InputError: fewer GPUs than processes on this machine.
+        TrainingFailed: another process has ended, as what was waited for from it shows.
     """
     if ranks.world_size == 1:
         yield ALONE
@@ -102,5 +103,12 @@ def join_team(ranks: Ranks, device: torch.device, environment: Mapping[str, str]
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=ranks.rank, world_size=ranks.world_size)
     try:
         yield Team(ranks, dist.new_group(backend="gloo", timeout=LONGEST_WAIT))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):  # gloo's own have no type
+            raise
+        raise TrainingFailed(
+            f"Another of the {ranks.world_size} processes has ended, or cannot be reached: what it said is why. Start "
+            "all of them again with --resume auto: they go on from the last checkpoint."
+        ) from error
     finally:
         dist.destroy_process_group()

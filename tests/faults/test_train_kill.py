@@ -282,21 +282,32 @@ def test_a_run_killed_in_the_middle_of_any_write_and_resumed_is_the_uninterrupte
         training.kill_and_resume(whole, "tear", at, ("write",))
 
 
+def kill_one_of_two(training: Training, killed: int, at: int) -> Path:
+    """The run of two processes of which one was killed; only the first one writes, the other is killed as it reads."""
+    run = training.folder / f"team-{killed}-{at}"
+    below, kinds = (str(run), Fault.kinds) if killed == 0 else (str(training.store), ("open",))
+    ended = training.team(run, killed, Fault(below, kinds, at, "kill"))
+    other = ended[1 - killed]
+    assert ended[killed].code == -signal.SIGKILL, ended
+    assert other.code == 1 and other.seconds < 60 and "Traceback" not in other.err, (at, other)
+    assert "Another of the 2 processes has ended" in other.err.splitlines()[-1], (at, other)
+    return run
+
+
+def test_one_of_two_processes_that_is_killed_ends_the_other_with_a_line(training: Training) -> None:
+    kill_one_of_two(training, 1, 1)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_of_two_processes_killed_ends_the_other_and_the_team_resumes(training: Training, killed: int) -> None:
+def test_one_of_two_processes_killed_at_any_call_ends_the_other_and_the_team_resumes(
+    training: Training, killed: int
+) -> None:
     run = training.folder / f"team-{killed}"
     assert [ended.code for ended in training.team(run)] == [0, 0]
     whole = content(run)
-    for at in (5, 40, 70, 100, 130) if killed == 0 else (1, 20):
-        run = training.folder / f"team-{killed}-{at}"
-        # only the first process writes; the other one is killed while it reads
-        below = str(run) if killed == 0 else str(training.store)
-        kinds = Fault.kinds if killed == 0 else ("open",)
-        ended = training.team(run, killed, Fault(below, kinds, at, "kill"))
-        other = ended[1 - killed]
-        assert ended[killed].code == -signal.SIGKILL, ended
-        assert other.code != 0 and other.seconds < 60 and "Traceback" not in other.err, (at, other)
+    for at in range(5, 150, 8) if killed == 0 else range(1, 24, 4):
+        run = kill_one_of_two(training, killed, at)
         assert [ended.code for ended in training.team(run)] == [0, 0], at
         assert content(run) == whole, at
 
