@@ -231,7 +231,7 @@ def best_of(run: Any, seconds: float = 2.0) -> float:
 def batch_seconds(cache: Path, config: TrainConfig, options: argparse.Namespace) -> float:
     """Seconds in which one thread prepares a batch in host memory."""
     data = read_dataset(cache, config)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, torch.device("cpu"))
     sampler = SetSampler(data.labels, data.in_split(TRAIN), options.set_size, 0)
     with closing(BatchSource(sampler, cells, options.batch_size, 0)) as batches:
         numbers = iter(range(10**9))

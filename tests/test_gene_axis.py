@@ -77,7 +77,7 @@ def test_the_loss_of_a_set_is_that_of_the_genes_of_its_file(cache: Path, loss: s
     if loss == "energy+sinkhorn":
         pytest.importorskip("geomloss")
     data = read_dataset(cache, config())
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, torch.device("cpu"))
     rows = np.flatnonzero(data.labels.context == len(data.labels.contexts) - 1)[:8].reshape(2, 4)
     measured = cells.measured(rows)
     assert measured is not None and measured.shape == (2, 1, 21)

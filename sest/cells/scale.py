@@ -381,9 +381,10 @@ def total_counts(rows: sp.csr_matrix) -> np.ndarray:
     return np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
 
 
-def factors_to(target_sum: float, totals: np.ndarray) -> np.ndarray:
-    """What the counts of cells with these totals (n,) are multiplied with: float64, 0 for a cell without counts."""
-    return np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+def factors_to(target_sum: float, totals: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """What counts of cells with these totals (n,) are multiplied with, 0 where there are none; in `out`, or float64."""
+    out = np.zeros_like(totals) if out is None else out
+    return np.divide(target_sum, totals, out=out, where=totals > 0, casting="same_kind")
 
 
 def log1p_rows(values: sp.csr_matrix, factor: np.ndarray) -> sp.csr_matrix:

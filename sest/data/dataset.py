@@ -15,7 +15,7 @@ from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL, SplitFile, read
 from sest.cells.splits import SplitRow, assign_splits, split_table
 from sest.config import TrainConfig
 from sest.data.features import Features, StoredFeatures, gene_loadings, make_features, with_sources
-from sest.data.labels import Labels, read_embeddings, read_labels
+from sest.data.labels import Labels, pair_counts, read_embeddings, read_labels
 from sest.data.targets import Targets, read_targets
 from sest.data.vectors import GENES, ONE_HOT, read_sources, sources_of
 from sest.errors import InputError, shown
@@ -33,7 +33,7 @@ class Dataset:
     features: Features
     targets: Targets
     embeddings: np.ndarray  # (controls, E) as stored
-    embedding_row: np.ndarray  # (N,) int32: a cell's row in `embeddings`, -1 for cells that are no controls
+    control_rows: np.ndarray  # (controls,) which cells these are, ascending
     split_file: SplitFile | None
     table: list[SplitRow]  # what each split holds, for people
     sources: str  # of the features, with nothing left to choose: see `with_sources`
@@ -64,14 +64,13 @@ class Dataset:
     def held_out_whole(self) -> list[str]:
         """Contexts with perturbed cells to validate or test on, and none to train on."""
         perturbed = ~self.labels.is_control
-        seen = set(np.unique(self.labels.context[perturbed & self.in_split(TRAIN)]).tolist())
-        held_out = perturbed & (self.in_split(VAL) | self.in_split(TEST))
-        asked = set(np.unique(self.labels.context[held_out]).tolist())
-        return [" / ".join(self.labels.contexts[code]) for code in sorted(asked - seen)]
+        seen = pair_counts(self.labels, perturbed & self.in_split(TRAIN)).any(1)
+        asked = pair_counts(self.labels, perturbed & (self.in_split(VAL) | self.in_split(TEST))).any(1)
+        return [" / ".join(self.labels.contexts[code]) for code in np.flatnonzero(asked & ~seen)]
 
     def perturbations_in(self, bit: int) -> list[str]:
         """The perturbations of a split, without the control."""
-        codes = np.unique(self.labels.perturbation[self.in_split(bit)])
+        codes = np.flatnonzero(pair_counts(self.labels, self.in_split(bit)).any(0))
         return [self.labels.perturbations[code] for code in codes if code]
 
     def never_learned(self) -> list[str]:
@@ -81,9 +80,8 @@ class Dataset:
     def contexts_with_one(self, bit: int) -> list[str]:
         """Contexts with one perturbation in a split: none can be told from others there."""
         chosen = self.in_split(bit) & ~self.labels.is_control
-        pairs = np.unique(np.stack([self.labels.context[chosen], self.labels.perturbation[chosen]]), axis=1)
-        contexts, counts = np.unique(pairs[0], return_counts=True)
-        return [" / ".join(self.labels.contexts[code]) for code in contexts[counts == 1]]
+        n_perturbations = (pair_counts(self.labels, chosen) > 0).sum(1)
+        return [" / ".join(self.labels.contexts[code]) for code in np.flatnonzero(n_perturbations == 1)]
 
 
 def read_dataset(
@@ -142,9 +140,9 @@ def read_dataset(
     of_group = {path: mask[a:b] for path, a, b in zip(labels.groups, labels.first, labels.first[1:], strict=False)}
     table = split_table(groups, dataclasses.replace(splits, masks=of_group))
     if like is not None:
-        embeddings, embedding_row = like.embeddings, like.embedding_row
+        embeddings, control_rows = like.embeddings, like.control_rows
     else:
-        embeddings, embedding_row = read_embeddings(cache, labels)
+        embeddings, control_rows = read_embeddings(cache, labels)
     return Dataset(
         cache=cache,
         labels=labels,
@@ -152,7 +150,7 @@ def read_dataset(
         features=features,
         targets=read(),
         embeddings=embeddings,
-        embedding_row=embedding_row,
+        control_rows=control_rows,
         split_file=split_file,
         table=table,
         sources=config.perturbations,

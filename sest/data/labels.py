@@ -6,6 +6,7 @@ Shapes: N cells of all groups in the cache's order, E embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from sest.cache import Cache
 from sest.cells.labels import AS_IS, same_targets
 from sest.cells.splits import GroupCells, group_cells
 from sest.errors import InputError
+from sest.machine.jit import compiled
 
 CONTROL, NOTHING = 0, -1  # codes among the perturbations: of the control, of cells that are left out
 ROWS_PER_READ = 16_384
@@ -25,10 +27,10 @@ class Labels:
     groups: tuple[str, ...]  # group paths, in the cache's order
     first: np.ndarray  # (groups + 1,) int64: where each group's cells begin
     perturbations: tuple[str, ...]  # code -> name; code 0 is the control, whatever each file calls it
-    perturbation: np.ndarray  # (N,) int32; -1 for cells of no known perturbation, which no split has
+    perturbation: np.ndarray  # (N,) of `code_type`; -1 for cells of no known perturbation, which no split has
     contexts: tuple[tuple[str, str], ...]  # code -> (group path, cell type)
-    context: np.ndarray  # (N,) int32
-    batch: np.ndarray  # (N,) int32, unique over all files
+    context: np.ndarray  # (N,) of `code_type`
+    batch: np.ndarray  # (N,) of `code_type`, unique over all files
     as_is: bool = False  # whether each label stands for itself, and A+B for no set of targets
 
     @property
@@ -38,6 +40,51 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.perturbation)
+
+
+def code_type(n: int) -> np.dtype:
+    """The type of n codes from 0 on, and of -1: 16 or 32 bits, as there may be very many cells."""
+    return np.dtype(np.int16 if n <= 2**15 else np.int32)
+
+
+def rows_of_pairs(labels: Labels, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The cells of each (context, perturbation), without a sort.
+
+    Args:
+        wanted: (N,) bool: which cells; none of no known perturbation.
+
+    Returns:
+        context and perturbation (pairs,) int64 codes, in this order, and the rows of each, ascending: int32 where that
+        numbers all cells, as they are kept for a whole training.
+    """
+    counts = pair_counts(labels, wanted)
+    context, perturbation = np.nonzero(counts)
+    ends = np.cumsum(counts).reshape(counts.shape)
+    rows = np.empty(int(ends[-1, -1]), np.int32 if len(wanted) < 2**31 else np.int64)
+    _place(labels.context, labels.perturbation, wanted, ends - counts, rows)
+    return context, perturbation, np.split(rows, ends[context, perturbation][:-1])
+
+
+def pair_counts(labels: Labels, wanted: np.ndarray) -> np.ndarray:
+    """(contexts, perturbations) int64: how many of the `wanted` (N,) bool cells each pair has."""
+    counts = np.zeros((len(labels.contexts), len(labels.perturbations)), np.int64)
+    _count(labels.context, labels.perturbation, wanted, counts)
+    return counts
+
+
+@compiled(nogil=True)
+def _count(context: Any, perturbation: Any, wanted: Any, counts: Any) -> None:
+    for row in range(len(wanted)):
+        if wanted[row]:
+            counts[context[row], perturbation[row]] += 1
+
+
+@compiled(nogil=True)
+def _place(context: Any, perturbation: Any, wanted: Any, at: Any, rows: Any) -> None:
+    for row in range(len(wanted)):
+        if wanted[row]:
+            rows[at[context[row], perturbation[row]]] = row
+            at[context[row], perturbation[row]] += 1
 
 
 def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
@@ -71,20 +118,21 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
     contexts = [(t.path, name) for t in tables for name in t.cell_types]
     context_code = {pair: i for i, pair in enumerate(contexts)}
     first = np.cumsum([0, *(g.n_cells for g in groups)])
-    perturbation, context, batch = (np.empty(first[-1], np.int32) for _ in range(3))
-    n_batches = 0
-    for t, labelled, a, b in zip(tables, columns, first, first[1:], strict=False):
+    n_batches = [len(labelled["batch"].cat.categories) for labelled in columns]
+    sizes = len(names) + 1, len(contexts), sum(n_batches)
+    perturbation, context, batch = (np.empty(first[-1], code_type(n)) for n in sizes)
+    first_batch = np.cumsum([0, *n_batches])
+    for number, (t, labelled) in enumerate(zip(tables, columns, strict=True)):
+        a, b = first[number : number + 2]
         codes = [CONTROL if name == t.control else code[name] for name in t.perturbations]
-        to_code = np.array([*codes, NOTHING], np.int32)  # code -1 is the last
-        to_context = np.array([context_code[t.path, name] for name in t.cell_types], np.int32)
-        batches = labelled["batch"].cat
+        to_code = np.array([*codes, NOTHING], perturbation.dtype)  # code -1 is the last
+        to_context = np.array([context_code[t.path, name] for name in t.cell_types], context.dtype)
         for start in range(a, b, ROWS_PER_READ):  # some at a time: indices take eight bytes each
             here, of = slice(start, min(start + ROWS_PER_READ, b)), slice(start - a, min(start + ROWS_PER_READ, b) - a)
             perturbation[here] = to_code[t.perturbation[of]]
             context[here] = to_context[t.cell_type[of]]
-        batch[a:b] = batches.codes.to_numpy()
-        batch[a:b] += n_batches
-        n_batches += len(batches.categories)
+        batch[a:b] = labelled["batch"].cat.codes.to_numpy()
+        batch[a:b] += first_batch[number].astype(batch.dtype)
     labels = Labels(
         tuple(g.path for g in groups),
         first,
@@ -113,13 +161,11 @@ def read_embeddings(cache: Cache, labels: Labels) -> tuple[np.ndarray, np.ndarra
     """Read the embeddings of the control cells, all that gene-space training needs.
 
     Returns:
-        (controls, E) as stored, and (N,) int32: a cell's row in it, -1 for cells that are no controls.
+        (controls, E) as stored, and (controls,) int32 or int64: the row of each among all cells, ascending.
 
     Raises:
         InputError: a control cell was not embedded.
     """
-    row_of = np.full(len(labels), -1, np.int32)
-    row_of[labels.is_control] = np.arange(int(labels.is_control.sum()))
     parts = []
     for number, group in enumerate(cache.groups.values()):
         mine = labels.is_control[labels.first[number] : labels.first[number + 1]]
@@ -130,4 +176,4 @@ def read_embeddings(cache: Cache, labels: Labels) -> tuple[np.ndarray, np.ndarra
     embeddings = np.concatenate(parts)
     if not np.isfinite(embeddings).all():
         raise InputError(f"{cache.path}: some control cells have no finite embedding. Embed again with --cells all.")
-    return embeddings, row_of
+    return embeddings, np.flatnonzero(labels.is_control).astype(np.int32 if len(labels) < 2**31 else np.int64)

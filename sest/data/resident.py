@@ -40,6 +40,13 @@ class Staged:
     dense: Tensor | None  # (..., G) log1p, on a CPU
 
 
+def place_of(control_rows: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where cells, by row number (...,), stand among the controls (n,), ascending: (...,) int32."""
+    place = np.searchsorted(control_rows, rows).astype(np.int32)
+    assert np.array_equal(control_rows[np.minimum(place, len(control_rows) - 1)], rows), "a cell that is no control"
+    return place
+
+
 @dataclass(frozen=True, eq=False)
 class ResidentCells:
     """Embeddings and targets, gathered from host memory to the CPU or a GPU, or within a GPU's memory.
@@ -49,7 +56,7 @@ class ResidentCells:
     """
 
     targets: Targets
-    embedding_row: np.ndarray  # (N,) int32
+    control_rows: np.ndarray  # (controls,) rows of the controls among all cells, ascending
     embeddings: Tensor  # (controls, E) as stored
     device: torch.device  # the training device
     on_device: DeviceValues | None  # the targets in its memory; None: in the host's
@@ -104,8 +111,7 @@ class ResidentCells:
 
     def _embeddings_of(self, controls: np.ndarray) -> np.ndarray | Gathered:
         """What is sent of control cells: their embeddings, or the rows of those that are there."""
-        rows = self.embedding_row[controls]
-        assert (rows >= 0).all(), "a control without an embedding row"
+        rows = place_of(self.control_rows, controls)
         if self.on_device is not None:
             return rows
         embeddings = self.embeddings.numpy()
@@ -167,7 +173,7 @@ class DeviceValues:
 def resident_cells(
     targets: Targets,
     embeddings: np.ndarray,
-    embedding_row: np.ndarray,
+    control_rows: np.ndarray,
     device: torch.device,
     *,
     on_device: bool = False,
@@ -178,4 +184,4 @@ def resident_cells(
         kept = kept.to(device)
         indices = targets.indices.view(np.int16) if targets.indices.dtype == np.uint16 else targets.indices
         there = DeviceValues(torch.from_numpy(indices).to(device), torch.from_numpy(targets.data).to(device))
-    return ResidentCells(targets, embedding_row, kept, device, there if on_device else None, Sender(device))
+    return ResidentCells(targets, control_rows, kept, device, there if on_device else None, Sender(device))

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from sest.data.labels import Labels
+from sest.data.labels import Labels, pair_counts, rows_of_pairs
 from sest.errors import InputError, shown
 from sest.machine.seeds import choose_from, streams
 
@@ -46,11 +46,10 @@ def fitting_set_size(labels: Labels, mask: np.ndarray) -> int:
     Smaller pairs fill their sets by repeating cells, which costs as much as cells of their own; larger ones have more
     sets, each of which shows less of the distribution.
     """
-    perturbed = mask & ~labels.is_control
-    key = labels.context[perturbed].astype(np.int64) * len(labels.perturbations) + labels.perturbation[perturbed]
-    if not len(key):
+    counts = pair_counts(labels, mask & ~labels.is_control)
+    if not counts.any():
         raise InputError("No perturbed cells in this split.")
-    median = float(np.median(np.unique(key, return_counts=True)[1]))
+    median = float(np.median(counts[counts > 0]))
     return int(np.clip(2 ** np.ceil(np.log2(median)), SMALLEST_SET, LARGEST_SET))
 
 
@@ -85,17 +84,10 @@ class SetSampler:
     ) -> None:
         self.labels, self.set_size, self.seed, self.same_batch = labels, set_size, seed, same_batch
         wanted = mask & (control_targets | ~labels.is_control)
-        rows = _rows(wanted)
-        if not len(rows):
+        if not wanted.any():
             raise InputError("No perturbed cells in this split.")
-        n_keys = len(labels.contexts) * len(labels.perturbations)
-        key: np.ndarray = labels.context[rows].astype(np.int32 if n_keys < 2**31 else np.int64)
-        key *= len(labels.perturbations)  # in place: there may be many cells
-        key += labels.perturbation[rows]
-        keys, self.cells = _by_key(rows, key)  # per key: sorted rows
-        self._keys = keys
-        self.context = keys // len(labels.perturbations)  # (keys,)
-        self.perturbation = keys % len(labels.perturbations)  # (keys,)
+        self.context, self.perturbation, self.cells = rows_of_pairs(labels, wanted)  # (keys,), (keys,); sorted rows
+        self._keys = self.context * len(labels.perturbations) + self.perturbation  # (keys,)
         controls = _rows(mask & labels.is_control)
         self.pools = self._control_pools(controls)  # context -> sorted rows
         # controls of the same batch: keys of the batches, their controls one after the other, and where each begins

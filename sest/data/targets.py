@@ -155,7 +155,7 @@ def read_targets(
     wanted = _target_sum(target_sum, [values.totals[of] for of in counts])
     factor = np.zeros(first[-1], np.float32)
     for of in counts:
-        factor[of] = factors_to(wanted, values.totals[of])
+        factors_to(wanted, values.totals[of], out=factor[of])
     scales = {str(g.attributes["scale"]) for g in groups}
     return Targets(
         genes=tuple(genes),

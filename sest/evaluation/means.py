@@ -19,7 +19,7 @@ from sest.cache.disk import sha256
 from sest.cells.split_file import TEST, TRAIN
 from sest.data.dataset import Dataset
 from sest.data.gather import group_sums, ordered_sums
-from sest.data.labels import CONTROL, NOTHING, Labels
+from sest.data.labels import CONTROL, NOTHING, Labels, pair_counts
 from sest.data.targets import Targets
 from sest.evaluation.ceiling import Ceiling, Folds, ceiling, deal, n_folds, score_halves
 
@@ -130,13 +130,14 @@ class Pairs:
 def split_pairs(data: Dataset, bit: int) -> Pairs:
     """Pseudobulks of all perturbed cells and of the controls of a split."""
     labels, mask, means = data.labels, data.in_split(bit), means_of(data)
-    key, n_cells = np.unique(keys_of(labels)[mask & (labels.perturbation > CONTROL)], return_counts=True)
-    at = means.at(key)
+    counts = pair_counts(labels, mask & (labels.perturbation > CONTROL))
+    context, perturbation = np.nonzero(counts)
+    n_cells = counts[context, perturbation]
+    at = means.at(context * len(labels.perturbations) + perturbation)
     assert np.array_equal(means.n_cells[at], n_cells), "a split divides a pair"
-    context, perturbation = np.divmod(key, len(labels.perturbations))
     contexts = np.unique(context)
     own = np.searchsorted(means.context, contexts)
-    n_controls = np.bincount(labels.context[mask & labels.is_control], minlength=len(labels.contexts))[contexts]
+    n_controls = pair_counts(labels, mask & labels.is_control)[contexts, CONTROL]
     assert np.array_equal(means.n_controls[own], n_controls), "a split divides the controls of a context"
     names = tuple(context_name(data, int(c)) for c in contexts)
     controls = Contexts(names, means.control[own], means.variance[own], n_controls)
@@ -166,11 +167,11 @@ def split_ceilings(data: Dataset, bit: int, seed: int) -> list[SplitCeiling]:
     """
     labels, mask, targets = data.labels, data.in_split(bit), data.all_targets()
     usable = mask if bit == TEST else mask | ~(data.in_split(TEST) | labels.is_control)  # controls: the split's
-    contexts = np.unique(labels.context[mask & ~labels.is_control]).tolist()
-    of = [labels.context == context for context in contexts]
+    contexts = np.flatnonzero(pair_counts(labels, mask & ~labels.is_control).any(1)).tolist()
     return [
         _ceiling_in(data, targets, context, mask & here, usable & here, seed)
-        for context, here in zip(contexts, of, strict=True)
+        for context in contexts
+        for here in [labels.context == context]
     ]
 
 

@@ -80,7 +80,7 @@ def predict_pairs(
     Args:
         n_sets: sets of each split to predict at most, but one of every pair; 0: all.
     """
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, device)
     blend = checkpoint.blend() if checkpoint.has_blend else None
     needs_head = checkpoint.has_head and (blend is None or blend.of_head > 0)
     model = checkpoint.model().to(device) if needs_head else None

@@ -24,6 +24,7 @@ from sest.cells.inputs import Cells, open_cells, resolve_inputs
 from sest.cells.scale import LARGEST_PREDICTED_LOG1P, Normalisation, factors_to, log1p_rows, total_counts
 from sest.config import VCC2026, EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
+from sest.data.resident import place_of
 from sest.encoder.align import name_genes_as
 from sest.encoder.base import CellEncoder
 from sest.encoder.choose import FITTED, make_encoder, needs_weights, obsm_key
@@ -106,7 +107,7 @@ def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
     )
     return Pool(
         cell_type,
-        data.embeddings[data.embedding_row[rows]],
+        data.embeddings[place_of(data.control_rows, rows)],
         _cut(data.targets.log1p(rows)),
         obs.index.to_numpy(str),
         obs["batch"].astype(str).to_numpy(str),

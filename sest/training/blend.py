@@ -57,7 +57,7 @@ def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
         )
     held = held_out(data, train_config, VAL, train_config.val_sets)
     nothing = np.array([c.context for c in split_ceilings(data, VAL, train_config.seed) if c.verdict], int)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, device)
     cast = partial(autocast, device, choose_precision("auto", device, training=False))
     model = checkpoint.model().to(device) if checkpoint.has_head else None
     blend = blend_of(model, data, cells, held, nothing, train_config, cast)

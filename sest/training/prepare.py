@@ -102,7 +102,7 @@ def prepare(
         refuse_other_run(start, identity, sizes)
     optimizer, scaler = _optimizer(model, config, device, precision, start)
     on_device = _cells_on_device(config.data_device, device, data)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device, on_device=on_device)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, device, on_device=on_device)
     sampler = _sampler(data, config)
     if data.targets.on_disk:
         rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)

@@ -61,7 +61,7 @@ def fit_without_head(
     if on_start is not None:
         on_start(data)
     identity = identity_of(data, config, "fp32")
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, device, on_device=False)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, device, on_device=False)
     validator = Validator(data, cells, config, device, make_loss(config.loss, torch.float32))
     held, scores = validator.held, validator.baselines
     blend = blend_of(None, data, cells, held, validator.not_measurable, config, nullcontext)

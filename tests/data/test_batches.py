@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def batches(data: Dataset, n_workers: int, ranks: Ranks = SINGLE, on_device: bool = False) -> Iterator[Batch]:
     """Copies of batches 0 .. 19, then of 19 and 3 again, as after running out of memory."""
     sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU, on_device=on_device)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, CPU, on_device=on_device)
     with closing(BatchSource(sampler, cells, 4, n_workers, ranks)) as source:
         for number in (*range(20), 19, 3):
             yield Batch(**{key: tensor.clone() for key, tensor in source.get(number).items()})  # type: ignore
@@ -62,7 +62,7 @@ def test_processes_divide_every_batch_without_changing_it(data: Dataset, world_s
 
 def test_a_batch_is_good_until_the_next_is_asked_for_and_its_memory_is_used_again(data: Dataset) -> None:
     sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, CPU)
     with closing(BatchSource(sampler, cells, 3, 2)) as source:
         places = set()
         for number in range(30):
@@ -76,6 +76,6 @@ def test_a_batch_is_good_until_the_next_is_asked_for_and_its_memory_is_used_agai
 
 def test_an_error_while_a_batch_is_prepared_reaches_the_caller(data: Dataset) -> None:
     sampler = SetSampler(data.labels, np.ones(len(data.labels), bool), 4, 0)
-    cells = resident_cells(data.targets, data.embeddings, np.full(len(data.labels), -1), CPU)
-    with closing(BatchSource(sampler, cells, 3, 2)) as source, pytest.raises(AssertionError, match=r"embedding"):
+    cells = resident_cells(data.targets, data.embeddings, np.array([len(data.labels)]), CPU)
+    with closing(BatchSource(sampler, cells, 3, 2)) as source, pytest.raises(AssertionError, match="no control"):
         source.get(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import sest
@@ -15,7 +16,16 @@ from helpers.configs import small_config
 from helpers.datasets import Opened, open_three_files, opened
 from sest.cache import open_cache
 from sest.data.dataset import read_dataset
-from sest.data.labels import CONTROL, NOTHING, Labels, read_embeddings, read_labels
+from sest.data.labels import (
+    CONTROL,
+    NOTHING,
+    Labels,
+    code_type,
+    pair_counts,
+    read_embeddings,
+    read_labels,
+    rows_of_pairs,
+)
 from sest.errors import InputError
 
 
@@ -82,9 +92,28 @@ def test_embeddings_are_those_of_the_controls_alone(three_files: Opened) -> None
     embeddings, row = read_embeddings(cache, labels)
     stored = np.concatenate([g.embeddings for g in groups]).astype(np.float16)
     assert embeddings.dtype == np.float16 and len(embeddings) == labels.is_control.sum()
-    assert (row[~labels.is_control] == -1).all()
-    controls = np.flatnonzero(labels.is_control)
-    np.testing.assert_array_equal(embeddings[row[controls]], stored[controls])
+    np.testing.assert_array_equal(row, np.flatnonzero(labels.is_control))
+    np.testing.assert_array_equal(embeddings, stored[row])
+
+
+def test_cells_of_pairs_are_those_that_a_sort_finds(three_files: Opened) -> None:
+    labels, _ = read_labels(three_files[0])
+    rng = np.random.default_rng(0)
+    wanted = (labels.perturbation >= 0) & (rng.random(len(labels)) < 0.7)
+    context, perturbation, rows = rows_of_pairs(labels, wanted)
+    table = pd.DataFrame({"context": labels.context, "perturbation": labels.perturbation})[wanted]
+    expected = {key: part.index.tolist() for key, part in table.groupby(["context", "perturbation"])}
+    pairs = zip(context.tolist(), perturbation.tolist(), strict=True)
+    assert dict(zip(pairs, [of.tolist() for of in rows], strict=True)) == expected
+    assert list(expected) == sorted(expected) and all(of.dtype == np.int32 for of in rows)
+    counts = pair_counts(labels, wanted)
+    assert counts.sum() == wanted.sum() and counts[context[0], perturbation[0]] == len(rows[0])
+
+
+def test_codes_take_two_bytes_where_they_can(three_files: Opened) -> None:
+    labels, _ = read_labels(three_files[0])
+    assert {labels.perturbation.dtype, labels.context.dtype, labels.batch.dtype} == {np.dtype(np.int16)}
+    assert code_type(2**15) == np.int16 and code_type(2**15 + 1) == np.int32
 
 
 def test_a_control_that_was_not_embedded_is_an_error_and_other_cells_need_no_embedding(tmp_path: Path) -> None:

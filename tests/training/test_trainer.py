@@ -58,7 +58,7 @@ def first_batch(cache: Path, config: TrainConfig, n_sets: int) -> tuple[StateTra
         same_batch=config.match_controls == "batch",
         control_targets=config.control_targets,
     )
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, torch.device("cpu"))
     batch = cells.batch(sampler.sets(np.arange(n_sets)))
     batch["perturbation"] = torch.from_numpy(data.features.matrix)[batch["perturbation"]]
     model = new_model(sest.training.prepare.head_sizes(data, config), config.seed)
@@ -419,7 +419,7 @@ def test_the_average_validates_and_becomes_best_and_the_weights_train_on(
 def held_out_mae(data: Dataset, model: StateTransition) -> float:
     """By another way: `sest.evaluation.pairs` on the checkpoint's head."""
     held = held_out(data, small_config(), VAL, 0)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, torch.device("cpu"))
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, torch.device("cpu"))
     features = torch.from_numpy(data.features.matrix)
     means = predicted_means(model.eval(), cells, held, features, 3, nullcontext)
     return mean_scores(pair_metrics(data, held.pairs, means))["mae"]

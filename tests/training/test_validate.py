@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def resident(data: Dataset) -> ResidentCells:
-    return resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+    return resident_cells(data.targets, data.embeddings, data.control_rows, CPU)
 
 
 def validator(data: Dataset, resident: ResidentCells, criterion: Any = energy_distance, **changes: Any) -> Validator:
@@ -242,7 +242,7 @@ def test_with_independent_controls_even_the_real_pseudobulks_do_not_score_one(tm
     data = dataset_of(tmp_path, [small_screen(sizes=dict.fromkeys(SIZES, 30), n_controls=60)], splits)
     pairs = split_pairs(data, VAL)
     model = Perfect(dict(zip(pairs.perturbation.tolist(), pairs.observed, strict=True)))
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, CPU)
     got = validator(data, cells).run(model, nullcontext)
     assert got["pearson_delta"] == pytest.approx(1) and 0.9 < got["pearson_delta_independent"] < 0.999
 
@@ -250,7 +250,7 @@ def test_with_independent_controls_even_the_real_pseudobulks_do_not_score_one(tm
 def test_how_far_a_head_follows_its_controls_is_a_line_through_what_it_predicts_from_other_ones(tmp_path: Path) -> None:
     splits = SPLITS.replace('[fewshot."screen.y"]\nval = ["R"]\n', "")
     data = dataset_of(tmp_path, [small_screen(sizes=dict.fromkeys(SIZES, 30), n_controls=60)], splits)
-    cells = resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)
+    cells = resident_cells(data.targets, data.embeddings, data.control_rows, CPU)
     checked, rows = validator(data, cells), np.flatnonzero(data.labels.is_control)
     model = Linear(cells.basal(rows[None])[0], cells.expression(rows[None])[0])
     got = checked.run(model, nullcontext)
@@ -285,7 +285,7 @@ def test_real_halves_stand_beside_the_scores_and_noise_is_called_so(
         (tmp_path / str(shuffled)).mkdir()
         data = dataset_of(tmp_path / str(shuffled), [screen], splits)
         caplog.clear()
-        found = validator(data, resident_cells(data.targets, data.embeddings, data.embedding_row, CPU)).baselines
+        found = validator(data, resident_cells(data.targets, data.embeddings, data.control_rows, CPU)).baselines
         assert found[VAL_PAIRS] == 3
         assert found[NOT_MEASURABLE] == (3 if shuffled else 0)
         assert ("x: no measurable effect here" in caplog.text) == shuffled
