@@ -83,7 +83,7 @@ def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
 def write_values(path: Path, values: np.ndarray, filters: dict[str, Any] | None) -> None:
     with h5py.File(path, "w") as file:
         if filters is None:
-            with _Packer(_deflated, lambda n_bytes: None) as packer:
+            with _Packer(_deflated) as packer:
                 packed = _Values(file.create_group("X"), "x", values.dtype.name, True, packer)
                 for start in range(0, len(values), HDF5_CHUNK):
                     packed.add(values[start : start + HDF5_CHUNK])

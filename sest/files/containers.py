@@ -43,7 +43,7 @@ def open_container(path: Path) -> tuple[Group, Close]:
         if not formats.is_hdf5(path):
             raise InputError(f"{path} is not an .h5ad file (not HDF5){formats.of_file(path)}.")
         check_structure(path)
-        file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+        file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)  # some network file systems have no locks
     except OSError as error:
         raise _unopened(path, error) from error
     return file, file.close
@@ -111,7 +111,7 @@ def _remote_hdf5(path: UrlPath) -> tuple[Group, Close]:
             raise InputError(f"{path} is not an .h5ad file (not HDF5): it begins with {head!r}.")
         check_bytes(str(path), raw)
         raw.seek(0)
-        file = h5py.File(raw, "r", rdcc_nbytes=CHUNK_CACHE)
+        file = h5py.File(raw, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)  # some network file systems have no locks
     except InputError:
         raw.close()
         raise

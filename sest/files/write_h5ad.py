@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import zlib
 from collections import deque
@@ -26,12 +26,9 @@ from sest.outputs import check_output
 HDF5_CHUNK = 2**16  # stored values a chunk: what reading one row unpacks
 ALIKE = 1 / 32  # share of bytes equal to the one before from which on packing pays; of random ones 1/256
 WAITING = 4  # chunks that wait to be written, at most
-SPARE = 2**23  # bytes kept free for HDF5's own tables and half-filled chunks
-STEP = 2**20  # bytes: room is taken in multiples of it, since each time takes 0.2 ms
 CHECKED_AT_ONCE = 2**22  # bytes
 SEAL_BYTES = len(b"\nsest crc32c 00000000 of 00000000000000000000\n")
 _SEALED = re.compile(rb"\nsest crc32c [0-9a-f]{8} of [0-9]{20}\n")
-A_NAME = 64  # bytes, at most, that HDF5 adds to a string
 
 
 class H5adWriter:
@@ -45,27 +42,23 @@ class H5adWriter:
 
     Raises:
         InputError: no file can be made there (see `check_output`).
-        OSError: the disk is full; nothing is left of the new file.
+        OSError: the disk is full, or fails otherwise; nothing is left of the new file.
     """
 
     def __init__(self, path: Path, n_genes: int, dtype: str, *, compress: bool = True) -> None:
         check_output(path, force=True)
         self._path, self._n_genes, self._dtype, self._compress = path, n_genes, dtype, compress
         self._stack = ExitStack()
-        self._room = 0  # bytes that the file may have without asking for more
         self._ends = [0]  # row ends among the stored values
         self._finished = False
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             aside = stack.enter_context(file_aside(self._path))
-            self._disk = stack.enter_context(open(aside, "wb"))
-            self._take_room(SPARE)
-            self._file = h5py.File(aside, "w")
+            self._disk = stack.enter_context(_Disk(aside, self._path))
+            self._file = h5py.File(self._disk, "w")
             stack.push(self._close)
-            self._take_room(SPARE)  # again: opening empties the file
-            packer = _Packer(_deflated if self._compress else np.ndarray.tobytes, self._take_more)
-            self._packer = stack.enter_context(packer)
+            self._packer = stack.enter_context(_Packer(_deflated if self._compress else np.ndarray.tobytes))
             self._stack = stack.pop_all()
         self._file.attrs["encoding-type"], self._file.attrs["encoding-version"] = "anndata", "0.1.0"
         x = self._file.create_group("X")
@@ -76,21 +69,8 @@ class H5adWriter:
         )
         return self
 
-    def _take_room(self, n_bytes: int) -> None:
-        """Lengthen the file before HDF5 writes: it cannot close what it cannot write, and crashes at exit."""
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            try:
-                os.posix_fallocate(self._disk.fileno(), 0, n_bytes)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
-
-    def _take_more(self, n_bytes: int) -> None:
-        if (needed := self._file.id.get_filesize() + n_bytes + SPARE) > self._room:
-            self._room = -(-needed // STEP) * STEP
-            self._take_room(self._room)
-
     # Not by anndata's sparse append: it grows indptr and the shape in the file with every block, so that the file's
-    # bytes would depend on the blocks; room on the disk would have to be taken here all the same.
+    # bytes would depend on the blocks.
     def add(self, rows: scipy.sparse.csr_matrix) -> None:
         """Append rows (n, n_genes); a row's genes are written in order, as other programs expect."""
         assert rows.shape[1] == self._n_genes, rows.shape
@@ -102,6 +82,7 @@ class H5adWriter:
             self._data.add(rows.data[start:stop])
             self._indices.add(rows.indices[start:stop])
             start = stop
+        self._disk.check()
         self._ends += (self._ends[-1] + rows.indptr[1:].astype(np.int64)).tolist()
 
     def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
@@ -115,7 +96,6 @@ class H5adWriter:
         self._data.end()
         self._indices.end()
         self._packer.write(0)
-        self._take_more(8 * len(self._ends) + _n_bytes(obs) + _n_bytes(var) + _n_bytes(uns))
         # scipy sorts and sums only where both indices are of one type
         of_ends = np.int32 if self._ends[-1] < 2**31 else np.int64
         self._file["X"].create_dataset("indptr", data=np.asarray(self._ends, dtype=of_ends))
@@ -131,15 +111,55 @@ class H5adWriter:
         self._file.flush()
         size = self._file.id.get_filesize()
         self._file.close()
-        self._disk.truncate(size)  # give back what was reserved for nothing
+        if e is None or isinstance(e, Exception):
+            self._disk.check()  # what HDF5 or anndata then made of it says less
         if self._finished and e is None:
             self._disk.seek(size)
-            self._disk.write(_seal(Path(self._disk.name), size))
-            self._disk.flush()
+            self._disk.write(_seal(self._disk.path, size))
+            self._disk.check()
         assert self._finished or e is not None, "finish() was not called"
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, e, trace)
+
+
+class _Disk(io.FileIO):
+    """The file that HDF5 writes into: it cannot close what it cannot write, and then crashes at exit.
+
+    So the first error is kept, and whatever HDF5 writes from then on is dropped.
+    """
+
+    def __init__(self, path: Path, target: Path) -> None:
+        super().__init__(path, "w+")
+        self.path, self._target = path, target
+        self._error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        left = memoryview(data).cast("B")
+        n_bytes = len(left)
+        try:
+            while self._error is None and left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._error = error
+        return n_bytes
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        n_read = super().readinto(view) or 0
+        view[n_read:] = bytes(len(view) - n_read)  # what was dropped
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        return super().truncate(size) if self._error is None else size or 0
+
+    def check(self) -> None:
+        """
+        Raises:
+            OSError: something could not be written.
+        """
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror, str(self._target)) from self._error
 
 
 def _seal(path: Path, n_bytes: int) -> bytes:
@@ -176,11 +196,10 @@ class _Packer:
 
     Args:
         pack: a chunk's values to bytes.
-        take_more: takes room on the disk for so many bytes.
     """
 
-    def __init__(self, pack: Callable[[np.ndarray], bytes], take_more: Callable[[int], None]) -> None:
-        self._pack, self._take_more = pack, take_more
+    def __init__(self, pack: Callable[[np.ndarray], bytes]) -> None:
+        self._pack = pack
         self._waiting = deque[tuple[h5py.Dataset, int, int, Future[bytes]]]()
 
     def __enter__(self) -> Self:
@@ -199,10 +218,8 @@ class _Packer:
         """Write chunks until at most so many wait."""
         while len(self._waiting) > left:
             dataset, start, stop, packed = self._waiting.popleft()
-            stored = packed.result()
-            self._take_more(len(stored))
             dataset.resize((stop,))
-            dataset.id.write_direct_chunk((start,), stored)
+            dataset.id.write_direct_chunk((start,), packed.result())
 
 
 class _Values:
@@ -254,14 +271,3 @@ def _deflated(values: np.ndarray) -> bytes:
         stream += packer.compress(plane)
         stream += packer.flush(zlib.Z_FINISH if number == len(planes) - 1 else zlib.Z_FULL_FLUSH)
     return bytes(stream + zlib.adler32(planes.data).to_bytes(4, "big"))
-
-
-def _n_bytes(value: Any) -> int:
-    """Bytes that a table, an array or a dictionary of them takes in the file, at most."""
-    if isinstance(value, pd.DataFrame):
-        return 2 * int(value.memory_usage(deep=True).sum()) + A_NAME * len(value) * (1 + value.shape[1])
-    if isinstance(value, dict):
-        return sum(A_NAME + _n_bytes(inner) for inner in value.values())
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return int(value.nbytes)
-    return sum(A_NAME + 4 * len(str(item)) for item in np.ravel(value))

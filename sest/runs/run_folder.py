@@ -188,7 +188,8 @@ def read_run_config(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     provenance = values.pop("provenance", {})
     check_plain(provenance, PROVENANCE_KIND, f"{run / CONFIG}, [provenance]")
     splits = (run / SPLITS).read_bytes() if (run / SPLITS).is_file() else b""
-    whole = bool(splits) == ("splits" in values)  # a kill may have come between the two files
+    # a kill may have come between the two files; metrics.jsonl is the third
+    whole = bool(splits) == ("splits" in values) or (run / METRICS).exists()
     is_complete = provenance.keys() >= PROVENANCE and provenance.keys() <= PROVENANCE | PROVENANCE_TOO
     written = provenance.pop("sha256", None)  # earlier runs have none
     if not is_complete or (written is not None and whole and written != _digest(read, splits)):

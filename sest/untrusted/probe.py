@@ -178,7 +178,7 @@ def main() -> None:
 def _look_at(source: bytes | io.RawIOBase, small: int) -> None:
     import h5py
 
-    with h5py.File(source, "r") as file:
+    with h5py.File(source, "r", locking=False) as file:
         waiting, seen = [file], set[int]()
         while waiting and len(seen) < MOST_NODES:
             node = waiting.pop()

@@ -38,7 +38,7 @@ def content(run: Path) -> dict[str, Any]:
     """All that is read of a run."""
     values, provenance = read_run_config(run)
     found: dict[str, Any] = {"config": (values, provenance), "lines": read_lines(run / METRICS)}
-    found["splits"] = (run / SPLITS).read_bytes()
+    found["splits"] = (run / SPLITS).read_bytes() if (run / SPLITS).exists() else b""
     for folder in checkpoints(run):
         opened = open_checkpoint(folder)
         found[folder.name] = opened.state, {name: (folder / name).read_bytes() for name in opened.state["files"]}
@@ -72,6 +72,9 @@ def sweep(
             assert "\n" not in line and len(line) < 1000, line
             ends["refused"] += 1
         else:
+            if name == METRICS and kind in ("cut", "empty"):  # as a kill leaves it: what is left is a beginning
+                assert found["lines"] == expected["lines"][: len(found["lines"])]
+                found["lines"] = expected["lines"]
             is_same = repr(found).replace(str(path), "") == repr(expected).replace(str(sound), "")
             assert is_same or any("is not as sest wrote it" in line for line in said), (name, kind)
             ends["harmless" if is_same else "said"] += 1

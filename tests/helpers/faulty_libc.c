@@ -128,16 +128,6 @@ ON(rmdir, (const char *path), (path), REMOVE, is_path(AT_FDCWD, path))
 SYNC(fsync)
 SYNC(fdatasync)
 
-/* posix_fallocate gives its error back */
-#define ROOM(name, type)                                                        \
-    int name(int file, type at, type n) {                                       \
-        NEXT(name);                                                             \
-        if (WATCHED && is_file(file) && fails(LENGTH)) return (int)plan->error; \
-        return next(file, at, n);                                               \
-    }
-ROOM(posix_fallocate, off_t)
-ROOM(posix_fallocate64, off64_t)
-
 #define OPENS(name, signature, call, folder)                                          \
     int name signature {                                                                      \
         NEXT(name);                                                                           \
