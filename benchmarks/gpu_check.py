@@ -42,7 +42,7 @@ from sest.config import TrainConfig
 from sest.head.dropout import dropout_keys
 from sest.head.loss import energy_distance
 from sest.head.model import HeadSizes, new_model
-from sest.machine.devices import DTYPES, autocast, choose_device, choose_precision
+from sest.machine.devices import DTYPES, autocast, choose_device, choose_precision, float32_products
 from sest.machine.team import ALONE
 from sest.runs.checkpoint import LAST, find_checkpoint, open_checkpoint
 from sest.runs.run_folder import CONFIG, METRICS, append_metrics
@@ -108,7 +108,7 @@ class Check:
         config = TrainConfig(
             perturbations=str(self.work / "features.safetensors"),
             val_sets=1, max_steps=10**6, device=str(self.device), scratch=str(self.work),
-            **self.head | options,
+            **self.head | {"compile": False} | options,
         )  # fmt: skip
         run.mkdir(exist_ok=True)
         (run / CONFIG).touch()  # a run folder, into which checkpoints are written
@@ -172,13 +172,14 @@ def parity(check: Check) -> Found:
         _exact_distance(exact(basal.double(), features.double(), keys), target.double()).sum(), exact
     )
     found: Found = {}
-    for precision in ("fp32", "bf16", "fp16") if check.gpu else ("fp32", "bf16"):
+    for precision in ("fp32", "tf32", "bf16", "fp16") if check.gpu else ("fp32", "bf16"):
         model = new_model(sizes, 0).to(check.device).train()
         with autocast(check.device, precision):
             predicted = model(basal.to(check.device), features.to(check.device), keys.to(check.device))
         gram = torch.float16 if check.gpu and precision != "fp32" else torch.float32
         loss = energy_distance(predicted, target.to(check.device), gram).sum()
-        value, ours = gradient(loss, model, 2.0**12 if precision == "fp16" else 1.0)
+        with float32_products(precision):
+            value, ours = gradient(loss, model, 2.0**12 if precision == "fp16" else 1.0)
         found[precision] = {
             "loss": abs(value / expected - 1),
             "gradient": float((ours - slope).norm() / slope.norm()),
@@ -229,6 +230,7 @@ WAYS: dict[str, Found] = {  # of training; on a CPU those without a GPU's option
     "accumulate 2, compiled": {"accumulate": 2, "compile": True},
     "fp16": {"precision": "fp16"},
     "fp32": {"precision": "fp32"},
+    "tf32": {"precision": "tf32"},
 }
 
 
@@ -389,19 +391,20 @@ def embed(check: Check) -> Found:
     )
     cells = random_cells(4 if check.small else 256, size.n_genes, log1p=False)
     genes, exact, found = np.arange(size.n_genes), None, dict[str, Any]()
-    for precision in ("fp32", "bf16", "fp16") if check.gpu else ("fp32",):
+    for precision in ("fp32", "tf32", "bf16", "fp16") if check.gpu else ("fp32",):
         try:
             choose_precision(precision, check.device, training=False)
             model = StateEncoder(weights, check.device, DTYPES[precision], 0)
             kept = model.keep(genes, genes, size.n_genes)
 
-            def run(n: int, model: StateEncoder = model, kept: Any = kept) -> Tensor:
-                return model.encode(cells[:n], np.arange(n), "counts", kept)[:, : model.native_dim].double().cpu()
+            def run(n: int, model: StateEncoder = model, kept: Any = kept, precision: str = precision) -> Tensor:
+                with float32_products(precision):
+                    return model.encode(cells[:n], np.arange(n), "counts", kept)[:, : model.native_dim].double().cpu()
 
             out = run(min(8, cells.shape[0]))
             exact = out if exact is None else exact
             found[precision] = {"cosine": float(torch.nn.functional.cosine_similarity(out, exact).min())}
-            for n in (4,) if check.small else (16,) if precision == "fp32" else (32, 64, 128, 256):
+            for n in (4,) if check.small else (16,) if precision.endswith("32") else (32, 64, 128, 256):
                 check.forget()
                 found[precision][f"batch {n}"] = {"cells_per_s": n / check.seconds(partial(run, n)), **check.peak()}
             del model, kept

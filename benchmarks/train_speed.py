@@ -263,8 +263,8 @@ def limit(options: argparse.Namespace) -> dict[str, float]:
     device = choose_device(options.device)
     sizes = HeadSizes(options.dim, options.n_features, options.genes, options.hidden, ffn=4 * options.hidden)
     model = new_model(sizes, 0).to(device)
-    dtype = DTYPES[choose_precision(options.precision, device, training=True)]
-    found = measure_limit(model, options.batch_size, options.set_size, dtype, seconds=2.0)
+    precision = choose_precision(options.precision, device, training=True)
+    found = measure_limit(model, options.batch_size, options.set_size, precision, seconds=2.0)
     return {
         "flops": found.flops,
         "bytes": found.bytes,

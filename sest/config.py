@@ -215,7 +215,7 @@ class TrainConfig(Config):
     precision: str = option(
         "auto", f"{PRECISION}; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU", choices=PRECISIONS
     )
-    compile: bool = option(False, "compile head and loss: a slower start, faster steps, the same to rounding")
+    compile: bool | None = option(None, "compile head and loss: slower start, faster steps; default: on GPUs, see docs")
     gradients: str = option("fp32", "number format in which GPUs exchange gradients", choices=("fp32", "bf16"))
     num_workers: int = option(
         2, "threads that prepare batches ahead, each holding one; 0: in the loop", least=0, most=1024

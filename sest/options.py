@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from sest.errors import InputError, nearest, nearest_file, shown
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 COUNTS = ("auto", "raw", "log1p")
 LARGEST_SEED = 2**63 - 1
 MAX_TOML = 1_000_000  # bytes of a file

@@ -42,7 +42,7 @@ PCA, ONE_HOT = "pca", "onehot"  # words that stand for no file
 FOLDERS = {"final_model": "last", "final": "last", "best_model": "best"}  # the ancestor's checkpoints that end a run
 
 PRECISIONS = {
-    **{word: word for word in ("auto", "fp32", "bf16", "fp16")},
+    **{word: word for word in ("auto", "fp32", "tf32", "bf16", "fp16")},
     **{"16": "fp16", "16-mixed": "fp16", "bf16-mixed": "bf16", "32": "fp32", "32-true": "fp32"},
 }
 NO_WANDB = "++wandb.project=NAME sends metrics there; they are always in metrics.jsonl of the run"

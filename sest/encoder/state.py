@@ -17,7 +17,7 @@ from sest.encoder.align import hash_names
 from sest.encoder.base import DEFAULT_DIM
 from sest.encoder.projection import Projection
 from sest.errors import InputError
-from sest.machine.devices import DTYPES
+from sest.machine.devices import DTYPES, float32_products
 from sest.se.model import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
 from sest.se.weights import EncoderWeights
 
@@ -80,7 +80,8 @@ class SeEncoder:
         return self._model.stage(rows, numbers, cells.scale, self._kept[cells.group])
 
     def run(self, cells: Cells, staged: Staged) -> np.ndarray:
-        out, most = _run_in_parts(self._model, staged, self._kept[cells.group], self._most)
+        with float32_products(self.precision):
+            out, most = _run_in_parts(self._model, staged, self._kept[cells.group], self._most)
         if most < self._most:
             self._most = most
             logger.info(f"{len(staged)} cells at once do not fit the memory: going on with {most}.")
@@ -95,7 +96,8 @@ class SeEncoder:
         if self.max_tokens is None:
             return None
         exact, kept = self._model.with_slots(self._weights.pad_length), self._kept[cells.group]
-        expected, _ = _run_in_parts(exact, exact.stage(rows, numbers, cells.scale, kept), kept, self._most)
+        with float32_products(self.precision):
+            expected, _ = _run_in_parts(exact, exact.stage(rows, numbers, cells.scale, kept), kept, self._most)
         a, b = (x[:, : self.native_dim].astype(np.float64) for x in (self.encode(cells, rows, numbers), expected))
         cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
         return {

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 
 from sest.errors import InputError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+COMPILED_STEPS = 10_000  # that repay a minute or two of compiling
 
 
 def choose_device(name: str) -> torch.device:
@@ -35,13 +40,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, *, training: bool) -> str:
-    """Resolve "auto" to fp32, bf16 or fp16 for the device; check that it has what was asked for.
+    """Resolve "auto" to fp32, bf16 or fp16 for the device; check that it has what was asked for (tf32 too).
 
     auto: bf16 on GPUs with bf16 units; on older ones fp16 for training and fp32 for embedding; fp32 on CPU.
 
     Raises:
-        InputError: fp16 was asked of a CPU.
+        InputError: fp16 or tf32 was asked of a CPU, or tf32 of a GPU that does not have it.
     """
+    if name == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise InputError("Precision tf32 needs a GPU with TF32 units (Ampere or newer). Use --precision fp32.")
     if name == "fp16" and device.type == "cpu":
         raise InputError("Precision fp16 needs a GPU. Use --precision fp32 or bf16.")
     if name != "auto":
@@ -53,9 +60,33 @@ def choose_precision(name: str, device: torch.device, *, training: bool) -> str:
     return "fp16" if training else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
     """The context of a forward pass in a precision; nothing in fp32."""
+    if precision == "tf32":
+        return float32_products(precision)
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, a GPU multiplies float32 numbers as TF32 where that is the precision: rounded to 10 bits, then summed.
+
+    Around a backward pass too, which `autocast` does not reach.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if precision == "tf32":
+        products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        if precision == "tf32":
+            products.fp32_precision = before
+
+
+def compiles(asked: bool | None, device: str, n_steps: int) -> bool:
+    """Whether a training on a type of device compiles its steps: as asked, else on GPUs where there are many."""
+    return asked if asked is not None else device == "cuda" and n_steps >= COMPILED_STEPS
 
 
 def faster_precision(precision: str, device: torch.device) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sest.config import TrainConfig
+from sest.machine.devices import compiles
 from sest.runs.curves import NOT_LEARNED, NOT_MEASURABLE, VAL_PAIRS, Curves, best_of, finite, judged, steady_speed
 
 GOOD, NOTE, WARNING = "good", "note", "warning"
@@ -305,7 +306,7 @@ def _speed(curves: Curves, config: TrainConfig) -> Iterator[Finding]:
     found = steady_speed(curves.log)
     if found is None:
         return
-    speed, limit = found.it_per_s, found.limit
+    speed, limit, compiled = found.it_per_s, found.limit, compiles(config.compile, "cuda", config.max_steps)
     wait, device_wait = _tail(curves.log, "data_wait"), _tail(curves.log, "device_wait")
     share = f", {found.share:.0%} of the limit of this device" if math.isfinite(limit) else ""
     text = f"{speed:.3g} it/s{share}"
@@ -320,7 +321,7 @@ def _speed(curves: Curves, config: TrainConfig) -> Iterator[Finding]:
     steps, _ = finite(curves.log, "it_per_s")
     every = float(np.median(np.diff(steps))) if len(steps) > 1 else math.nan
     if device_wait * every < HOST_STEPS and speed < SLOW * limit:
-        tips = [] if config.compile else ["--compile takes the host out of the step (CUDA graphs)"]
+        tips = [] if compiled else ["--compile takes the host out of the step (CUDA graphs)"]
         yield Finding(
             "too slow: bound by the host",
             WARNING,
@@ -328,7 +329,7 @@ def _speed(curves: Curves, config: TrainConfig) -> Iterator[Finding]:
             _sentence([*tips, "a larger --batch-size gives the GPU more to do"], "; "),
         )
     elif math.isfinite(device_wait) and speed < SLOW * limit:
-        tips = [] if config.compile else ["--compile fuses what goes over the memory"]
+        tips = [] if compiled else ["--compile fuses what goes over the memory"]
         tips.append(f"fewer genes{' or --precision bf16' if config.precision == 'fp32' else ''} move fewer bytes")
         yield Finding(
             "too slow: bound by memory",

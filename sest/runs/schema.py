@@ -72,7 +72,7 @@ STATE_KIND = record(
         "trainable_parameters": whole(),
         "genes": _names,
         "config": mapping_of(lambda value: None),  # of a `TrainConfig`, which checks it
-        "precision": text("fp32", "bf16", "fp16"),
+        "precision": text("fp32", "tf32", "bf16", "fp16"),
         "cache_sha256": _sha256,
         "splits_sha256": _sha256,
         "features": record(

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from sest.head.model import HeadSizes, StateTransition, n_parameters
+from sest.machine.devices import DTYPES, float32_products
 
 PASSES_OVER_CELLS = 12  # reads and writes of a (B, S, G) float32 tensor a step: densify, ReLU, loss and their backward
 BYTES_A_PARAMETER = 28  # AdamW reads weight, gradient and two moments, and writes all but the gradient
@@ -83,7 +84,7 @@ def measure_limit(
     model: StateTransition,
     n_sets: int,
     set_size: int,
-    dtype: torch.dtype,
+    precision: str,
     *,
     passes: int = 1,
     compiled: bool = False,
@@ -97,7 +98,7 @@ def measure_limit(
         compiled: whether its operations are started together.
     """
     device = next(model.parameters()).device
-    flops_per_s, bytes_per_s, a_launch = _device_speed(device, dtype, seconds)
+    flops_per_s, bytes_per_s, a_launch = _device_speed(device, precision, seconds)
     if device.type == "cuda":  # the half gigabyte that this took is no memory of the training
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -107,18 +108,20 @@ def measure_limit(
 
 
 @cache
-def _device_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
+def _device_speed(device: torch.device, precision: str, seconds: float) -> tuple[float, float, float]:
     """FLOPs a second of a matrix product, bytes a second of copying, and seconds of the smallest operation.
 
     Measured once a process: runs of several seeds are trained on one device.
     """
     is_gpu = device.type == "cuda"
     n, n_launches = 4096 if is_gpu else 512, 200
-    a = torch.ones(n, n, device=device, dtype=dtype)
+    a = torch.ones(n, n, device=device, dtype=DTYPES[precision])
     source = torch.ones(2**26 if is_gpu else 2**22, device=device)
     out, one = torch.empty_like(source), torch.ones(1, device=device)
+    with float32_products(precision):
+        flops = 2 * n**3 / _shortest(lambda: torch.mm(a, a), device, seconds)
     return (
-        2 * n**3 / _shortest(lambda: torch.mm(a, a), device, seconds),
+        flops,
         2 * source.nbytes / _shortest(lambda: out.copy_(source), device, seconds),
         _shortest(lambda: [one.add_(1.0) for _ in range(n_launches)], device, seconds / 5) / n_launches,
     )

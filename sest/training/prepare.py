@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Callable, Collection
-from contextlib import closing
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from sest.cache import open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
-from sest.data.batches import BatchSource
+from sest.data.batches import BatchSource, batches_per_second
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.features import equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
@@ -26,11 +25,12 @@ from sest.data.sampler import SetSampler, fitting_set_size
 from sest.data.targets import refuse_mixed_scales
 from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, shown
+from sest.head.kernels import triton_kernels
 from sest.head.loss import HeadLoss, make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.head.moments import tensors_to_optimizer
 from sest.head.preset import TrainingData, level_of, preset_values, why
-from sest.machine.devices import DTYPES, autocast, choose_precision
+from sest.machine.devices import autocast, choose_precision, compiles
 from sest.machine.team import Team
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.diagnose import GIVE_FEATURES
@@ -105,12 +105,13 @@ def prepare(
     cells = resident_cells(data.targets, data.embeddings, data.control_rows, device, on_device=on_device)
     sampler = _sampler(data, config)
     if data.targets.on_disk:
-        rate = _batches_per_second(sampler, cells, config.batch_size, config.num_workers)
+        rate = batches_per_second(sampler, cells, config.batch_size, config.num_workers)
         logger.info(f"Batches from {data.targets.folder}: {rate:.3g} a second.")
     validator = _validator(data, cells, config, device, criterion, team, start)
-    ddp = team.ddp(HeadLoss(model, criterion, cast), config.gradients)
+    ddp = team.ddp(HeadLoss(model, criterion, nullcontext if precision == "tf32" else cast), config.gradients)
     team.wait()  # all have read what is in the folder
     n_sets = config.batch_size // team.size * config.accumulate
+    compiled = _compiles(config, device, start)
     trainer = Trainer(
         run=run,
         config=config,
@@ -125,10 +126,10 @@ def prepare(
         autocast=cast,
         batches=BatchSource(sampler, cells, config.batch_size, config.num_workers, team.ranks),
         validator=validator,
-        limit=measure_limit(
-            model, n_sets, config.set_size, DTYPES[precision], passes=config.accumulate, compiled=config.compile
-        ),
+        limit=measure_limit(model, n_sets, config.set_size, precision, passes=config.accumulate, compiled=compiled),
         identity=identity,
+        precision=precision,
+        compiled=compiled,
         state=RunState() if start is None else _state_of(start),
         origin=started_from(start, taken),
         chosen=why_so,
@@ -137,6 +138,12 @@ def prepare(
         trainer.window.restore(start.state[WINDOW])
         trainer.state.skipped_steps -= trainer.window.n_bad()  # the next line counts them
     return trainer
+
+
+def _compiles(config: TrainConfig, device: torch.device, start: Checkpoint | None) -> bool:
+    """Whether steps are compiled: as asked, else on a GPU where Triton works and many are to come."""
+    left = config.max_steps - (0 if start is None else start.state["step"])
+    return compiles(config.compile, device.type if triton_kernels(device) else "cpu", left)
 
 
 def _refuse_uneven(batch_size: int, n_processes: int) -> None:
@@ -214,6 +221,8 @@ def _state_of(start: Checkpoint) -> RunState:
 def _precision(config: TrainConfig, device: torch.device) -> str:
     """What is computed in; refuse what this machine cannot do."""
     precision = choose_precision(config.precision, device, training=True)
+    if precision == "tf32" and config.loss == "energy+sinkhorn":
+        raise InputError("--loss energy+sinkhorn has float32 products, which TF32 rounds. Use --precision bf16.")
     if config.gradients == "bf16" and device.type == "cpu":
         raise InputError("--gradients bf16 needs GPUs, which exchange gradients through NCCL. Use --gradients fp32.")
     frozen_parts(config)
@@ -385,13 +394,3 @@ def _cells_on_device(data_device: str, device: torch.device, data: Dataset) -> b
     place = "GPU" if there else "mapped files" if data.targets.on_disk else "host"
     logger.info(f"Cells ({needed / 1e9:.2f} GB) are kept in {place}{'' if place == 'mapped files' else ' memory'}.")
     return there
-
-
-def _batches_per_second(sampler: SetSampler, cells: ResidentCells, size: int, n_workers: int) -> float:
-    """How fast batches come, measured on a few that no step of this run has read yet."""
-    n = max(n_workers, 1)
-    with closing(BatchSource(sampler, cells, size, n)) as batches:
-        began = time.perf_counter()
-        for number in range(2 * n):
-            batches.get(number)
-        return 2 * n / (time.perf_counter() - began)

@@ -192,7 +192,7 @@ def train_seeds(
 def say_time(trainer: Trainer) -> None:
     """Say how long the steps to come will take here, and what fits an hour; nothing of a few steps."""
     config, left = trainer.config, trainer.config.max_steps - trainer.state.step
-    if not trainer.team.leads or config.compile or left < FEW_STEPS:
+    if not trainer.team.leads or trainer.compiled or left < FEW_STEPS:
         return
     n_sets = config.batch_size // trainer.team.size
     seconds = config.accumulate * seconds_of_step(

@@ -29,6 +29,7 @@ from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
 from sest.head.moments import bytes_of_optimizer, new_moments, optimizer_to_tensors
 from sest.machine.behind import Behind
+from sest.machine.devices import float32_products
 from sest.machine.team import Team
 from sest.runs.checkpoint import (
     BEST,
@@ -49,7 +50,7 @@ from sest.training.blend import blend_of
 from sest.training.identity import projection_to_keep
 from sest.training.limit import Limit
 from sest.training.validate import BASELINES, Validator
-from sest.training.window import WINDOW, Window
+from sest.training.window import WINDOW, Window, learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class Trainer:
     limit: Limit
     identity: dict[str, Any]
     state: RunState
+    precision: str = "fp32"
+    compiled: bool = False  # whether head and loss are
     origin: dict[str, Any] = field(default_factory=dict)  # for state.json: what the head was taken over from
     chosen: str = ""  # what a preset chose, and why
     window: Window = field(init=False)
@@ -98,7 +101,7 @@ class Trainer:
         self._features = torch.from_numpy(self.data.features.matrix).to(self.device)  # (perturbations, P)
         self._n_sets = self.config.batch_size // self.team.size  # of a batch, this process's
         self._micro_size = self._n_sets  # sets a forward pass; fewer once memory ran out
-        self._network = self._compiled()
+        self._compile()
         self._kept_at = -1  # step of the newest checkpoint-step-N
         self.saves = Behind()  # checkpoints are copied between steps and written during the next ones
         self._kept_cells = cells_to_keep(self.data) if self.team.leads else {}  # reads some: while the cache is there
@@ -109,19 +112,21 @@ class Trainer:
         """Whether all steps are done."""
         return self.state.step >= self.config.max_steps
 
-    def _compiled(self) -> Any:
-        """The model with its loss, compiled where that was asked for.
+    def _compile(self) -> None:
+        """Compile the model with its loss, inside of what averages gradients; or take that back.
 
         On a GPU into CUDA graphs, where one of them makes all gradients of a step: the next one would write over them.
         """
-        if not self.config.compile:
-            return self.ddp
-        return torch.compile(self.ddp, mode="reduce-overhead" if self._graphs else None, dynamic=False)
+        inside: Any = self.ddp if self.team.size == 1 else self.ddp.module
+        if self.compiled:
+            inside.compile(mode="reduce-overhead" if self._graphs else None, dynamic=False)
+        else:
+            inside._compiled_call_impl = None
 
     @property
     def _graphs(self) -> bool:
         one = self.team.size == self.config.accumulate == 1 and self._micro_size == self._n_sets
-        return self.config.compile and self.device.type == "cuda" and one
+        return self.compiled and self.device.type == "cuda" and one
 
     # --- step
 
@@ -179,7 +184,12 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 self._halve(error)  # the same batch and, to rounding, the same gradient
             except torch._dynamo.exc.TorchDynamoException as error:
-                raise InputError(f"--compile does not work here: {one_line(error)}. Leave it out.") from error
+                if self.config.compile:
+                    raise InputError(f"--compile does not work here: {one_line(error)}. Leave it out.") from error
+                logger.info(f"Steps are not compiled, as that does not work here ({one_line(error)}).")
+                self.compiled = False
+                self._compile()
+                self.optimizer.zero_grad(set_to_none=True)
 
     def _forward_backward(self, number: int, *, last: bool) -> Tensor:
         """Add the gradient of one batch, `_micro_size` sets at a time; returns this process's share of its loss."""
@@ -188,10 +198,11 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i in range(0, self._n_sets, self._micro_size):
             part = slice(i, i + self._micro_size)
-            with self.team.no_sync(self.ddp, last=last and i + self._micro_size >= self._n_sets):
+            alone = self.team.no_sync(self.ddp, last=last and i + self._micro_size >= self._n_sets)
+            with alone, float32_products(self.precision):
                 features = self._features[batch["perturbation"][part]]
                 measured = batch["measured"][part] if "measured" in batch else None
-                losses = self._network(batch["basal"][part], features, keys[part], batch["target"][part], measured)
+                losses = self.ddp(batch["basal"][part], features, keys[part], batch["target"][part], measured)
                 loss = losses.sum() / self.config.batch_size
                 # gradients are averaged over the team
                 self.scaler.scale(loss * (self.team.size / self.config.accumulate)).backward()
@@ -216,7 +227,7 @@ class Trainer:
             "stays the same."
         )
         self._micro_size //= 2
-        self._network = self._compiled()
+        self._compile()
 
     # --- log and evaluate
 
@@ -384,16 +395,3 @@ class Trainer:
             features=features_to_keep(self.data),
             write=self._write,
         )
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` steps: up to `lr` in the warm-up, then as the schedule says.
-
-    Source of the half cosine, lr (1 + cos(pi t)) / 2: Loshchilov & Hutter 2017, without restarts.
-    """
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    done = (step - config.warmup) / max(config.max_steps - config.warmup, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sest.config import TrainConfig
 from sest.machine.memory import used_bytes
 from sest.training.limit import Limit
 
@@ -97,3 +98,16 @@ class Window:
         self._steps, self._restored, self._paused, self._waited = 0, 0, 0.0, waited
         self._began = self._mark = time.monotonic()
         return line
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step after `step` steps: up to `lr` in the warm-up, then as the schedule says.
+
+    Source of the half cosine, lr (1 + cos(pi t)) / 2: Loshchilov & Hutter 2017, without restarts.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(config.max_steps - config.warmup, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

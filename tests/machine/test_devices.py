@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from sest.errors import InputError
-from sest.machine.devices import autocast, choose_device, choose_precision, faster_precision, slow_pages
+from sest.machine.devices import (
+    autocast,
+    choose_device,
+    choose_precision,
+    compiles,
+    faster_precision,
+    float32_products,
+    slow_pages,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -43,6 +54,11 @@ def test_auto_is_a_half_where_the_gpu_has_units_for_it(
     assert choose_precision("fp16", CUDA, training=False) == "fp16"
     with pytest.raises(InputError, match=r"Precision fp16 needs a GPU\. Use --precision fp32 or bf16\."):
         choose_precision("fp16", CPU, training=True)
+    if capability >= (8, 0):
+        assert choose_precision("tf32", CUDA, training=True) == "tf32"
+    for device in (CPU,) if capability >= (8, 0) else (CPU, CUDA):
+        with pytest.raises(InputError, match=r"Precision tf32 needs a GPU with TF32 units \(Ampere or newer\)\."):
+            choose_precision("tf32", device, training=False)
 
 
 def test_a_processor_with_bf16_units_is_told_of_but_auto_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +78,25 @@ def test_a_forward_pass_computes_products_in_the_precision() -> None:
         with autocast(CPU, precision):
             y = x @ x
         assert y.dtype == dtype and y[0, 0].item() == pytest.approx(product, abs=1e-6)
+
+
+@pytest.mark.parametrize("begin", [partial(autocast, CUDA), float32_products])
+def test_tf32_is_set_inside_alone(begin: Callable[[str], AbstractContextManager[None]]) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    for precision, inside in (("tf32", "tf32"), ("fp32", before)):
+        with begin(precision):
+            assert products.fp32_precision == inside
+        assert products.fp32_precision == before != "tf32"
+
+
+def test_a_training_is_compiled_as_asked_or_on_gpus_where_it_pays() -> None:
+    assert [compiles(asked, "cpu", 10) for asked in (True, False, None)] == [True, False, False]
+    assert [compiles(None, device, n) for device, n in (("cuda", 9_999), ("cuda", 10_000), ("cpu", 10_000))] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_large_pages_are_named_where_they_are_there_for_those_who_ask(

@@ -43,9 +43,9 @@ def test_the_limit_is_whichever_takes_longer() -> None:
 
 
 def test_the_device_is_measured() -> None:
-    limit = measure_limit(new_model(SIZES, 0), B, S, torch.float32, seconds=0.0)
+    limit = measure_limit(new_model(SIZES, 0), B, S, "fp32", seconds=0.0)
     assert limit.launches == step_launches(SIZES) and 1e-8 < limit.seconds_a_launch < 1e-2
-    twice = measure_limit(new_model(SIZES, 0), B, S, torch.float32, passes=2, seconds=0.0)
+    twice = measure_limit(new_model(SIZES, 0), B, S, "fp32", passes=2, seconds=0.0)
     assert twice.launches == 2 * limit.launches
-    assert measure_limit(new_model(SIZES, 0), B, S, torch.float32, compiled=True, seconds=0.0).launches == 0
+    assert measure_limit(new_model(SIZES, 0), B, S, "fp32", compiled=True, seconds=0.0).launches == 0
     assert 1e8 < limit.flops_per_s < 1e13 and 1e8 < limit.bytes_per_s < 1e12  # of any CPU that runs this

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -492,6 +493,26 @@ def test_a_head_that_cannot_be_compiled_is_one_line(
         train(cache, tmp_path / "run", small_config(compile=True))
 
 
+def test_where_nobody_asked_for_it_a_head_that_cannot_be_compiled_is_not(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(call: Any, **options: Any) -> Any:
+        def network(*tensors: Tensor) -> Tensor:
+            call(*tensors).sum().backward()  # a half of what it does is done
+            raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nin a long story")
+
+        return network
+
+    train(cache, tmp_path / "eager", small_config())
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(sest.training.prepare, "compiles", lambda asked, device, n_steps: asked is None)
+    with caplog.at_level(logging.INFO):
+        train(cache, tmp_path / "run", small_config())
+    said = "Steps are not compiled, as that does not work here (No working C++ compiler found)."
+    assert [record.message for record in caplog.records].count(said) == 1
+    assert same(weights(tmp_path / "run" / LAST), weights(tmp_path / "eager" / LAST))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own modules, on import
 @pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")
@@ -519,7 +540,7 @@ def in_parts_of(n_sets: int) -> Callable[[Any], None]:
     def post_init(self: Any) -> None:
         original(self)
         self._micro_size = n_sets
-        self._network = self._compiled()
+        self._compile()
 
     return post_init
 
@@ -547,7 +568,7 @@ def test_a_gpu_makes_graphs_only_where_one_of_them_makes_all_gradients_of_a_step
     config = small_config(compile=True, **changes)
     trainer = prepare(cache, tmp_path / "run", config, torch.device("cpu"), ALONE, None)
     trainer.device, trainer._micro_size = torch.device("cuda"), n_sets
-    trainer._compiled()
+    trainer._compile()
     assert made[-1] == {"mode": mode, "dynamic": False}
 
 
