@@ -7,9 +7,11 @@ Object stores write whole objects anyway. Names are relative to the cache, with 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -28,7 +30,9 @@ from sest.errors import is_out_of_memory, one_line
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=.)")  # a scheme has two letters or more; pathlib makes s3:// to s3:/
 # Protocols that lead on to a place named by what they read.
 INDIRECT = ("reference", "generic", "filecache", "simplecache", "blockcache", "cached", "dir", "zip", "tar")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a network file system
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 _BLOCK = 2**24  # bytes read at once where a file is only hashed
 
 
@@ -96,6 +100,8 @@ class Lock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError:  # there are no locks: the one that goes on without is alone
+            return True
         return True
 
     def close(self) -> None:
@@ -105,11 +111,19 @@ class Lock:
 
 
 def lock_file(path: Path, *, alone: bool, text: str) -> Lock:
-    """Lock a local file while the result is open. Raises Held if another process has it, and OSError."""
+    """Lock a local file while the result is open. Raises Held if another process has it, and OSError.
+
+    Where the file system has no locks, a process that is to be alone goes on without one, which is said.
+    """
     while True:
         file = open(path, "a+")  # noqa: SIM115 - the lock lasts as long as it is open
         try:
-            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except OSError as error:
+                if not alone or error.errno not in NO_LOCKS:
+                    raise
+                logger.warning(f"{path.parent} has no locks of files: see to it that no other process writes there.")
             if not _is_there(file, path):  # deleted by the one who held it, since it was opened
                 file.close()
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sest.cache import CacheError, locks, schema
-from sest.cache.storage import LocalStorage, storage_at
+from sest.cache.storage import NO_LOCKS, LocalStorage, storage_at
 
 
 @pytest.fixture
@@ -34,6 +36,20 @@ def test_a_single_process_keeps_out_all_others_and_says_which_it_is(storage: Loc
         assert (storage.root / schema.LOCK).read_text() == str(me)
         for rank, world_size in ((0, 1), (0, 2), (1, 2)):
             assert refusal(storage, rank, world_size) == f"by process {me}. Wait for it or stop it."
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_where_there_are_no_locks_one_process_writes_and_several_are_refused(
+    storage: LocalStorage, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING), locks.writing(storage, 0, 1) as lock:
+        assert lock.is_there() and lock.is_alone()
+    assert caplog.messages == [f"{storage.root} has no locks of files: see to it that no other process writes there."]
+    assert os.strerror(number) in refusal(storage, 0, 2)
 
 
 def test_ranks_of_one_size_write_together_and_know_of_each_other(storage: LocalStorage) -> None:
