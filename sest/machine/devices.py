@@ -13,8 +13,6 @@ import torch
 from sest.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 COMPILED_STEPS = 10_000  # that repay a minute or two of compiling
 
 
@@ -85,7 +83,10 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def compiles(asked: bool | None, device: str, n_steps: int) -> bool:
-    """Whether a training on a type of device compiles its steps: as asked, else on GPUs where there are many."""
+    """Whether a training on a type of device compiles its steps: as asked, else on GPUs where there are many.
+
+    Many in all, not from here on: a run that is stopped and resumed takes the same kind of steps.
+    """
     return asked if asked is not None else device == "cuda" and n_steps >= COMPILED_STEPS
 
 

@@ -111,7 +111,7 @@ def prepare(
     ddp = team.ddp(HeadLoss(model, criterion, nullcontext if precision == "tf32" else cast), config.gradients)
     team.wait()  # all have read what is in the folder
     n_sets = config.batch_size // team.size * config.accumulate
-    compiled = _compiles(config, device, start)
+    compiled = compiles(config.compile, device.type if triton_kernels(device) else "cpu", config.max_steps)
     trainer = Trainer(
         run=run,
         config=config,
@@ -138,12 +138,6 @@ def prepare(
         trainer.window.restore(start.state[WINDOW])
         trainer.state.skipped_steps -= trainer.window.n_bad()  # the next line counts them
     return trainer
-
-
-def _compiles(config: TrainConfig, device: torch.device, start: Checkpoint | None) -> bool:
-    """Whether steps are compiled: as asked, else on a GPU where Triton works and many are to come."""
-    left = config.max_steps - (0 if start is None else start.state["step"])
-    return compiles(config.compile, device.type if triton_kernels(device) else "cpu", left)
 
 
 def _refuse_uneven(batch_size: int, n_processes: int) -> None:
