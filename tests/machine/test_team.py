@@ -37,25 +37,38 @@ from sest.machine.ranks import ranks_of
 from sest.machine.signals import Interrupted
 from sest.training.train import train
 store, run, changes, resume, stop_at = json.loads(sys.argv[1])
+if changes.get("compile"):  # traced and differentiated ahead of time, but not made into C++, which takes minutes
+    import torch
+    from functools import partial
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    for kind in (FutureWarning, DeprecationWarning):  # of its own modules
+        warnings.filterwarnings("ignore", category=kind)
 def on_log(line):
     if line["step"] == stop_at:
         os.kill(os.getpid(), 15)
 try:
     result = train(Path(store), Path(run), small_config(**changes), resume=resume,
                    ranks=ranks_of(None, None, os.environ), on_log=on_log)
-    print(result.step, result.reason)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if changes.get("compile") else ""
+    print(result.step, result.reason, *([f"{graphs} graphs"] if graphs else []))
 except (InputError, Interrupted) as error:
     print(type(error).__name__, error)
 """
 
 
 def together(
-    n: int, store: Path, run: Path, changes: dict[str, Any] | None = None, resume: str | None = None, stop_at: int = 0
+    n: int,
+    store: Path,
+    run: Path,
+    changes: dict[str, Any] | None = None,
+    resume: str | None = None,
+    stop_at: int = 0,
+    timeout: float = 240.0,
 ) -> list[str]:
     """What the last lines of n processes say that train together."""
     words = json.dumps([str(store), str(run), changes or {}, resume, stop_at])
     processes = start_ranks(n, ["-c", PROCESS, words])
-    results = [process.communicate() for process in processes]
+    results = [process.communicate(timeout) for process in processes]
     assert all(process.returncode == 0 for process in processes), [err[-2000:] for _, err in results]
     return [out.strip().splitlines()[-1] for out, _ in results]
 
@@ -119,6 +132,14 @@ def test_a_stopped_run_is_resumed_by_another_number_of_processes(store: Path, al
     assert together(4, store, run, CHANGES, resume="auto", stop_at=9)[0].startswith("Interrupted Stopped after step 9")
     train(store, run, small_config(**CHANGES), resume="auto")
     check_same(run, alone)
+
+
+@pytest.mark.slow
+def test_processes_that_compile_take_the_steps_of_one_that_does_not(store: Path, alone: Path, tmp_path: Path) -> None:
+    """Of two batches a step, whose gradients are exchanged once."""
+    said = together(2, store, tmp_path / "run", {**CHANGES, "compile": True}, timeout=900)
+    assert said == ["12 max_steps 1 graphs"] * 2
+    check_same(tmp_path / "run", alone)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_by_all(store: Path, tmp_path: Path) -> None:
