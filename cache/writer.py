@@ -224,7 +224,7 @@ class CacheWriter:
         self._require()
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter of a folder that goes while it is asked for
             self._require()
             raise
 

@@ -11,6 +11,7 @@ from sest import progress
 from sest.cache import Group
 from sest.cache.disk import file_aside
 from sest.errors import InputError, shown
+from sest.files.containers import opened_hdf5
 from sest.files.formats import is_hdf5
 
 ROWS_PER_BLOCK = 8192
@@ -28,7 +29,7 @@ def check_key(source: Path, key: str) -> None:
         raise InputError(
             f"--to-h5ad copies an .h5ad file, and {source} is none. Pass --cache, or save it as .h5ad first."
         )
-    with h5py.File(source, "r", locking=False) as file:
+    with opened_hdf5(source) as file:
         there = list(file["obsm"]) if "obsm" in file else []
     if key in there:
         raise InputError(f"{source} has obsm {key!r} already ({shown(there)}). Pass another --obsm-key.")
@@ -54,7 +55,7 @@ def write_obsm(
     progress.begin(f"Writing {out.name}", group.n_cells, "cells")
     with file_aside(out) as aside:
         shutil.copyfile(source, aside)
-        with h5py.File(aside, "r+", locking=False) as file:
+        with h5py.File(aside, "r+", locking=False) as file:  # some network file systems have no locks
             obsm = file.require_group("obsm")
             obsm.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
             rows = min(1024, group.n_cells)

@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import zarr
 
+from sest.cache.storage import NO_LOCKS
 from sest.errors import InputError, nearest_file, one_line, shown
 from sest.files import formats
 from sest.files.nodes import DAMAGE, Group, attribute, bad, child, is_array
@@ -43,10 +44,24 @@ def open_container(path: Path) -> tuple[Group, Close]:
         if not formats.is_hdf5(path):
             raise InputError(f"{path} is not an .h5ad file (not HDF5){formats.of_file(path)}.")
         check_structure(path)
-        file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)  # some network file systems have no locks
+        file = opened_hdf5(path)
     except OSError as error:
         raise _unopened(path, error) from error
     return file, file.close
+
+
+def opened_hdf5(path: Path) -> h5py.File:
+    """An HDF5 file, to read. It is locked as other readers of this process lock it, or not at all where that fails.
+
+    Raises:
+        OSError: it cannot be opened, or another process writes it.
+    """
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+    except OSError as error:
+        if not any(f"unable to lock file, errno = {number}," in str(error) for number in NO_LOCKS):
+            raise
+        return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)
 
 
 def part_of(root: Group, path: Path, modality: str | None) -> Group:
@@ -111,7 +126,7 @@ def _remote_hdf5(path: UrlPath) -> tuple[Group, Close]:
             raise InputError(f"{path} is not an .h5ad file (not HDF5): it begins with {head!r}.")
         check_bytes(str(path), raw)
         raw.seek(0)
-        file = h5py.File(raw, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)  # some network file systems have no locks
+        file = h5py.File(raw, "r", rdcc_nbytes=CHUNK_CACHE)
     except InputError:
         raw.close()
         raise

@@ -319,7 +319,7 @@ def run_is_there(run: Path) -> Iterator[None]:
         raise gone
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, FileExistsError) as error:  # the latter of a folder that goes while it is asked for
         if not (run / CONFIG).is_file():
             raise gone from error
         raise

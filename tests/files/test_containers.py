@@ -22,6 +22,16 @@ from sest.files.cell_file import CellFile
 from sest.files.containers import files_in, stem_of
 
 
+def test_cells_that_others_in_this_process_have_open_are_read(tmp_path: Path) -> None:
+    """A notebook with the same file backed, before and after; HDF5 wants one kind of locking for both."""
+    path = write(tmp_path / "a.h5ad", sp.csr_matrix(counts()))
+    backed = ad.read_h5ad(path, backed="r")
+    with CellFile(path) as file:
+        assert np.array_equal(file.rows(0, 5).toarray(), counts()[:5])
+        assert ad.read_h5ad(path).n_obs == len(counts())
+    backed.file.close()
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
