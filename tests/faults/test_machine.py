@@ -83,7 +83,8 @@ class Work:
             left = content(out)
             half = [name for name in left if PARTIAL in name]  # a whole one is there where its folder was not synced
             assert name in GOES_ON or leaves_files or not half, left
-            assert (again := self.run(name, out)).code == 0, again
+            replaced = ["--force"] if left and name not in GOES_ON else []
+            assert (again := self.forked.run(*self.words(name, out), *replaced)).code == 0, again
         return bool(ended.code)
 
 
