@@ -15,6 +15,7 @@ from sest.cache.storage import Held, LocalStorage, Lock, Storage
 _BETWEEN_TRIES, _LONGEST_PAUSE = 0.05, 1.0  # seconds
 _TRIES = 10
 LOOKS = 3  # in a row, at which a process is not there that was: a look by others holds a lock for an instant
+STARTING = 30.0  # seconds that a process which wrote earlier has to begin anew
 LONGEST_WAIT = 3600.0  # seconds in which nobody writes anything
 
 
@@ -68,22 +69,27 @@ class Watch:
         self._storage, self._rank = storage, rank
         self._seen: set[int] = set()
         self._missed = 0  # looks in a row at which one that was seen was not there
+        self._absent = dict[int, float]()  # rank whose process began once and is not there -> since when
         self._bytes, self._changed = -1, time.monotonic()
 
     def look(self, ranks: Collection[int]) -> list[int]:
         """Those of the `ranks` that are waited for which do not write now; unknown (none) on object stores.
 
         Raises:
-            CacheError: one of them wrote during this wait, and does no longer; or nothing was written for an hour.
+            CacheError: one of them wrote before or during this wait, and does no longer; or nothing was written for an
+                hour.
         """
         now = set(other_ranks(self._storage, self._rank))
         self._seen |= now
         gone = sorted(self._seen.intersection(ranks) - now)
         self._missed = self._missed + 1 if gone else 0
-        if self._missed >= LOOKS:
+        begun = [other for other in ranks if other not in now and _began(self._storage, other)]
+        self._absent = {other: self._absent.get(other, time.monotonic()) for other in begun}
+        late = [other for other, since in self._absent.items() if time.monotonic() - since > STARTING]
+        if self._missed >= LOOKS or late:
             raise CacheError(
-                f"Rank {gone[0]} has ended before its part of {self._storage} was done. Run its command again, then "
-                "this one; what is finished is kept."
+                f"Rank {(gone + late)[0]} has ended before its part of {self._storage} was done. Run its command "
+                "again, then this one; what is finished is kept."
             )
         n_bytes = sum(self._storage.sizes().values())
         if n_bytes != self._bytes:
@@ -120,6 +126,11 @@ def in_turn(hold: Callable[[], Lock], waiting: Callable[[str], None] = lambda he
 
 def _lock_of(rank: int) -> str:
     return f"{schema.SPOOL}/lock-{rank}"
+
+
+def _began(storage: Storage, rank: int) -> bool:
+    """Whether a process of this rank wrote the cache once, and may have ended."""
+    return isinstance(storage, LocalStorage) and (storage.root / _lock_of(rank)).exists()
 
 
 def _hold_rank(storage: Storage, rank: int, text: str) -> Lock:

@@ -170,3 +170,24 @@ def test_a_wait_ends_when_a_rank_dies_or_nobody_writes(storage: LocalStorage, mo
             time.sleep(0.06)
         with pytest.raises(CacheError, match=r"Nothing was written to .* Start them"):
             other.look([0])
+
+
+def test_a_wait_ends_for_a_rank_that_died_before_it_and_was_not_started_anew(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock has nobody who holds it: another process of that rank has a while to begin."""
+    monkeypatch.setattr(locks, "STARTING", 0.3)
+    with locks.writing(storage, 1, 3):
+        with locks.writing(storage, 0, 3):
+            pass
+        watch = locks.Watch(storage, 1)
+        assert watch.look([0, 2]) == [0, 2]
+        with locks.writing(storage, 0, 3):
+            time.sleep(0.35)
+            assert watch.look([0, 2]) == [2]  # begun anew in time
+        assert locks.Watch(storage, 1).look([2]) == [2]
+        other = locks.Watch(storage, 1)
+        assert other.look([0, 2]) == [0, 2]
+        time.sleep(0.35)
+        with pytest.raises(CacheError, match=r"Rank 0 has ended before its part of .* Run its command again"):
+            other.look([0, 2])

@@ -36,7 +36,7 @@ CONSTANTS = (
     ("sest.files.containers", "check_structure", NOTHING),  # a process of its own, which takes longer than all else
 )
 DURABLE = ("rename", "fsync")
-UNSEEN = 20  # calls at most before others have seen that a process writes
+UNSEEN = 20  # calls at most after which the lock of a process is there, by which others know that it wrote
 PARTS = 8  # of a sweep: none takes minutes
 
 
