@@ -125,20 +125,19 @@ class Trace(TorchDispatchMode):
         return out
 
 
-@torch.library.custom_op("step_ops::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """PyTorch's norm, which is one kernel on a GPU and many operations elsewhere; and the roots of cells' means."""
-    raise NotImplementedError("for traces alone")
-
-
-@torch.library.custom_op("step_ops::rms_norm_backward", mutates_args=())
-def rms_norm_backward(gradient: Tensor, x: Tensor, roots: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Its gradients for x and the weight: two kernels, of which the second adds up the weight's."""
-    raise NotImplementedError("for traces alone")
-
-
-rms_norm.register_fake(lambda x, weight: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)))
-rms_norm_backward.register_fake(lambda gradient, x, roots, weight: (torch.empty_like(x), torch.empty_like(weight)))
+# PyTorch's norm, which is one kernel on a GPU and many operations elsewhere, and the roots of cells' means; and its
+# gradients for x and the weight, two kernels, of which the second adds up the weight's. They have shapes and no code.
+torch.library.define("step_ops::rms_norm", "(Tensor x, Tensor weight) -> (Tensor, Tensor)")
+torch.library.define(
+    "step_ops::rms_norm_backward", "(Tensor d, Tensor x, Tensor roots, Tensor weight) -> (Tensor, Tensor)"
+)
+torch.library.register_fake(
+    "step_ops::rms_norm", lambda x, weight: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32))
+)
+torch.library.register_fake(
+    "step_ops::rms_norm_backward", lambda d, x, roots, w: (torch.empty_like(x), torch.empty_like(w))
+)
+rms_norm, rms_norm_backward = torch.ops.step_ops.rms_norm, torch.ops.step_ops.rms_norm_backward
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -146,7 +145,11 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0], output[1], inputs[1])
 
 
-rms_norm.register_autograd(lambda ctx, of_x, of_roots: rms_norm_backward(of_x, *ctx.saved_tensors), setup_context=_keep)
+torch.library.register_autograd(
+    "step_ops::rms_norm",
+    lambda ctx, of_x, of_roots: rms_norm_backward(of_x, *ctx.saved_tensors),
+    setup_context=_keep,
+)
 
 
 class _Casts(TorchFunctionMode):

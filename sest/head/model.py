@@ -192,7 +192,7 @@ class StateTransition(nn.Module):
         return F.relu(cells, inplace=not torch.is_grad_enabled())
 
     def cell_means(self, basal: Tensor, perturbation: Tensor) -> Tensor:
-        """The mean of the cells of each set that `forward` predicts, (B, G) float32; some genes at a time.
+        """The mean of the cells of each set that `forward` predicts, (B, G) float32; on a CPU some genes at a time.
 
         Args: as of `forward`; in evaluation mode.
         """
@@ -204,7 +204,7 @@ class StateTransition(nn.Module):
         for layer in inner:
             cells = layer(cells, None) if isinstance(layer, SetDropout) else layer(cells)
         assert isinstance(last, nn.Linear)
-        at_once = max(VALUES_AT_ONCE // cells.shape[:-1].numel(), 1)
+        at_once = max(VALUES_AT_ONCE // cells.shape[:-1].numel(), 1) if cells.device.type == "cpu" else len(last.bias)
         genes = zip(last.weight.split(at_once), last.bias.split(at_once), strict=True)
         return torch.cat([F.relu(F.linear(cells, *some)).float().mean(-2) for some in genes], -1)
 
