@@ -199,7 +199,10 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def measured(stage: Stage, folder: Path, limit: float) -> Cost:
+SEST = (sys.executable, "-m", "sest")
+
+
+def measured(stage: Stage, folder: Path, limit: float, program: Sequence[str] = SEST) -> Cost:
     """Run a stage in a new process, for at most `limit` seconds.
 
     Its peak counts what this process held when it began the other (Linux hands that on), so this one has to stay small.
@@ -207,7 +210,7 @@ def measured(stage: Stage, folder: Path, limit: float) -> Cost:
     Raises:
         SystemExit: the command failed.
     """
-    command = [sys.executable, "-m", "sest", *stage.words.replace("{}", str(folder)).split()]
+    command = [*program, *stage.words.replace("{}", str(folder)).split()]
     log = folder.with_suffix(".log")
     before, began = folder_bytes(folder), time.perf_counter()
     to_log = [

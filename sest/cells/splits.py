@@ -283,7 +283,7 @@ def _hold_out(tables: list[_Table], seed: int, val_fraction: float, one_context:
             here = [places.get(name) for name in table.group.perturbations]
             rows = [[place == (table.group.dataset, kind) for place in here] for kind in table.group.cell_types]
             _move_to_val(table, np.array(rows, dtype=bool).reshape(table.bits.shape))
-        text = shown((f"{name} in {'.'.join(place)}" for name, place in places.items()), limit=50)
+        text = shown((f"{name} in {'.'.join(place)}" for name, place in places.items()))
         return (
             f"No validation split: held out {n_held} of {len(names)} training perturbations in one context each, as "
             f"the others train them ({text}), seed {seed}. --val-contexts all holds them out everywhere."
@@ -298,8 +298,7 @@ def _hold_out(tables: list[_Table], seed: int, val_fraction: float, one_context:
     for table in tables:
         _move_to_val(table, np.isin(table.group.perturbations, held))
     return (
-        f"No validation split: held out {n_held} of {len(names)} training perturbations "
-        f"({shown(held, limit=50)}), seed {seed}."
+        f"No validation split: held out {n_held} of {len(names)} training perturbations ({shown(held)}), seed {seed}."
     )
 
 

@@ -8,13 +8,13 @@ log1p.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 
 import numpy as np
 
-from sest.evaluation.metrics import FLAT, discrimination_score, mean_absolute_error, mean_score, pearson_delta
+from sest.evaluation.metrics import FLAT, discrimination_score, mean_absolute_error, mean_score
 
 FOLDS = 8  # fewer where their sums would take more than MOST_BYTES
 MOST_BYTES = 2**29  # of the sums of all folds
@@ -107,17 +107,23 @@ class Folds:
         """Those of some groups."""
         return Folds(self.sums[groups], self.n_cells[groups], self.seed)
 
-    def halves(self, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each split: means of one half and of the other, both (groups, G)."""
-        for half in splits(self.n_cells.shape[1], self.seed):
-            yield self._mean(groups, half), self._mean(groups, ~half)
+    def about(self, point: np.ndarray) -> np.ndarray:
+        """(groups, F, G) sums of the cells less a point (G,), float64."""
+        moved: np.ndarray = self.n_cells[:, :, None] * -point
+        moved += self.sums
+        return moved
 
-    def _mean(self, groups: np.ndarray, half: np.ndarray) -> np.ndarray:
-        mean = np.zeros((len(groups), self.sums.shape[2]))
-        for fold in np.flatnonzero(half):  # one at a time: all of them are as large as all sums
-            mean += self.sums[groups, fold]
-        mean /= self.n_cells[groups][:, half].sum(1)[:, None]
-        return mean
+    def half_weights(self) -> np.ndarray:
+        """(2, groups, S, F): means of one half and of the other are these @ sums."""
+        one = np.array(splits(self.n_cells.shape[1], self.seed), np.float64)
+        halves = np.stack([one, 1 - one])[:, None]
+        weights: np.ndarray = halves / (halves * self.n_cells[:, None]).sum(-1, keepdims=True)
+        return weights
+
+    def halves(self) -> np.ndarray:
+        """(2, groups, S, G) means of one half and of the other."""
+        means: np.ndarray = self.half_weights() @ self.sums
+        return means
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,27 +158,48 @@ def score_halves(
     """
     scores = np.full((3, len(n_cells)), np.nan)
     enough = np.flatnonzero(_enough(controls, n_cells))
-    of_controls = list(controls.halves(np.array([0]))) if len(enough) else []
+    if not len(enough):
+        return Halves(n_cells, scores[0], scores[1], scores[2])
+    half, centre = controls.half_weights(), controls.means[0]  # all is less this point: the scores are of differences
+    of_controls = controls.about(centre)[0]
+    c_one, c_other = half[:, 0] @ of_controls  # (S, G)
     ranked = int(np.count_nonzero(enough < len(perturbations)))
-    n_ranked_splits = 0 if ranked > PDS_PAIRS else min(PDS_ROWS // max(ranked, 1) ** 2 + 1, len(of_controls))
-    effects = np.empty((n_ranked_splits, 2, ranked, controls.sums.shape[2]))
+    n_ranked_splits = 0 if ranked > PDS_PAIRS else min(PDS_ROWS // max(ranked, 1) ** 2 + 1, len(c_one))
+    effects = np.empty((n_ranked_splits, 2, ranked, len(centre)))
     at_once = max(BLOCK_BYTES // controls.sums[0].nbytes, 1)
     for start in range(0, len(enough), at_once):
         rows = enough[start : start + at_once]
+        folds = folds_of(rows)
+        sums, weights = folds.about(centre), folds.half_weights()
+        both = np.concatenate([sums, np.broadcast_to(of_controls, sums.shape)], 1)
+        x, y = np.concatenate([weights, np.broadcast_to(-half, weights.shape)], 3)
         here = np.zeros((3, len(rows)))
-        halves = folds_of(rows).halves(np.arange(len(rows)))
-        for split, ((one, other), (c_one, c_other)) in enumerate(zip(halves, of_controls, strict=True)):
-            here[0] += pearson_delta(one, other, c_other[0], c_one[0])
+        here[0] = _correlations(x, y, both).sum(1)
+        for split in range(len(c_one)):
+            one, other = (weights[:, :, split, None] @ sums)[:, :, 0]
             here[1] += mean_absolute_error(one, other)
-            here[2] += mean_absolute_error(np.broadcast_to(c_one, one.shape), other)
+            here[2] += mean_absolute_error(np.broadcast_to(c_one[split], one.shape), other)
             if split < n_ranked_splits:
                 to = effects[split, :, start : start + len(rows)]  # shorter where others follow
-                np.subtract(one[: to.shape[1]], c_one, out=to[0])
-                np.subtract(other[: to.shape[1]], c_other, out=to[1])
-        scores[:, rows] = here / len(of_controls)
+                np.subtract(one[: to.shape[1]], c_one[split], out=to[0])
+                np.subtract(other[: to.shape[1]], c_other[split], out=to[1])
+        scores[:, rows] = here / len(c_one)
     names = [perturbations[row] for row in enough[:ranked]]
     pds = [mean_score("pds", discrimination_score(one, other, None, names, genes)) for one, other in effects if ranked]
     return Halves(n_cells, scores[0], scores[1], scores[2], float(np.mean(pds)) if pds else float("nan"))
+
+
+def _correlations(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """(..., S) correlations over genes of x @ folds with y @ folds, from the products of the folds alone.
+
+    x, y: (..., S, F); folds: (..., F, G), near zero. 0 where one is flat, as in `pearson_delta`.
+    """
+    n_genes, mean = folds.shape[-1], folds.mean(-1)
+    gram = folds @ np.swapaxes(folds, -1, -2) - n_genes * mean[..., :, None] * mean[..., None, :]
+    product, xx, yy = ((a @ gram * b).sum(-1) for a, b in ((x, y), (x, x), (y, y)))
+    flat = np.minimum(xx, yy) < FLAT**2 * n_genes
+    found: np.ndarray = np.where(flat, 0.0, product / np.sqrt(np.where(flat, 1.0, xx * yy)))
+    return found
 
 
 def ceiling(controls: Folds, halves: Halves, cell_type: str) -> Ceiling | None:
@@ -220,12 +247,13 @@ def _error_of_nothing(controls: Folds, n_cells: np.ndarray) -> float:
     genes, so that this is far above 1 / sqrt(G). The mean over n perturbations spreads by 1 / sqrt(n) of that, and by
     the share of the noise that the controls bring into all of them: that part does not average out.
     """
-    sums, n = controls.sums[0].astype(np.float64), controls.n_cells[0]
-    rng, quarter, found = np.random.default_rng([controls.seed, 0x0E0]), len(n) // 4, []
-    for _ in range(DRAWS):
-        parts = rng.permutation(len(n)).reshape(4, quarter)
-        a, b, c, d = (sums[part].sum(0) / n[part].sum() for part in parts)
-        found.append(float(pearson_delta(a[None], c[None], d, b)[0]))
+    n, folds = controls.n_cells[0], controls.about(controls.means[0])[0]
+    rng, weights = np.random.default_rng([controls.seed, 0x0E0]), np.zeros((DRAWS, 4, len(n)))
+    for draw in weights:
+        for quarter, part in zip(draw, rng.permutation(len(n)).reshape(4, -1), strict=True):
+            quarter[part] = 1 / n[part].sum()
+    a, b, c, d = np.moveaxis(weights, 1, 0)
+    found = _correlations(a - b, c - d, folds)
     per_control = 1 / n.sum()
     shared = float(np.mean(per_control / (per_control + 1 / n_cells)))
     return float(np.sqrt(np.mean(np.square(found)) * (1 / len(n_cells) + shared**2)))
@@ -254,9 +282,10 @@ def independent_pearson_delta(
     n = folds.n_cells[control].sum()
     if n < LEAST_CELLS:
         return np.full(len(predicted), np.nan)
-    halves, base = list(folds.halves(np.array([control]))), folds.sums[control].sum(0, dtype=np.float64) / n
+    of_control = folds.some(np.array([control]))
+    base = of_control.means[0]
     # All splits at once: a covariance of differences is the sum of four, and those with controls are matrix products.
-    a, b = (_centred(np.concatenate([split[side] for split in halves]) - base) for side in (0, 1))
+    a, b = (_centred(half - base) for side in of_control.halves() for half in side)
     a = a * (1 - follows)
     x, y = _centred(predicted - (follows * own_control + (1 - follows) * base)), _centred(observed - base)
     floor = FLAT * np.sqrt(x.shape[1])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,55 +72,84 @@ def sampled(group: np.ndarray, wanted: Sequence[int], seed: int) -> np.ndarray:
     return chosen
 
 
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Cells of one set less a point that all sets are near, so that distances by products keep their digits."""
+
+    cells: np.ndarray  # (n, G) float64
+    squares: np.ndarray  # (n,) of their lengths
+
+    @classmethod
+    def about(cls, centre: np.ndarray, cells: np.ndarray) -> Cells:
+        """Of (n, G) cells, about a point (G,)."""
+        moved = np.subtract(cells, centre, dtype=np.float64)
+        return cls(moved, np.einsum("ij,ij->i", moved, moved))
+
+    def within(self, draw: np.ndarray | None = None) -> float:
+        """Mean distance of two different cells, or of two of different draws (n,); NaN where there are none."""
+        n = len(self.cells)
+        if n < 2:
+            return float("nan")
+        distances = self._to(self)
+        if draw is None:
+            np.fill_diagonal(distances, 0.0)
+            return float(distances.sum() / (n * (n - 1)))
+        apart = draw[:, None] != draw
+        return float(distances[apart].mean()) if apart.any() else float("nan")
+
+    def between(self, other: Cells) -> float:
+        """Mean distance of a cell of each."""
+        return float(self._to(other).mean())
+
+    def _to(self, other: Cells) -> np.ndarray:
+        products = self.cells @ other.cells.T  # half the work where both are one, as BLAS is told
+        squared = self.squares[:, None] + other.squares - 2 * products
+        distances: np.ndarray = np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared)
+        return distances
+
+
 def unbiased_energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     """E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| over different cells, (n, G) and (m, G); NaN where a set has one cell.
 
     Its mean over samples of one distribution is 0, so it may be below. Source: Szekely and Rizzo 2013.
     """
-    return _energy_distance(x, y, mean_within(x), mean_within(y))
+    centre = y.mean(0, dtype=np.float64)
+    one, other = Cells.about(centre, x), Cells.about(centre, y)
+    return _energy_distance(one, other, one.within(), other.within())
 
 
-def _energy_distance(x: np.ndarray, y: np.ndarray, within_x: float, within_y: float) -> float:
+def _energy_distance(x: Cells, y: Cells, within_x: float, within_y: float) -> float:
     """The same, where the mean distances within x and within y are known."""
     if np.isnan(within_x) or np.isnan(within_y):
         return float("nan")
-    centre = y.mean(0, dtype=np.float64)
-    return float(_distances(x - centre, y - centre).mean() - 0.5 * within_x - 0.5 * within_y)
+    return x.between(y) - 0.5 * within_x - 0.5 * within_y
 
 
-def mean_within(cells: np.ndarray, draw: np.ndarray | None = None) -> float:
-    """Mean distance of two different cells of (n, G), or of two of different draws (n,); NaN where there are none."""
-    n = len(cells)
-    if n < 2:
-        return float("nan")
-    centred = cells - cells.mean(0, dtype=np.float64)
-    distances = _distances(centred, centred)
-    if draw is None:
-        return float(distances.sum() / (n * (n - 1)))
-    apart = draw[:, None] != draw
-    return float(distances[apart].mean()) if apart.any() else float("nan")
+class Controls:
+    """Those of a cell type, which its pairs are compared beside: each is made dense once."""
 
+    def __init__(self, real: sp.csr_matrix, own: sp.csr_matrix, own_mean: np.ndarray) -> None:
+        """All log1p cells (n, G).
 
-def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    products = a @ b.T  # half the work where both are one, as BLAS is told
-    squares_a, squares_b = (np.einsum("ij,ij->i", cells, cells) for cells in (a, b))
-    squared = squares_a[:, None] + squares_b - 2 * products
-    if a is b:
-        np.fill_diagonal(squared, 0.0)
-    distances: np.ndarray = np.sqrt(np.maximum(squared, 0.0, out=squared), out=squared)
-    return distances
+        Args:
+            real: what the predictor `controls` predicts.
+            own: of the prediction's file; the other baselines' cells are these, moved to their mean (see
+                sest.blend.transport) as a sample of as many as the model's are.
+            own_mean: (G,) of all of the file's.
+        """
+        self.own = own.toarray()
+        self.own_mean = own_mean
+        self.real = Cells.about(own_mean, real.toarray())
+        self.real_within = self.real.within()
 
 
 def energy_distances(
     real: sp.csr_matrix,
     model: sp.csr_matrix,
-    real_controls: sp.csr_matrix,
-    own_controls: sp.csr_matrix,
+    controls: Controls,
     means: Mapping[str, np.ndarray],
-    control_mean: np.ndarray,
     n_predicted: int,
     rng: np.random.Generator,
-    within_controls: float | None = None,
     draw: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Of one pair by predictor, all cells log1p (n, G).
@@ -129,33 +160,29 @@ def energy_distances(
 
     Args:
         real, model: real and predicted cells of the pair.
-        real_controls: what `controls` predicts.
-        own_controls: of the prediction's file; the other baselines' cells are these, moved to their mean (see
-            sest.blend.transport) as a sample of as many as the model's are.
         means: (G,) pseudobulk of every predictor.
-        control_mean: (G,) of all own controls.
         n_predicted: cells of the pair in the prediction.
-        within_controls: `mean_within` of real_controls, where it is known.
         draw: (n,) of every predicted cell; None: they are taken for independent.
     """
     if draw is not None and len(np.unique(draw)) < 2:
         return dict.fromkeys(means, float("nan"))
-    observed, controls = real.toarray(), own_controls.toarray()
-    within, found = mean_within(observed), {}
-    halves = np.arange(len(controls)) % 2
+    about, own = partial(Cells.about, controls.own_mean), controls.own
+    observed, found = about(real.toarray()), {}
+    within = observed.within()
+    halves = np.arange(len(own)) % 2
     for name, mean in means.items():
         if name == "model":
-            cells = model.toarray()
-            within_cells = mean_within(cells, draw)
+            cells = about(model.toarray())
+            within_cells = cells.within(draw)
         elif name == "controls":
-            cells = real_controls.toarray()
-            within_cells = mean_within(cells) if within_controls is None else within_controls
+            cells, within_cells = controls.real, controls.real_within
         else:
-            cells = np.empty_like(controls)
+            moved = np.empty_like(own)
             for half in (0, 1):
-                own = controls[halves == half]
-                beside = max(n_predicted // 2 - len(own), 0)
-                cells[halves == half] = move_to_mean(own, mean, controls, rng, present=control_mean, beside=beside)
-            within_cells = mean_within(cells, halves)
+                some = own[halves == half]
+                beside = max(n_predicted // 2 - len(some), 0)
+                moved[halves == half] = move_to_mean(some, mean, own, rng, present=controls.own_mean, beside=beside)
+            cells = about(moved)
+            within_cells = cells.within(halves)
         found[name] = _energy_distance(cells, observed, within_cells, within)
     return found

@@ -39,7 +39,7 @@ from sest.evaluation.cell_eval_scores import (
     overall_scores,
     stack,
 )
-from sest.evaluation.distances import PAIRS, energy_distances, mean_within, sampled
+from sest.evaluation.distances import PAIRS, Controls, energy_distances, sampled
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
@@ -243,23 +243,21 @@ def _energy(
     n_types, own_type = len(task.cell_types), task.own_type
     found = {name: np.full(len(task.pairs), np.nan) for name in predictors}
     progress.begin("Comparing cells", len(scored), "pairs")
-    controls = [(predicted.sample_of(kind), real.sample_of(kind)) for kind in range(n_types)]
-    together, within = 0, [mean_within(of_real.toarray()) for _, of_real in controls]
+    together, controls = 0, []
+    for kind in range(n_types):
+        of_real, own = real.sample_of(kind), predicted.sample_of(kind)
+        controls.append(Controls(of_real, own if own.shape[0] else of_real, control_means[kind]))
     for pair in scored.tolist():
-        kind, group = own_type[pair], n_types + pair
-        own_controls, real_controls = controls[kind]
+        group = n_types + pair
         draw = None if draws is None else draws[predicted.sampled == group]
         together += draw is not None and len(np.unique(draw)) < 2
         distances = energy_distances(
             real.sample_of(group),
             predicted.sample_of(group),
-            real_controls,
-            own_controls if own_controls.shape[0] else real_controls,
+            controls[own_type[pair]],
             {name: means[pair] for name, means in predictors.items()},
-            control_means[kind],
             int(predicted.cells.counts[group]),
             np.random.default_rng([seed, 0x305E, pair]),
-            within[kind],
             draw,
         )
         for name, distance in distances.items():

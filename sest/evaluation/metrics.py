@@ -30,14 +30,15 @@ def pearson_delta(
     (below `FLAT`), for which the correlation is undefined: predicting no effect earns nothing. cell-eval's
     `pearson_delta` gives NaN there, which would turn the mean over perturbations into NaN or drop the row.
     """
-    predicted_effect, observed_effect = _effects(predicted, observed, control, predicted_control)
-    x = predicted_effect - predicted_effect.mean(axis=1, keepdims=True)
-    y = observed_effect - observed_effect.mean(axis=1, keepdims=True)
-    size_x, size_y = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    x, y = _effects(predicted, observed, control, predicted_control)
+    for effect in (x, y):
+        effect -= effect.mean(axis=1, keepdims=True)
+    product, size_x, size_y = (np.einsum("ij,ij->i", a, b) for a, b in ((x, y), (x, x), (y, y)))
+    size_x, size_y = np.sqrt(size_x), np.sqrt(size_y)
     floor = FLAT * np.sqrt(x.shape[1])
     # Written so that a NaN in the data stays NaN in the answer: only a size known to be tiny becomes 0.
     flat = (size_x < floor) | (size_y < floor)
-    return np.where(flat, 0.0, (x * y).sum(axis=1) / np.where(flat, 1.0, size_x * size_y))
+    return np.where(flat, 0.0, product / np.where(flat, 1.0, size_x * size_y))
 
 
 def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -45,7 +46,9 @@ def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarr
 
     0 is a perfect pseudobulk. Controls do not enter.
     """
-    return np.abs(_matrix(predicted) - _matrix(observed)).mean(axis=1)
+    gap = _matrix(predicted) - _matrix(observed)
+    mean: np.ndarray = np.abs(gap, out=gap).mean(axis=1)
+    return mean
 
 
 def discrimination_score(
@@ -89,7 +92,8 @@ def _distances(
     """(N, N) L1 over genes of predicted i and observed j, without the gene that perturbation i is named like."""
     from sest.evaluation.distances import l1_distances  # slow to import; the command line reads this module for help
 
-    column = {} if gene_names is None else {str(gene): j for j, gene in enumerate(gene_names)}
+    wanted = set(map(str, perturbations))
+    column = {gene: j for j, gene in enumerate(map(str, gene_names or ())) if gene in wanted}
     named = np.unique([column[name] for name in map(str, perturbations) if name in column]).astype(int)
     others = np.ones(predicted.shape[1], bool)
     others[named] = False

@@ -272,7 +272,7 @@ def say_what_is_not_learned(data: Dataset) -> None:
     elif never:
         logger.info(
             f"With one-hot features the head can never learn {len(never)} of {len(labels.perturbations) - 1} "
-            f"perturbations, as they have no training cells in any context: {shown(never, 50)}."
+            f"perturbations, as they have no training cells in any context: {shown(never)}."
         )
     for bit, harm in ((VAL, "val_loss, its other scores and best/ are"), (TEST, "predictions of them are")):
         names = data.perturbations_in(bit)

@@ -169,8 +169,8 @@ def test_all_splits_at_once_are_the_mean_over_the_splits(follows: float) -> None
     own = rng.gamma(1.0, 1.5, 60)
     predicted[0] = own  # no effect
     one_by_one = [
-        pearson_delta(predicted, observed, other[0], follows * own + (1 - follows) * one[0])
-        for one, other in found.halves(np.array([0]))
+        pearson_delta(predicted, observed, other, follows * own + (1 - follows) * one)
+        for one, other in zip(*found.halves()[:, 0], strict=True)
     ]
     scores = independent_pearson_delta(found, 0, predicted, observed, own, follows)
     np.testing.assert_allclose(scores, np.mean(one_by_one, axis=0), rtol=1e-9, atol=1e-12)
@@ -184,7 +184,7 @@ def test_pds_of_many_perturbations_is_that_of_the_first_split_and_of_more_none(m
     first = of(values, group)
     names, genes = [f"p{i}" for i in range(1, 13)], [f"g{i}" for i in range(60)]
     found = folded(values, group, 13)
-    one, other = next(found.halves(np.arange(13)))
+    one, other = found.halves()[:, :, 0]
     expected = discrimination_score(one[1:], other[1:], other[0], names, genes, one[0]).mean()
     assert first.pds == pytest.approx(expected)
     monkeypatch.setattr("sest.evaluation.ceiling.PDS_PAIRS", 11)

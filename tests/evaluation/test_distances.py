@@ -11,9 +11,9 @@ import torch
 from sest.blend.transport import move_to_mean
 from sest.evaluation.distances import (
     CELLS,
+    Controls,
     energy_distances,
     l1_distances,
-    mean_within,
     sampled,
     unbiased_energy_distance,
 )
@@ -78,7 +78,7 @@ def test_cells_that_were_predicted_together_gain_nothing_by_it(how: str) -> None
                 one[8:] = 2 * many.mean(0) - one[:8]
         a, b, c = (sp.csr_matrix(side) for side in (real, x, real[:2]))
         for found, of in ((apart, draw), (together, None)):
-            found.append(energy_distances(a, b, c, c, {"model": mean}, mean, 32, rng, draw=of)["model"])
+            found.append(energy_distances(a, b, Controls(c, c, mean), {"model": mean}, 32, rng, of)["model"])
     error = np.std(apart) / np.sqrt(len(apart))
     expected = 0.0
     if how == "set apart":  # half of the cells are of the mirrored distribution
@@ -118,7 +118,8 @@ def test_baselines_are_controls_moved_to_their_mean() -> None:
     real, model, controls, own = (cells(20, seed, seed / 10) for seed in range(4))
     means = {"model": model.mean(0), "controls": controls.mean(0), "stack": own.mean(0) + 0.2}
     a, b, c, d = (sp.csr_matrix(x) for x in (real, model, controls, own))
-    got = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5))
+    beside = Controls(c, d, own.mean(0))
+    got = energy_distances(a, b, beside, means, 50, np.random.default_rng(5))
     moved, rng = np.empty_like(own), np.random.default_rng(5)
     for half in (0, 1):  # 25 of the 50 cells are predicted together, and 10 of these are here
         moved[half::2] = move_to_mean(own[half::2], means["stack"], own, rng, present=own.mean(0), beside=15)
@@ -130,14 +131,13 @@ def test_baselines_are_controls_moved_to_their_mean() -> None:
     }
     assert got == pytest.approx(expected, rel=1e-9)
     draw = np.repeat([0, 1, 7], [12, 5, 3])
-    apart = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5), draw=draw)
+    apart = energy_distances(a, b, beside, means, 50, np.random.default_rng(5), draw=draw)
     assert apart == pytest.approx(expected | {"model": by_hand(model, real, draw)}, rel=1e-9)
-    together = energy_distances(a, b, c, d, means, own.mean(0), 50, np.random.default_rng(5), draw=np.zeros(20, int))
+    together = energy_distances(a, b, beside, means, 50, np.random.default_rng(5), draw=np.zeros(20, int))
     assert np.isnan(list(together.values())).all()
-    within, rng = mean_within(controls), np.random.default_rng(5)
-    assert within == pytest.approx(scipy.spatial.distance.pdist(controls).mean(), rel=1e-9)
-    assert energy_distances(a, b, c, d, means, own.mean(0), 50, rng, within) == got
-    assert np.isnan(list(energy_distances(a[:1], b, c, d, means, own.mean(0), 50, rng, within).values())).all()
+    assert beside.real_within == pytest.approx(scipy.spatial.distance.pdist(controls).mean(), rel=1e-9)
+    alone = energy_distances(a[:1], b, beside, means, 50, np.random.default_rng(5))
+    assert np.isnan(list(alone.values())).all()
 
 
 @pytest.mark.parametrize(("n", "m", "n_genes"), [(1, 1, 1), (3, 5, 1023), (4, 2, 1024), (37, 41, 2500), (64, 7, 3)])
