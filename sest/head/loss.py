@@ -210,30 +210,44 @@ class ObservedSets:
 
     def __init__(self, target: Tensor, *, within: Tensor | None = None) -> None:
         """target: (B, T, G) observed cells, log1p. within: `within` of the same sets, where that is known."""
+        self._target = target
         self._centre = target.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, G)
-        self._cells = self._placed(target)
         if within is not None:
             self.within = within
 
     @cached_property
     def within(self) -> Tensor:
         """(B,) mean distance of all pairs of observed cells, each with itself too."""
-        return self._mean_distance(self._cells, self._cells)
+        placed = (self._placed(self._target, part) for part in self._parts())
+        return torch.cat([self._mean_distance(cells, cells) for cells in placed])
 
     def energy_distances(self, predicted: Tensor, *, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`energy_distance` and `unbiased_energy_distance` of every set, (B,) float32 both, at the cost of one.
 
         predicted, other: (B, S, G), as of `unbiased_energy_distance`.
         """
-        x = self._placed(predicted)
-        between, within = self._mean_distance(x, self._cells), self._mean_distance(x, x)
-        apart = _of_different(within, x.shape[1]) if other is None else self._mean_distance(x, self._placed(other))
-        observed = _of_different(self.within, self._cells.shape[1])
+        found = [self._distances(predicted, other, part) for part in self._parts()]
+        between, within, apart = (torch.cat(mean) for mean in zip(*found, strict=True))
+        observed = _of_different(self.within, self._target.shape[1])
         return between - 0.5 * within - 0.5 * self.within, between - 0.5 * apart - 0.5 * observed
 
-    def _placed(self, cells: Tensor) -> Tensor:
+    def _parts(self) -> list[slice]:
+        """Sets that are taken at once: all on a GPU; on a CPU one, which stays in its cache, whatever the batch is."""
+        n, alone = len(self._target), self._target.device.type == "cpu"
+        return [slice(i, i + 1) for i in range(n)] if alone else [slice(0, n)]
+
+    def _distances(self, predicted: Tensor, other: Tensor | None, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the sets of a part: mean distances between the sides, within the prediction, and of different cells."""
+        x, y = self._placed(predicted, part), self._placed(self._target, part)
+        within = self._mean_distance(x, x)
+        apart = _of_different(within, x.shape[1])
+        if other is not None:
+            apart = self._mean_distance(x, self._placed(other, part))
+        return self._mean_distance(x, y), within, apart
+
+    def _placed(self, cells: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
-            return cells.float() - self._centre
+            return cells[part].float() - self._centre[part]
 
     @staticmethod
     def _mean_distance(a: Tensor, b: Tensor) -> Tensor:

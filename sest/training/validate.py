@@ -56,7 +56,8 @@ class Validator:
         self.sets = self.held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
         self._ceilings = split_ceilings(data, VAL, config.seed)
-        self._within = dict[int, Tensor]()  # first set of a batch -> mean distances of its real cells
+        self._within = torch.empty(len(self.held.pair), device=device)  # mean distances of the sets' real cells,
+        self._known = np.zeros(len(self.held.pair), bool)  # those that were computed
         self._controls = {c.context: c.controls for c in self._ceilings}
         for verdict in filter(None, (c.verdict for c in self._ceilings)):
             logger.warning(f"Validation: {verdict}")
@@ -101,14 +102,18 @@ class Validator:
             name: torch.from_numpy(held.baselines[name] - held.pairs.control).float().to(self._device)
             for name in WITH_CELLS
         }
-        for start in range(0, n_sets, self._size):
-            part = slice(start, start + self._size)
+        size = 1 if self._device.type == "cpu" else self._size  # a set stays in a processor's cache
+        for start in range(0, n_sets, size):
+            part = slice(start, start + size)
             sets = some_sets(self.sets, part)
             target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
-            controls, observed = self.cells.expression(sets["controls"]), self._observed(start, target)
+            controls, observed = (
+                self.cells.expression(sets["controls"]),
+                self._observed(np.arange(n_sets)[part], target),
+            )
             pair = torch.as_tensor(held.pair[part])
             for name, shift in shifts.items():
-                moved = controls if name == "controls" else (controls + shift[pair].unsqueeze(1)).clamp_min(0)
+                moved = controls if name == "controls" else (controls + shift[pair].unsqueeze(1)).clamp_min_(0)
                 moved = moved if measured is None else moved * measured
                 loss, distance = self._losses(observed, moved, target)
                 losses[name] += float(loss.sum())
@@ -119,10 +124,13 @@ class Validator:
             result |= {f"{metric}_{name}": value for metric, value in self._metrics(means, follows=1.0).items()}
         return result
 
-    def _observed(self, first: int, target: Tensor) -> ObservedSets:
-        """The cells of a batch of sets, by the place of its first: batches are the same at every validation."""
-        found = ObservedSets(target, within=self._within.get(first))
-        self._within[first] = found.within
+    def _observed(self, rows: np.ndarray, target: Tensor) -> ObservedSets:
+        """The real cells of these sets (B,)."""
+        at = torch.as_tensor(rows, device=self._device)
+        if self._known[rows].all():
+            return ObservedSets(target, within=self._within[at])
+        found = ObservedSets(target)
+        self._within[at], self._known[rows] = found.within, True
         return found
 
     def _losses(
@@ -168,7 +176,7 @@ class Validator:
                 other = model(self.cells.basal(self.held.other_controls[rows]), self._features[perturbation])
             if measured is not None:
                 predicted, other = predicted * measured, other * measured
-            loss, distance = self._losses(self._observed(int(rows[0]), target), predicted, target, other)
+            loss, distance = self._losses(self._observed(rows, target), predicted, target, other)
             total[0] += loss.double().sum()
             total[1] += distance.double().sum()
             if rows[0] < FOLLOWED_SETS:
