@@ -52,12 +52,15 @@ def gene_names(n: int) -> list[str]:
     return [f"GENE{i}" for i in range(n)]
 
 
-def random_tensors(size: Size, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Random tensors of an SE model, as its checkpoints name them, and gene vectors (n_genes, token_dim)."""
-    generator = torch.Generator().manual_seed(seed)
+def random_tensors(size: Size, seed: int = 0, device: str = "cpu") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Random tensors of an SE model, as its checkpoints name them, and gene vectors (n_genes, token_dim).
+
+    On the device "meta" they have shapes and no numbers.
+    """
+    generator = None if device == "meta" else torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(scale)
+        return torch.randn(shape, generator=generator, device=device).mul_(scale)
 
     d, h, o, t = size.d_model, size.d_hid, size.output_dim, size.token_dim
     linear = {

@@ -24,20 +24,24 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from embed_ops import encoder_of
 from encoders import SE_600M, Size, gene_names, random_cells, random_tensors
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import sest.head.kernels
+import sest.se.attention
 from sest.config import TrainConfig
 from sest.head.dropout import dropout_keys
 from sest.head.loss import energy_distance
@@ -52,6 +56,7 @@ from sest.training.prepare import prepare
 from sest.training.trainer import Trainer
 
 Found = dict[str, Any]
+SMALL = Size(2, 64, 64, 64, 4, 128, 128, 600)  # of an encoder
 
 
 @dataclass
@@ -202,7 +207,7 @@ def data(check: Check) -> Found:
 
 
 def syncs(check: Check) -> Found:
-    """Lines of a step that make the host wait for the GPU: none should."""
+    """Lines of a step, and of a batch that is embedded, that make the host wait for the GPU: none should."""
     if not check.gpu:
         return {"skipped": "needs a GPU"}
     found: Found = {}
@@ -215,8 +220,23 @@ def syncs(check: Check) -> Found:
             torch.cuda.set_sync_debug_mode("warn")
             trainer.step()
             torch.cuda.set_sync_debug_mode("default")
-        found[place] = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)})
-    return found
+        found[place] = _waits(seen)
+    encoder = encoder_of(SMALL, "bf16", check.device)
+    cells, numbers = random_cells(8, SMALL.n_genes, log1p=False), np.arange(8)
+    file: Any = SimpleNamespace(group="cells", scale="counts")
+    encoder.encode(file, cells, numbers)
+    staged = encoder.stage(file, cells, numbers)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        embeddings = encoder.start(file, staged)
+        torch.cuda.set_sync_debug_mode("default")
+    embeddings()
+    return found | {"embed": _waits(seen)}
+
+
+def _waits(seen: list[warnings.WarningMessage]) -> list[str]:
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)})
 
 
 WAYS: dict[str, Found] = {  # of training; on a CPU those without a GPU's options
@@ -312,6 +332,7 @@ def triton(check: Check) -> Found:
     gates = torch.randn(3, n, 2688, **at).bfloat16()
     given: dict[str, Any] = {
         "centre_and_largest": (whole,),
+        "add_norm": (gates[0], gates[1], gates[2, 0], gates[2, 1], 1e-5),
         "swiglu": tuple(gates[1:]),
         "swiglu_backward": tuple(gates),
         "set_keys": (torch.arange(16, **at), 7),
@@ -384,7 +405,7 @@ def resume(check: Check) -> Found:
 
 def embed(check: Check) -> Found:
     """Cells a second of an SE encoder of random weights in every precision and batch size, and its cosine to fp32."""
-    size = Size(2, 64, 64, 64, 4, 128, 128, 600) if check.small else SE_600M
+    size = SMALL if check.small else SE_600M
     tensors, vectors = random_tensors(size)
     weights = EncoderWeights(
         tensors, size.n_heads, size.pad_length, 3, tuple(gene_names(size.n_genes)), vectors, "0", "random"
@@ -403,13 +424,35 @@ def embed(check: Check) -> Found:
 
             out = run(min(8, cells.shape[0]))
             exact = out if exact is None else exact
-            found[precision] = {"cosine": float(torch.nn.functional.cosine_similarity(out, exact).min())}
+            cosine = float(torch.nn.functional.cosine_similarity(out, exact).min())
+            found[precision] = {"cosine": cosine, "attention": model.attention_kernel}
             for n in (4,) if check.small else (16,) if precision.endswith("32") else (32, 64, 128, 256):
                 check.forget()
                 found[precision][f"batch {n}"] = {"cells_per_s": n / check.seconds(partial(run, n)), **check.peak()}
             del model, kept
         except Exception as error:  # noqa: BLE001  the other precisions are measured
             found[precision] = found.get(precision, {}) | {"error": f"{type(error).__name__}: {error}"[:400]}
+    return found
+
+
+def attention(check: Check) -> Found:
+    """TFLOP/s of each of PyTorch's kernels for attention at SE-600M's sizes, in bf16; 330 and 545 are modelled."""
+    if not check.gpu:
+        return {"skipped": "needs a GPU"}
+    n, rows, width, n_heads = 2 if check.small else 16, 2049, 2048, 16
+    packed = torch.randn(n, rows, 3 * width, device=check.device, dtype=torch.bfloat16)
+    q, k, v = packed.split(width, dim=-1)
+    found: Found = {}
+    for backend in (None, *SDPBackend.__members__.values()):
+        if backend in (SDPBackend.ERROR, SDPBackend.OVERRIDEABLE):
+            continue
+        name = "as PyTorch chooses" if backend is None else backend.name
+        try:
+            with torch.inference_mode(), nullcontext() if backend is None else sdpa_kernel(backend):
+                took = check.seconds(lambda: sest.se.attention.attention(q, k, v, n_heads))
+            found[name] = 4e-12 * n * rows**2 * width / took
+        except RuntimeError as error:
+            found[name] = {"not here": str(error)[:200]}
     return found
 
 
@@ -446,7 +489,21 @@ def upstream(check: Check) -> Found:
     return {"sest": runs["sest"][0], "upstream": runs["upstream"][0]}
 
 
-SECTIONS = (environment, parity, data, syncs, steps, kernels, triton, equality, resume, stop, embed, upstream)
+SECTIONS = (
+    environment,
+    parity,
+    data,
+    syncs,
+    steps,
+    kernels,
+    triton,
+    equality,
+    resume,
+    stop,
+    embed,
+    attention,
+    upstream,
+)
 
 
 def run_section(section: Callable[[Check], Found], check: Check) -> None:

@@ -43,6 +43,9 @@ from sest.training.trainer import RunState, Trainer
 META = torch.device("meta")
 PHASES = ("data", "forward", "loss", "backward", "update")
 MODELLED_BYTES_PER_S = 2.6e12
+# FLOP/s of attention's forward pass on an H100 at heads of 128 over 2,049 tokens: what others measured over 2,048 (362
+# and 617 TFLOP/s: Shah et al. 2024, FlashAttention-3, figure 5), less as much as the last tiles of 128 are empty
+ATTENTION = {"flash": 330e12, "cudnn": 545e12}
 # operations that give another view of a tensor, or memory that nobody has written
 FREE = set(
     "view _unsafe_view t transpose expand slice select unsqueeze squeeze permute detach alias as_strided diagonal "
@@ -61,18 +64,21 @@ class Op:
     n_bytes: int  # read and written
     flops: int
     from_host: bool  # a copy from the host
-    waits: bool  # of memory that is not pinned, or asked to be waited for
+    waits: bool  # a copy of or to memory that is not pinned, or one that asks to be waited for
+    most: int = 0  # numbers of its largest tensor
 
     @property
     def modelled_ms(self) -> float:
         """What it would take on an H100 by a simple model; not measured.
 
         What an operation moves goes at 2.6 of the 3.35 TB/s, its products at 600 TFLOP/s where they fill the GPU and at
-        430 or 230 where they are small, and nothing takes less than a kernel's 2.2 us.
+        430 or 230 where they are small, and nothing takes less than a kernel's 2.2 us. Large attention: `ATTENTION`.
         """
         if not self.flops:
             return 1e3 * max(self.n_bytes / MODELLED_BYTES_PER_S, 2.2e-6)
         rate = 600e12 if self.flops > 3e10 else 430e12 if self.flops > 5e9 else 230e12
+        if rate == 600e12 and "attention" in self.name:
+            rate = next(rate for kernel, rate in ATTENTION.items() if kernel in self.name)
         return 1e3 * max(self.flops / rate + 2e-6, self.n_bytes / MODELLED_BYTES_PER_S, 4e-6)
 
 
@@ -102,8 +108,14 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
+        if (back := self._to_host(name, args, kwargs)) is not None:
+            return back
+        with self:  # operations that are others in PyTorch stay whole where no gradient is kept
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
         given = {key: value for key, value in kwargs.items() if key != "out"}
         inputs = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -111,8 +123,8 @@ class Trace(TorchDispatchMode):
         if name in FREE or "meta" not in places:
             return out
         flops = 0
-        if name in ("mm", "addmm", "bmm"):
-            flops = 2 * outputs[0].numel() * inputs[-1].shape[-2]
+        if name in ("mm", "addmm", "bmm", "baddbmm", "linear"):
+            flops = 2 * outputs[0].numel() * (inputs[0].shape[-1] if name == "linear" else inputs[-1].shape[-2])
         elif "attention" in name:
             flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
         written = outputs or (inputs if name.endswith("_") else [])  # _foreach_..._ return nothing
@@ -121,8 +133,23 @@ class Trace(TorchDispatchMode):
         pinned = all(t.untyped_storage().data_ptr() in self._pinned for t in hosts)
         waits = bool(hosts) and not (pinned and (kwargs.get("non_blocking") or args[2:] == (True,)))
         shape = f"{str(outputs[0].dtype)[6:]}{list(outputs[0].shape)}" if outputs else ""
-        self.ops.append(Op(self.phase, name, shape, moved, flops, bool(hosts), waits))
+        most = max(t.numel() for t in (*inputs, *outputs))
+        self.ops.append(Op(self.phase, name, shape, moved, flops, bool(hosts), waits, most))
         return out
+
+    def _to_host(self, name: str, args: Any, kwargs: Any) -> Tensor | None:
+        """Note a copy to the host, which the meta device cannot make, and give the host's memory, all zeros."""
+        if name == "copy_" and args[0].device.type == "cpu" and args[1].device.type == "meta":
+            host, waits = args[0].zero_(), args[0].untyped_storage().data_ptr() not in self._pinned
+            waits = waits or not (kwargs.get("non_blocking") or args[2:] == (True,))
+        elif name == "_to_copy" and args[0].device.type == "meta" and str(kwargs.get("device")) == "cpu":
+            host, waits = torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype), True
+        else:
+            return None
+        self.ops.append(
+            Op(self.phase, "to_host", str(list(host.shape)), 2 * host.nbytes, 0, False, waits, host.numel())
+        )
+        return host
 
 
 # PyTorch's norm, which is one kernel on a GPU and many operations elsewhere, and the roots of cells' means; and its

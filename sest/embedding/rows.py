@@ -65,19 +65,19 @@ class RowEncoder:
         """Yield every piece with its embeddings (n, W) float32, in order."""
         before = [self.spooled(piece) for piece in pieces]
         progress.advance(sum(map(len, before)))
-        with closing(ahead(self._staged(pieces, [len(rows) for rows in before]), BATCHES_AHEAD)) as batches:
+        with closing(ahead(self._staged(pieces, [len(rows) for rows in before]), BATCHES_AHEAD)) as staged:
+            batches = self._encoded(staged)
             for piece, known in zip(pieces, before, strict=True):
                 out = np.empty((len(piece.numbers), self.width), np.float32)
                 out[: len(known)] = known
                 self._fill(piece, out, len(known), batches)
                 yield piece, out
 
-    def _fill(self, piece: Piece, out: np.ndarray, done: int, batches: Iterator[tuple[np.ndarray, Any]]) -> None:
+    def _fill(self, piece: Piece, out: np.ndarray, done: int, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
         """Encode a piece's rows from number `done` on into `out`, keeping them in the spool every minute."""
         kept, saved = done, time.monotonic()
         while done < len(out):
-            numbers, staged = next(batches)
-            encoded = self.finish(self.encoder.run(piece.cells, staged))
+            numbers, encoded = next(batches)
             if not np.isfinite(encoded).all():
                 bad = numbers[~np.isfinite(encoded).all(1)][0]
                 raise InputError(
@@ -91,8 +91,18 @@ class RowEncoder:
                 kept, saved = done, time.monotonic()
                 self.stop.check()
 
-    def _staged(self, pieces: Sequence[Piece], done: Sequence[int]) -> Iterator[tuple[np.ndarray, Any]]:
-        """Yield (row numbers, batch ready for the encoder); batches begin at multiples of their size from `done` on."""
+    def _encoded(self, staged: Iterator[tuple[Cells, np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (row numbers, their embeddings), each once the next batch has begun: so a GPU is never without one."""
+        begun: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
+        for cells, numbers, batch in staged:
+            before, begun = begun, (numbers, self.encoder.start(cells, batch))
+            if before is not None:
+                yield before[0], self.finish(before[1]())
+        if begun is not None:
+            yield begun[0], self.finish(begun[1]())
+
+    def _staged(self, pieces: Sequence[Piece], done: Sequence[int]) -> Iterator[tuple[Cells, np.ndarray, Any]]:
+        """Yield (file, row numbers, batch ready for the encoder); batches begin at multiples of their size."""
         step = max(ROWS_PER_READ // self.batch_size, 1) * self.batch_size
         for piece, first in zip(pieces, done, strict=True):
             for start in range(first, len(piece.numbers), step):
@@ -100,4 +110,4 @@ class RowEncoder:
                 block = piece.cells.read(numbers)
                 for i in range(0, len(numbers), self.batch_size):
                     part = numbers[i : i + self.batch_size]
-                    yield part, self.encoder.stage(piece.cells, block[i : i + len(part)], part)
+                    yield piece.cells, part, self.encoder.stage(piece.cells, block[i : i + len(part)], part)

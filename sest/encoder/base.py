@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,13 +34,16 @@ class CellEncoder(Protocol):
         """Fit on the sampled rows of every file, where the encoder is fitted and not loaded."""
 
     def encode(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:
-        """(B, genes of the file) CSR and (B,) row numbers -> (B, D + n_extra) float32: `stage`, then `run`."""
+        """(B, genes of the file) CSR and (B,) row numbers -> (B, D + n_extra) float32: `stage`, then `start`."""
 
     def stage(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> Any:
-        """Prepare a batch for `run`; any thread may do it while another one is in `run`."""
+        """Prepare a batch for `start`; any thread may do it while another one encodes."""
 
-    def run(self, cells: Cells, staged: Any) -> np.ndarray:
-        """Encode what `stage` prepared -> (B, D + n_extra) float32."""
+    def start(self, cells: Cells, staged: Any) -> Callable[[], np.ndarray]:
+        """Begin to encode what `stage` prepared; what is returned gives (B, D + n_extra) float32.
+
+        A GPU computes meanwhile; on a CPU nothing is computed before the numbers are asked for.
+        """
 
     def fidelity(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> dict[str, float] | None:
         """How well approximate embeddings of these cells point where exact ones do; None where they are exact."""

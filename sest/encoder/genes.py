@@ -5,7 +5,8 @@ Shapes: B cells of a batch, D genes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -119,12 +120,15 @@ class GenesEncoder:
         return columns
 
     def encode(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:
-        return self.run(cells, self.stage(cells, rows, numbers))
+        return self.start(cells, self.stage(cells, rows, numbers))()
 
     def stage(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> scipy.sparse.csr_matrix:
         return self._values(cells, rows)
 
-    def run(self, cells: Cells, staged: scipy.sparse.csr_matrix) -> np.ndarray:
+    def start(self, cells: Cells, staged: scipy.sparse.csr_matrix) -> Callable[[], np.ndarray]:
+        return partial(self._dense, cells, staged)
+
+    def _dense(self, cells: Cells, staged: scipy.sparse.csr_matrix) -> np.ndarray:
         values = staged.toarray()
         if self._fill is not None:
             missing = self._columns_of(cells) < 0

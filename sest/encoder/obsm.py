@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,13 +89,13 @@ class ObsmEncoder:
         """Nothing to fit: the embeddings are given."""
 
     def encode(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:
-        return self.run(cells, self.stage(cells, rows, numbers))
+        return self.stage(cells, rows, numbers)
 
     def stage(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:
         return self._read(cells, numbers)
 
-    def run(self, cells: Cells, staged: np.ndarray) -> np.ndarray:
-        return staged
+    def start(self, cells: Cells, staged: np.ndarray) -> Callable[[], np.ndarray]:
+        return lambda: staged
 
     def fidelity(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> dict[str, float] | None:
         return None

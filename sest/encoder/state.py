@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sest.encoder.base import DEFAULT_DIM
 from sest.encoder.projection import Projection
 from sest.errors import InputError
 from sest.machine.devices import DTYPES, float32_products
+from sest.machine.transfer import Arriving, fetch
 from sest.se.model import N_DATASET_COLUMNS, KeptGenes, Staged, StateEncoder
 from sest.se.weights import EncoderWeights
 
@@ -64,7 +66,8 @@ class SeEncoder:
             c.group: self._model.keep(matches[c.group].positions, matches[c.group].tokens, c.file.n_genes)
             for c in cells
         }
-        logger.info(f"Encoder {self.name} ({self._model.describe()}) on {device}, {precision}.")
+        by = f", attention by {self._model.attention_kernel}" if self._model.attention_kernel else ""
+        logger.info(f"Encoder {self.name} ({self._model.describe()}) on {device}, {precision}{by}.")
         if self.max_tokens is not None:
             logger.info(
                 f"Sentences are cut to {self.max_tokens} of {weights.pad_length} tokens: embeddings are approximate."
@@ -74,18 +77,25 @@ class SeEncoder:
         """Nothing to fit: the weights are given."""
 
     def encode(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> np.ndarray:
-        return self.run(cells, self.stage(cells, rows, numbers))
+        return self.start(cells, self.stage(cells, rows, numbers))()
 
     def stage(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> Staged:
         return self._model.stage(rows, numbers, cells.scale, self._kept[cells.group])
 
-    def run(self, cells: Cells, staged: Staged) -> np.ndarray:
+    def start(self, cells: Cells, staged: Staged) -> Callable[[], np.ndarray]:
+        kept = self._kept[cells.group]
+        if self._model.device.type == "cpu":
+            return lambda: _numbers(self._begun(staged, kept))
+        return partial(_numbers, self._begun(staged, kept))
+
+    def _begun(self, staged: Staged, kept: KeptGenes) -> list[Arriving]:
+        """A batch's results, in parts that fit the memory."""
         with float32_products(self.precision):
-            out, most = _run_in_parts(self._model, staged, self._kept[cells.group], self._most)
+            parts, most = _run_in_parts(self._model, staged, kept, self._most)
         if most < self._most:
             self._most = most
             logger.info(f"{len(staged)} cells at once do not fit the memory: going on with {most}.")
-        return out
+        return parts
 
     def fidelity(self, cells: Cells, rows: scipy.sparse.csr_matrix, numbers: np.ndarray) -> dict[str, float] | None:
         """Cosine between the CLS embeddings of these cells and those of whole sentences.
@@ -96,9 +106,11 @@ class SeEncoder:
         if self.max_tokens is None:
             return None
         exact, kept = self._model.with_slots(self._weights.pad_length), self._kept[cells.group]
+        most = min(self._most, exact.largest_pass())
         with float32_products(self.precision):
-            expected, _ = _run_in_parts(exact, exact.stage(rows, numbers, cells.scale, kept), kept, self._most)
-        a, b = (x[:, : self.native_dim].astype(np.float64) for x in (self.encode(cells, rows, numbers), expected))
+            expected, _ = _run_in_parts(exact, exact.stage(rows, numbers, cells.scale, kept), kept, most)
+        found = self.encode(cells, rows, numbers), _numbers(expected)
+        a, b = (x[:, : self.native_dim].astype(np.float64) for x in found)
         cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
         return {
             "n_cells": len(numbers),
@@ -126,21 +138,25 @@ class SeEncoder:
         return int(np.clip(budget // a_cell, 1, min(256, self._model.largest_pass())))
 
 
-def _run_in_parts(model: StateEncoder, staged: Staged, kept: KeptGenes, most: int) -> tuple[np.ndarray, int]:
+def _numbers(parts: Sequence[Arriving]) -> np.ndarray:
+    return np.concatenate([part.array() for part in parts])
+
+
+def _run_in_parts(model: StateEncoder, staged: Staged, kept: KeptGenes, most: int) -> tuple[list[Arriving], int]:
     """Run a batch in parts of at most `most` cells; where memory runs out, halve them.
 
     Returns:
-        (B, O + 10) float32, and the number of cells that fitted (`most`, where all did).
+        Parts of (B, O + 10) float32, and the number of cells that fitted (`most`, where all did).
 
     Raises:
         InputError: one cell alone does not fit.
     """
-    parts: list[np.ndarray] = []
+    parts: list[Arriving] = []
     start = 0
     while start < len(staged):
         part = staged.part(start, start + most)
         try:
-            parts.append(model.run(part, kept).cpu().numpy())
+            parts.append(fetch(model.run(part, kept)))
         except torch.OutOfMemoryError as error:
             if len(part) == 1:
                 raise InputError(
@@ -151,7 +167,7 @@ def _run_in_parts(model: StateEncoder, staged: Staged, kept: KeptGenes, most: in
             most = len(part) // 2
         else:
             start += len(part)
-    return np.concatenate(parts), most
+    return parts, most
 
 
 def _match(cells: Cells, known: Sequence[str], gene_col: str | None) -> GeneMatch:

@@ -1,9 +1,9 @@
-"""Operations of a training step that are one kernel each on a GPU: in Triton there, else in PyTorch's own operations.
+"""Operations of a step and of the encoder that are one kernel each on a GPU: in Triton, else in PyTorch's operations.
 
 Each is an operator of PyTorch: a trace sees one operation, and it can stand in a compiled network. Triton comes with
 PyTorch for GPUs and needs a C compiler once; where it does not work, that is said and the numbers are the same.
 
-Shapes: B sets, S cells a set, n cells, G genes.
+Shapes: B sets, S cells a set, n cells, G genes, D width of a model.
 """
 
 from __future__ import annotations
@@ -200,6 +200,24 @@ def plain_swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[T
     return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
 
 
+@torch.library.custom_op("sest::add_norm", mutates_args=("x",))
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """LayerNorm of x + y over the last axis, (..., D), computed in float32 and rounded once; uses up x."""
+    kernels = triton_kernels(x.device)
+    norm = plain_add_norm if kernels is None else kernels.add_norm
+    return norm(x, y, weight, bias, epsilon)
+
+
+@add_norm.register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def plain_add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`add_norm` in PyTorch's operations, which round x + y too."""
+    return F.layer_norm(x.add_(y), x.shape[-1:], weight, bias, epsilon)
+
+
 def triton_kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels for a GPU where they work, else None; what stands in their way is said once."""
     return _working_kernels() if device.type == "cuda" else None
@@ -213,7 +231,7 @@ def _working_kernels() -> ModuleType | None:
         _check(kernels, torch.device("cuda"))
     except Exception as error:  # noqa: BLE001  Triton, the compiler and the driver raise what they like
         said = (str(error) or type(error).__name__).splitlines()[0]
-        logger.info(f"Triton does not work here, so a step starts more kernels than it would ({said}).")
+        logger.info(f"Triton does not work here, so more kernels are started than it would take ({said}).")
         return None
     return kernels
 
@@ -232,6 +250,8 @@ def _check(kernels: ModuleType, device: torch.device) -> None:
     cells: Any = (*(tensor.to(device) for tensor in (*rows, *values)), 2**16, 6)
     of_sets: Any = (*(torch.linspace(-2, 3, n, device=device).view(shape) for n, shape in _SMALL_SUM), torch.float32)
     of_cells = torch.linspace(-2, 9, 60, device=device).view(2, 3, 10)
+    x, y, of_norm = torch.linspace(0, 99, 1010, device=device).sin().view(10, 101).split((4, 4, 2))
+    norm: Any = (y, *of_norm, 1e-5)
     gates: Any = tuple(torch.linspace(-9, 9, 60, device=device) * factor for factor in (0.1, 1.0, -0.3))
     same = (
         torch.equal(kernels.set_keys(number, -3), keys),
@@ -239,6 +259,7 @@ def _check(kernels: ModuleType, device: torch.device) -> None:
         torch.allclose(kernels.weighted_sum(*of_sets), plain_weighted_sum(*of_sets)),
         torch.allclose(kernels.dense_rows(*cells), plain_dense_rows(*cells), rtol=1e-6),  # float32
         *map(torch.allclose, kernels.centre_and_largest(of_cells), plain_centre_and_largest(of_cells)),
+        torch.allclose(kernels.add_norm(x.clone(), *norm), plain_add_norm(x, *norm), atol=1e-5),
         torch.allclose(kernels.swiglu(*gates[1:]), plain_swiglu(*gates[1:]), atol=1e-6),
         *(
             torch.allclose(ours, theirs, atol=1e-6)

@@ -129,6 +129,19 @@ def _swiglu_backward(gradient, gate, up, of_gate, of_up, n, BLOCK: tl.constexpr)
     tl.store(of_up + i, (slope * x * share).to(of_up.dtype.element_ty), mask=i < n)
 
 
+@triton.jit
+def _add_norm(x, y, weight, bias, out, n, epsilon, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    first, i = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
+    here = i < n
+    value = tl.load(x + first + i, mask=here, other=0.0).to(tl.float32)
+    value += tl.load(y + first + i, mask=here, other=0.0).to(tl.float32)
+    value = tl.where(here, value - tl.reduce(value, 0, _plus) / n, 0.0)
+    value *= 1.0 / tl.sqrt(tl.reduce(value * value, 0, _plus) / n + epsilon)
+    value *= tl.load(weight + i, mask=here, other=0.0).to(tl.float32)
+    value += tl.load(bias + i, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + first + i, value.to(out.dtype.element_ty), mask=here)
+
+
 def set_keys(number: Tensor, of_seed: int) -> Tensor:
     keys, n = torch.empty_like(number, dtype=torch.int32), number.numel()
     with torch.cuda.device_of(number):
@@ -191,3 +204,13 @@ def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     with torch.cuda.device_of(gate):
         _swiglu_backward[(triton.cdiv(n, _BLOCK),)](gradient, gate, up, of_gate, of_up, n, BLOCK=_BLOCK)
     return of_gate, of_up
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    x, y = x.contiguous(), y.contiguous()
+    out, n = torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(n)  # a row a program
+    warps = min(max(block // 512, 1), 16)
+    with torch.cuda.device_of(x):
+        _add_norm[(x.numel() // n,)](x, y, weight, bias, out, n, epsilon, BLOCK=block, num_warps=warps)
+    return out

@@ -1,4 +1,7 @@
-"""Arrays on their way from the host to a device: all of a batch in one copy, for which nobody waits."""
+"""Arrays on their way from the host to a device, all of a batch in one copy, and results on their way back.
+
+Nobody waits for a copy before its numbers are used.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,30 @@ class Sent:
             now.wait_event(self._copied)
             self._whole.record_stream(now)  # allocated on the other stream, which must not use it again too soon
         return self._tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """A tensor on its way from a device to the host."""
+
+    _host: Tensor
+    _copied: torch.cuda.Event | None  # None: there is nothing to wait for
+
+    def array(self) -> np.ndarray:
+        """Its numbers; waits until they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        array: np.ndarray = self._host.numpy()
+        return array
+
+
+def fetch(tensor: Tensor) -> Arriving:
+    """Start the copy of a tensor to the host, behind what the current stream does until then."""
+    if tensor.device.type == "cpu":
+        return Arriving(tensor, None)
+    host = host_bytes(tensor.nbytes, pinned=True).view(tensor.dtype).view(tensor.shape)
+    host.copy_(tensor, non_blocking=True)
+    return Arriving(host, torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None)
 
 
 def host_bytes(n: int, *, pinned: bool) -> Tensor:

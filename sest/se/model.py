@@ -11,8 +11,9 @@ last layer only the CLS and dataset rows are asked for; nothing of the training 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sest.errors import InputError
+from sest.head.kernels import add_norm, plain_add_norm
 from sest.machine.transfer import Sender, Sent
+from sest.se.attention import attention, working_kernel
 from sest.se.tokenize import cell_keys, tokenize
 from sest.se.weights import EncoderWeights
 
@@ -37,7 +40,7 @@ class KeptGenes:
 
     place: Tensor  # (genes of the file,) int32 position of a column among the kept genes, or -1
     tokens: Tensor  # (K,) int32 rows of the encoder's gene table
-    table: Tensor  # (K, D) step-5 embedding of every kept gene
+    table: Tensor  # (K + 2, D) step-5 embedding of every kept gene, of CLS and of the dataset token
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,11 @@ class StateEncoder:
         self.n_heads = weights.n_heads
         self.cls_count_gene = weights.cls_count_gene
         self.device, self.dtype, self.seed = device, dtype, seed
-        if device.type == "cuda":
-            self._sender = Sender(device)
-        else:
+        if device.type == "cpu":
             self._n_threads = torch.get_num_threads()
             self._tokenizers = ThreadPoolExecutor(self._n_threads, "tokenize")
+        else:
+            self._sender = Sender(device)
         self._gene_vectors = weights.gene_vectors
         self._w = {name: t.to(device, dtype) for name, t in weights.tensors.items() if _needed(name)}
         self.width = self._w["encoder.0.weight"].shape[0]  # D
@@ -123,6 +126,12 @@ class StateEncoder:
         self._cls_row, self._dataset_row = (
             self._token_embedding(self._w[name]) for name in ("cls_token", "dataset_token")
         )  # each (1, D)
+        self.attention_kernel = ""  # on a GPU, in words
+        self._attending: Callable[[], AbstractContextManager[None]] = nullcontext
+        if device.type == "cuda":
+            self.attention_kernel, self._attending = working_kernel(
+                self.pad_length + 1, self.width, self.n_heads, dtype, device
+            )
 
     @torch.inference_mode()
     def keep(self, positions: np.ndarray, tokens: np.ndarray, n_genes: int) -> KeptGenes:
@@ -145,7 +154,11 @@ class StateEncoder:
             table.append(self._token_embedding(vectors.to(self.dtype)))
         place = torch.full((n_genes,), -1, dtype=torch.int32)
         place[torch.as_tensor(positions, dtype=torch.int64)] = torch.arange(len(rows), dtype=torch.int32)
-        return KeptGenes(place.to(self.device), rows.to(self.device, torch.int32), torch.cat(table))
+        return KeptGenes(
+            place.to(self.device),
+            rows.to(self.device, torch.int32),
+            torch.cat([*table, self._cls_row, self._dataset_row]),
+        )
 
     def encode(self, rows: scipy.sparse.csr_matrix, cells: np.ndarray, scale: str, kept: KeptGenes) -> Tensor:
         """Embed cells: `stage`, then `run`."""
@@ -209,9 +222,11 @@ class StateEncoder:
                 *tokenize(values, kept.tokens, there["keys"], self.pad_length, self.cls_count_gene, scale=staged.scale)
             )
         x = self._rows(kept.table, staged.positions, staged.counts)
-        for layer in range(self.n_layers - 1):
-            x = self._layer(layer, x, x)
-        ends = self._layer(self.n_layers - 1, x[:, [0, -1]], x)  # (B, 2, D): CLS and dataset rows
+        with self._attending():
+            for layer in range(self.n_layers - 1):
+                x = self._layer(layer, x, x)
+            ends = x[:, :: self.pad_length].contiguous()  # (B, 2, D): CLS and dataset rows; a list of them would wait
+            ends = self._layer(self.n_layers - 1, ends, x)
         out = self._head(ends).float()  # (B, 2, O)
         dataset = F.linear(out[:, 1].to(self.dtype), *self._linear("dataset_embedder")).float()
         return torch.cat([F.normalize(out[:, 0], dim=-1), dataset], dim=1)
@@ -232,27 +247,33 @@ class StateEncoder:
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *self._linear(name), eps=LAYER_NORM_EPS)
 
+    def _add_norm(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """The norm of x + y; x is used up."""
+        run = plain_add_norm if self.device.type == "cpu" else add_norm  # an operator costs a CPU more than its kernel
+        normed: Tensor = run(x, y, *self._linear(name), LAYER_NORM_EPS)
+        return normed
+
     def _token_embedding(self, vectors: Tensor) -> Tensor:  # (N, token_dim) -> (N, D)
         x = self._norm("encoder.1", F.linear(vectors, *self._linear("encoder.0")))
         return F.silu(x) * self.width**0.5
 
     def _rows(self, table: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
         """Assemble the (B, T, D) input: CLS, genes, dataset token; count embeddings on all but the last."""
-        n_cells = len(positions)
-        first, last = (row.expand(n_cells, 1, -1) for row in (self._cls_row, self._dataset_row))
-        x = torch.cat([first, F.embedding(positions, table), last], dim=1)  # (B, T, D)
+        n_kept = len(table) - 2
+        rows = F.pad(F.pad(positions, (1, 0), value=n_kept), (0, 1), value=n_kept + 1)  # (B, T)
+        x = F.embedding(rows, table)
         hidden = F.linear(counts.unsqueeze(-1).to(self.dtype), *self._linear("count_encoder.0"))
         hidden = F.leaky_relu(hidden, LEAKY_SLOPE, inplace=True)
         bins = F.softmax(F.linear(hidden, *self._linear("count_encoder.2")), dim=-1)  # (B, L, 10)
-        x[:, :-1] += bins @ self._w["bin_encoder.weight"]
+        x[:, :-1].add_(bins @ self._w["bin_encoder.weight"])  # `+=` would copy the sum to its own place
         return x
 
     def _layer(self, number: int, queries: Tensor, x: Tensor) -> Tensor:
         """One post-norm layer for `queries` (B, Q, D), which are rows of `x` (B, T, D) -> (B, Q, D)."""
         name = f"transformer_encoder.layers.{number}"
-        y = self._norm(f"{name}.norm1", self._large(f"{name}.out_proj", self._attended(name, queries, x)).add_(queries))
+        y = self._add_norm(f"{name}.norm1", self._large(f"{name}.out_proj", self._attended(name, queries, x)), queries)
         hidden = F.gelu(self._large(f"{name}.linear1", y))
-        return self._norm(f"{name}.norm2", self._large(f"{name}.linear2", hidden).add_(y))
+        return self._add_norm(f"{name}.norm2", self._large(f"{name}.linear2", hidden), y)
 
     def _attended(self, name: str, queries: Tensor, x: Tensor) -> Tensor:  # (B, Q, D), (B, T, D) -> (B, Q, D)
         d = self.width
@@ -261,8 +282,7 @@ class StateEncoder:
         else:
             q = self._large(f"{name}.qkv_proj", queries, slice(d))
             k, v = self._large(f"{name}.qkv_proj", x, slice(d, None)).split(d, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        return attention(q, k, v, self.n_heads)
 
     def _head(self, x: Tensor) -> Tensor:  # (B, 2, D) -> (B, 2, O)
         hidden = F.relu(F.linear(x, *self._linear("decoder.0.intermediate_dense")))
@@ -287,7 +307,7 @@ class StateEncoder:
         count_hidden = len(self._w["count_encoder.0.bias"])
         # numbers a row that live at once: in attention; in the feed-forward part; in the count embedding
         numbers = max(6 * self.width, 3 * self.width + 2 * ffn, 2 * (self.width + count_hidden))
-        tokenizing = 32 * len(self.genes) if self.device.type == "cuda" else 0  # dense values, hashes and their order
+        tokenizing = 32 * len(self.genes) if self.device.type != "cpu" else 0  # dense values, hashes and their order
         return max((self.pad_length + 1) * numbers * self._cls_row.element_size(), tokenizing)
 
 

@@ -56,14 +56,19 @@ def test_the_exit_code_is_130_or_143_when_it_was_stopped_and_saved_its_rows(
     sest: Callable[..., Done], words: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     signum: int, code: int,
 ) -> None:  # fmt: skip
-    run, calls = SeEncoder.run, iter(range(100))
+    start, calls = SeEncoder.start, iter(range(100))
 
-    def stopped(encoder: SeEncoder, cells: Cells, staged: Staged) -> np.ndarray:
-        if next(calls) == 1:
-            os.kill(os.getpid(), signum)
-        return run(encoder, cells, staged)
+    def begun(encoder: SeEncoder, cells: Cells, staged: Staged) -> Callable[[], np.ndarray]:
+        encoded = start(encoder, cells, staged)
 
-    monkeypatch.setattr(SeEncoder, "run", stopped)
+        def stopped() -> np.ndarray:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signum)
+            return encoded()
+
+        return stopped
+
+    monkeypatch.setattr(SeEncoder, "start", begun)
     done = sest(*words, "--batch-size", 10)
     assert done.code == code
     last = f"Stopped. Finished rows are in {tmp_path / 's.zarr'}; the same command continues there."

@@ -307,7 +307,7 @@ class Encoded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cells: list[tuple[str, int]] = []
         self.before: Callable[[int], None] = lambda call: None
-        stage, run, calls = SeEncoder.stage, SeEncoder.run, iter(range(10_000))
+        stage, start, calls = SeEncoder.stage, SeEncoder.start, iter(range(10_000))
         numbers_of: dict[int, tuple[Any, np.ndarray]] = {}  # by identity of the batch, which is kept alive
 
         def staged(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> Any:
@@ -315,13 +315,18 @@ class Encoded:
             numbers_of[id(batch)] = batch, numbers
             return batch
 
-        def noted(model: Any, cells: Any, batch: Any) -> np.ndarray:
-            self.before(next(calls))
-            self.cells += [(cells.group, int(n)) for n in numbers_of[id(batch)][1]]
-            return run(model, cells, batch)
+        def begun(model: Any, cells: Any, batch: Any) -> Callable[[], np.ndarray]:
+            encoded = start(model, cells, batch)
+
+            def noted() -> np.ndarray:
+                self.before(next(calls))
+                self.cells += [(cells.group, int(n)) for n in numbers_of[id(batch)][1]]
+                return encoded()
+
+            return noted
 
         monkeypatch.setattr(SeEncoder, "stage", staged)
-        monkeypatch.setattr(SeEncoder, "run", noted)
+        monkeypatch.setattr(SeEncoder, "start", begun)
 
 
 def stop_at(call: int, signum: int) -> Callable[[int], None]:
@@ -479,7 +484,7 @@ def test_a_cache_is_not_continued_with_anything_else(cells: Path, se: Path, made
 
 def broken_once(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """Give cell 33 an embedding that cannot be stored."""
-    stage, run = SeEncoder.stage, SeEncoder.run
+    stage, start = SeEncoder.stage, SeEncoder.start
     places: dict[int, tuple[Any, np.ndarray]] = {}
 
     def staged(model: Any, cells: Any, rows: Any, numbers: np.ndarray) -> Any:
@@ -487,13 +492,18 @@ def broken_once(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
         places[id(batch)] = batch, numbers == 33
         return batch
 
-    def broken(model: Any, cells: Any, batch: Any) -> np.ndarray:
-        found = run(model, cells, batch)
-        found[places[id(batch)][1], 0] = value
-        return found
+    def begun(model: Any, cells: Any, batch: Any) -> Callable[[], np.ndarray]:
+        encoded = start(model, cells, batch)
+
+        def broken() -> np.ndarray:
+            found = encoded()
+            found[places[id(batch)][1], 0] = value
+            return found
+
+        return broken
 
     monkeypatch.setattr(SeEncoder, "stage", staged)
-    monkeypatch.setattr(SeEncoder, "run", broken)
+    monkeypatch.setattr(SeEncoder, "start", begun)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +22,22 @@ from sest.progress import reporting
 
 
 class Numbered:
-    """An encoder whose rows are (row number, 10 x row number, 1); notes the batches it runs."""
+    """An encoder whose rows are (row number, 10 x row number, 1); notes the batches it computes, and what happens."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.events: list[str] = []
 
     def stage(self, cells: Any, block: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         assert (block == numbers).all()
         return numbers
 
-    def run(self, cells: Any, staged: np.ndarray) -> np.ndarray:
+    def start(self, cells: Any, staged: np.ndarray) -> Callable[[], np.ndarray]:
+        self.events.append(f"begun {staged[0]}")
+        return partial(self.compute, staged)
+
+    def compute(self, staged: np.ndarray) -> np.ndarray:
+        self.events.append(f"asked for {staged[0]}")
         self.batches.append(staged.tolist())
         return np.stack([staged, 10 * staged, np.ones_like(staged)], axis=1).astype(np.float32)
 
@@ -76,6 +83,14 @@ def test_every_piece_comes_in_order_with_a_row_for_each_cell(writer: CacheWriter
     assert all(rows.dtype == np.float32 for _, rows in found)
     assert encoder.batches == [[0, 1, 2], [5, 6, 7], [9], [4, 8]]  # none holds cells of two pieces
     assert reporter.advanced == [0, 3, 3, 1, 2]
+
+
+def test_a_batch_has_begun_before_the_numbers_of_the_one_before_are_asked_for_across_pieces_too(
+    writer: CacheWriter,
+) -> None:
+    encoder = Numbered()
+    list(rows_of(writer, encoder).encode([piece("a/0", 0, 1, 2, 3), piece("a/1", 7)]))
+    assert encoder.events == ["begun 0", "begun 3", "asked for 0", "begun 7", "asked for 3", "asked for 7"]
 
 
 def test_cells_are_read_in_blocks_of_whole_batches(writer: CacheWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +147,10 @@ def test_on_request_it_stops_after_the_batch_in_hand_which_is_kept(writer: Cache
     stop = StopRequest("Saved.")
 
     class Stopped(Numbered):
-        def run(self, cells: Any, staged: np.ndarray) -> np.ndarray:
+        def compute(self, staged: np.ndarray) -> np.ndarray:
             if len(self.batches) == 1:
                 stop.signum = 15
-            return super().run(cells, staged)
+            return super().compute(staged)
 
     asked, numbers = Stopped(), range(20, 31)
     with pytest.raises(Interrupted, match=r"^Saved\.$") as stopped:
@@ -157,8 +172,8 @@ def test_rows_are_kept_every_minute(writer: CacheWriter, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_is_refused_by_the_number_of_its_cell(writer: CacheWriter, value: float) -> None:
     class Broken(Numbered):
-        def run(self, cells: Any, staged: np.ndarray) -> np.ndarray:
-            rows = super().run(cells, staged)
+        def compute(self, staged: np.ndarray) -> np.ndarray:
+            rows = super().compute(staged)
             rows[staged == 33, 1] = value
             return rows
 

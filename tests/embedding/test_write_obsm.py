@@ -76,7 +76,7 @@ def test_a_stopped_run_is_continued_and_leaves_no_half_written_file(
         assert command(monkeypatch, *words) == 143
     assert sorted(os.listdir(tmp_path)) == [".out.h5ad.sest.zarr", "a.h5ad", "se"]
     with monkeypatch.context() as counted:
-        counted.setattr("sest.encoder.state.SeEncoder.run", lambda *_: pytest.fail("encoded again"))
+        counted.setattr("sest.encoder.state.SeEncoder.start", lambda *_: pytest.fail("encoded again"))
         assert command(monkeypatch, *words) == 0
     assert anndata.read_h5ad(out).obsm["X_state"].shape == (N, OUT + 10)
     assert sorted(os.listdir(tmp_path)) == ["a.h5ad", "out.h5ad", "se"]

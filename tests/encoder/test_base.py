@@ -47,7 +47,7 @@ def test_widths_and_names_are_what_the_encoder_says(encoder: CellEncoder, cells:
     assert encoder.projection_attributes() == ({"genes": gene_names(30)} if is_pca else {})
 
 
-def test_encoding_is_staging_in_any_thread_then_running(encoder: CellEncoder, cells: list[Cells]) -> None:
+def test_encoding_is_staging_in_any_thread_then_starting(encoder: CellEncoder, cells: list[Cells]) -> None:
     numbers = np.arange(40)
     block = cells[0].read(numbers)
     whole = encoder.encode(cells[0], block, numbers)
@@ -56,7 +56,7 @@ def test_encoding_is_staging_in_any_thread_then_running(encoder: CellEncoder, ce
             thread.submit(encoder.stage, cells[0], block[start : start + 16], numbers[start : start + 16])
             for start in range(0, 40, 16)
         ]
-        parts = np.concatenate([encoder.run(cells[0], part.result()) for part in staged])
+        parts = np.concatenate([encoder.start(cells[0], part.result())() for part in staged])
     # matrix products of other shapes add up in another order: float32 rounding
     np.testing.assert_allclose(parts, whole, atol=1e-6)
 

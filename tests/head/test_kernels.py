@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+import sest.head
 from sest.head import kernels
 
 CPU = torch.device("cpu")
@@ -20,6 +21,7 @@ PLAIN: dict[str, Any] = {
     "weighted_sum": kernels.plain_weighted_sum,
     "dense_rows": kernels.plain_dense_rows,
     "centre_and_largest": kernels.plain_centre_and_largest,
+    "add_norm": kernels.plain_add_norm,
     "swiglu": kernels.plain_swiglu,
     "swiglu_backward": kernels.plain_swiglu_backward,
 }
@@ -39,13 +41,15 @@ def test_every_operation_is_one_of_pytorch_with_shapes_that_are_known_beforehand
             (ones, ones, of_cell, of_gene, of_cell, of_set, torch.half),
         ),
         (kernels.centre_and_largest, kernels.plain_centre_and_largest, (cells[4].view(1, 1, 3),)),
+        (kernels.add_norm, kernels.plain_add_norm, (ones.sin(), ones.cumsum(2), ones[0, 0], ones[0, 1], 1e-5)),
         (kernels.swiglu, kernels.plain_swiglu, (ones, 2 * ones)),
         (kernels.swiglu, kernels.plain_swiglu, (ones.clone().requires_grad_(), ones.clone().requires_grad_())),
         (kernels.swiglu_backward, kernels.plain_swiglu_backward, (ones, ones, 2 * ones)),
     )
     for operation, plain, given in tried:
         torch.library.opcheck(operation, given)
-        torch.testing.assert_close(operation(*given), plain(*given), rtol=0, atol=0)
+        fresh = [value.clone() if isinstance(value, torch.Tensor) else value for value in given]  # `add_norm` writes
+        torch.testing.assert_close(operation(*given), plain(*fresh), rtol=0, atol=0)
 
 
 def test_the_gradient_of_swiglu_is_that_of_pytorchs_operations() -> None:
@@ -65,15 +69,18 @@ def test_kernels_are_taken_only_if_they_compute_the_same_numbers(wrong: str) -> 
         kernels._check(off, CPU)  # type: ignore[arg-type]
 
 
-def test_where_triton_does_not_work_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_triton_does_not_work_it_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = torch.device("cuda")
+    monkeypatch.delattr(sest.head, "triton_kernels", raising=False)  # of tests before
     with mock.patch.dict(sys.modules, {"triton": None}), caplog.at_level(logging.INFO):
         sys.modules.pop("sest.head.triton_kernels", None)
         kernels._working_kernels.cache_clear()
         assert kernels.triton_kernels(gpu) is None is kernels.triton_kernels(gpu)
     kernels._working_kernels.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "Triton does not work here, so a step starts more kernels than it would "
+        "Triton does not work here, so more kernels are started than it would take "
         "(import of triton halted; None in sys.modules)."
     ]
     assert kernels.triton_kernels(CPU) is None

@@ -127,6 +127,21 @@ def test_tritons_swiglu_is_rounded_once(interpreted: ModuleType, dtype: torch.dt
         torch.testing.assert_close(tensor.double(), exact.detach(), rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 37), (2, 3, 512), (1, 1)])
+def test_tritons_norms_of_sums_are_rounded_once(
+    interpreted: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = ((3 * torch.randn(shape, generator=generator) + 20).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], generator=generator).to(dtype) for _ in range(2))
+    exact = torch.nn.functional.layer_norm(x.double() + y.double(), shape[-1:], weight.double(), bias.double(), 1e-5)
+    found = interpreted.add_norm(x, y, weight, bias, 1e-5)
+    assert found.dtype == dtype and found.shape == shape
+    rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps  # the interpreter cuts off bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=2e-5)
+
+
 def test_every_kernel_passes_the_comparison_that_a_gpu_begins_with(interpreted: ModuleType) -> None:
     kernels._check(interpreted, torch.device("cpu"))
 
@@ -137,6 +152,7 @@ KERNELS: dict[str, tuple[str, dict[str, int]]] = {  # types of the arguments, an
     "_dense_rows": ("*i64 *i64 *fp32 *i16 *i16 *fp32 i32", {"BLOCK": 1024}),
     "_weighted_sum": ("*fp32 *fp16 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32 i32 i32", {"BLOCK": 1024}),
     "_centre_and_largest": ("*bf16 *fp32 *fp32 i32 i32", {"ROWS": 8, "GENES": 256}),
+    "_add_norm": ("*bf16 *bf16 *bf16 *bf16 *bf16 i32 fp32", {"BLOCK": 2048}),
     "_swiglu": ("*bf16 *bf16 *bf16 i32", {"BLOCK": 1024}),
     "_swiglu_backward": ("*fp16 *fp16 *fp16 *fp16 *fp16 i32", {"BLOCK": 1024}),
 }

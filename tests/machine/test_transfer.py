@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sest.machine.transfer import Gathered, Sender
+from sest.machine.transfer import Gathered, Sender, fetch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -41,3 +41,12 @@ def test_what_is_gathered_is_written_where_it_is_sent_from_and_all_of_it_is_one_
     there = sent.tensors()
     assert there["b"].tolist() == [[1.5, 2.5]]
     assert there["a"].untyped_storage().data_ptr() == there["b"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_result_comes_back_as_it_was_though_its_place_is_written_again(device: str) -> None:
+    result = torch.arange(6.0, device=device).view(2, 3)
+    coming = fetch(result)
+    if device == "cuda":
+        result.zero_()  # behind the copy
+    np.testing.assert_array_equal(coming.array(), [[0, 1, 2], [3, 4, 5]])
