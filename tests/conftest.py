@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,18 @@ def _quick_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs with what numba compiles, and again with what takes its place where numba is not there."""
+    if request.param == "plain":
+        monkeypatch.setattr("sest.machine.jit.REASON", "not wanted")
+        for module in [module for name, module in sys.modules.items() if name.startswith("sest.")]:
+            for name, loop in list(vars(module).items()):
+                if plain := getattr(loop, "plain", None):
+                    monkeypatch.setattr(module, name, plain)
+    return str(request.param)
 
 
 def _folder(variable: str, name: str) -> Path:

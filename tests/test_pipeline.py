@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,14 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import Demo
 
 from helpers.processes import server
 from sest.baselines.effects import BASELINES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def sest(folder: Path, *words: str, forked: bool = False) -> str:
@@ -71,3 +77,45 @@ def test_cells_become_a_cache_a_run_a_prediction_and_scores(tmp_path: Path) -> N
     run = info(tmp_path, "run")
     assert (run["kind"], run["step"], run["dim"], run["n_genes"]) == ("run", 9, 16, 200)
     assert run["best_step"] in (3, 6, 9) and run["val_loss"] == run["best_val_loss"] > 0
+
+
+BLOCKED = """
+import sys
+sys.modules["numba"] = None  # as where it is not installed: each import fails
+"""
+STAGES = """
+import json, sys
+from sest.cli.main import app
+for words in json.loads(sys.argv[1]):
+    app(words, standalone_mode=False)
+"""
+
+
+@pytest.mark.slow
+def test_without_numba_the_cache_is_the_same_bytes_and_the_scores_are_the_same(demo: Demo, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
+    moved = [line.replace(str(demo.folder), str(tmp_path)) for line in demo.commands]
+    simulate, *stages, _ = [shlex.split(line)[1:] for line in moved]  # the last one: report
+    assert [words[0] for words in (simulate, *stages)] == ["simulate", "embed", "train", "predict", "evaluate"]
+    both = tmp_path, demo.folder
+    for name in ("cells.h5ad", "features.safetensors", "starter.toml"):
+        shutil.copy(demo.folder / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", STAGES, json.dumps(stages)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without numba") == 1, done.stderr
+    kept = [path for path in demo.cache.rglob("*") if path.is_file() and ".derived" not in path.parts]
+    assert len(kept) > 20
+    for path in kept:
+        ours = tmp_path / path.relative_to(demo.folder)
+        assert ours.read_bytes() == path.read_bytes(), ours
+    # NumPy may round a float32 log1p of a target otherwise than the C library; the same cells are drawn for each step
+    lines = [json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0]) for folder in both]
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-6)
+    values = [ad.read_h5ad(folder / "predicted.h5ad").X.toarray() for folder in both]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-4, atol=1e-4)
+    scores = [pd.read_csv(folder / "evaluation" / "results.csv") for folder in both]
+    pd.testing.assert_frame_equal(scores[0], scores[1], rtol=1e-4)

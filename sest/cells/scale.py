@@ -11,20 +11,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
+from sest.cells.csr import LARGEST_LOG1P_OF_COUNTS, scan_values
 from sest.errors import InputError, nearest, shown
 from sest.files.cell_file import CellFile
 from sest.files.matrix import rows_at_once
-from sest.machine.jit import compiled
 
 logger = logging.getLogger(__name__)
 
-LARGEST_LOG1P_OF_COUNTS = 35.0  # a larger value cannot be a log1p (upstream's limit per cell)
-LARGEST_TOTAL_OF_COUNTS = 5e6  # nor can a cell's values if sum(expm1) is larger (upstream's limit per cell)
 LARGEST_PREDICTED_LOG1P = 14.0  # predicted values are cut here: cell-eval takes 15 and more for counts
 
 SAMPLED_CELLS = 256  # at most, evenly spaced over a file: their sums tell how it was normalised
@@ -165,7 +162,7 @@ class Scanner:
         if self._hashes:
             self._hashes["indices"].update(np.ascontiguousarray(block.indices, "<i4").data)
             self._hashes["data"].update(np.ascontiguousarray(block.data, "<f4").data)
-        highest, total, negative, fractional, raw, log1p, of_whole = _scan(block.indptr, block.data)
+        highest, total, negative, fractional, raw, log1p, of_whole = scan_values(block.indptr, block.data)
         if block.nnz < n * block.shape[1]:
             highest = max(highest, 0.0)
         if len(sampled := np.arange(-start % self._step, n, self._step)):
@@ -196,39 +193,6 @@ class Scanner:
             mean=self._total / max(n_cells * len(genes), 1),
             sums=np.concatenate(self._sums),
         )
-
-
-@compiled(nogil=True)
-def _scan(indptr: Any, data: Any) -> tuple[float, float, int, int, int, int, int]:
-    """Of CSR rows: largest stored value, sum, values below zero and not whole; cells that can only be counts or log1p.
-
-    The last number is that of the cells that can only be counts and are all whole.
-    """
-    highest, total, n_negative, n_fractional, n_raw, n_log1p, n_whole = -np.inf, 0.0, 0, 0, 0, 0, 0
-    for cell in range(len(indptr) - 1):
-        first, last = indptr[cell], indptr[cell + 1]
-        if first == last:  # cells without values say nothing
-            continue
-        high, fractional, negative, of_cell = data[first], 0, 0, 0.0
-        for k in range(first, last):
-            value = data[k]
-            high = max(high, value)
-            fractional += value != np.rint(value)
-            negative += value < 0
-            of_cell += value
-        linear = high > LARGEST_LOG1P_OF_COUNTS
-        matters = not linear and (fractional > 0 or high <= 1)
-        if matters and (last - first) * np.expm1(np.float64(high)) > LARGEST_TOTAL_OF_COUNTS:  # seldom
-            counts = 0.0
-            for k in range(first, last):
-                counts += np.expm1(np.float64(data[k]))
-            linear = counts > LARGEST_TOTAL_OF_COUNTS
-        raw = linear or (fractional == 0 and high > 1)
-        n_raw, n_whole = n_raw + raw, n_whole + (raw and fractional == 0)
-        n_log1p += fractional > 0 and not linear
-        highest, total = max(highest, np.float64(high)), total + of_cell
-        n_negative, n_fractional = n_negative + negative, n_fractional + fractional
-    return highest, total, n_negative, n_fractional, n_raw, n_log1p, n_whole
 
 
 def cell_sums(rows: sp.csr_matrix) -> np.ndarray:

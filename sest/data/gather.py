@@ -7,88 +7,14 @@ tests/data hold them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import scipy.sparse
 
+from sest.cells import csr
 from sest.errors import InputError
-from sest.machine.jit import compiled
-
-SMALL_COUNTS = 64  # whole numbers below this, most of all counts, take their log1p from a table made once a cell
-
-
-@compiled(nogil=True, inside=True)
-def _values_of(cell: Any, indptr: Any, indices: Any, data: Any) -> Any:
-    """Where the values of a cell begin and end, which must be among those that are there."""
-    first, last = indptr[cell], indptr[cell + 1]
-    if not 0 <= first <= last <= min(len(indices), len(data)):
-        raise IndexError("a row's values are not there")
-    return first, last
-
-
-@compiled(nogil=True, inside=True)
-def _gene(number: Any, n_genes: int) -> Any:
-    """The number of a gene, which must be there."""
-    if not 0 <= number < n_genes:
-        raise IndexError("a gene is not there")
-    return number
-
-
-@compiled(nogil=True, inside=True)
-def _counts(rows: Any, indptr: Any, indices: Any, data: Any, factor: Any, out: Any) -> None:
-    table, n_genes = np.empty(SMALL_COUNTS, np.float32), out.shape[1]
-    for i in range(len(rows)):
-        cell = rows[i]
-        dense, scale = out[i], factor[cell]
-        dense[:] = np.float32(0.0)
-        for count in range(SMALL_COUNTS):
-            table[count] = math.log1p(np.float32(count) * scale) if scale > 0 else np.float32(count)
-        first, last = _values_of(cell, indptr, indices, data)
-        for k in range(first, last):
-            count, gene = data[k], _gene(indices[k], n_genes)
-            if 0 <= count < SMALL_COUNTS:
-                dense[gene] = table[count]
-            elif scale > 0:
-                dense[gene] = math.log1p(np.float32(count) * scale)
-            else:
-                dense[gene] = np.float32(count)
-
-
-@compiled(nogil=True, inside=True)
-def _values(rows: Any, indptr: Any, indices: Any, data: Any, factor: Any, out: Any) -> None:
-    for i in range(len(rows)):
-        cell = rows[i]
-        dense, scale = out[i], factor[cell]
-        dense[:] = np.float32(0.0)
-        first, last = _values_of(cell, indptr, indices, data)
-        for k in range(first, last):
-            value = np.float32(data[k])
-            dense[_gene(indices[k], out.shape[1])] = math.log1p(value * scale) if scale > 0 else value
-
-
-@compiled(nogil=True, inside=True)
-def _lengths(rows: Any, indptr: Any, indices: Any, data: Any, lengths: Any) -> None:
-    for i in range(len(rows)):
-        first, last = _values_of(rows[i], indptr, indices, data)
-        lengths[i] = last - first
-
-
-@compiled(nogil=True, inside=True)
-def _copy(rows: Any, indptr: Any, values: Any, below: Any, out: Any) -> None:
-    place = 0
-    for i in range(len(rows)):
-        first, last = _values_of(rows[i], indptr, values, values)
-        if place + last - first > len(out):  # a mapped file has changed since it was measured
-            raise IndexError("a row's values are not there")
-        for k in range(first, last):
-            if below:
-                _gene(values[k], below)
-            out[place] = values[k]
-            place += 1
 
 
 def dense_log1p(
@@ -109,9 +35,9 @@ def dense_log1p(
     """
     check_rows(rows, len(indptr) - 1)
     assert len(factor) >= len(indptr) - 1 and len(out) >= len(rows)
-    kernel = _counts if np.issubdtype(data.dtype, np.integer) else _values
+    loop = csr.dense_counts if np.issubdtype(data.dtype, np.integer) else csr.dense_values
     with _as_files_say():
-        kernel(rows, indptr, indices, data, factor, out)
+        loop(rows, indptr, indices, data, factor, out)
 
 
 def take_rows(
@@ -125,8 +51,8 @@ def take_rows(
     check_rows(rows, len(indptr) - 1)
     of_rows = np.zeros(len(rows) + 1, np.int64)
     with _as_files_say():
-        _lengths(rows, indptr, indices, data, of_rows[1:])
-    np.cumsum(of_rows, out=of_rows)
+        lengths = csr.row_lengths(rows, indptr, min(len(indices), len(data)))
+    np.cumsum(lengths, out=of_rows[1:])
     to_indices, to_data = np.empty(of_rows[-1], np.int32), np.empty(of_rows[-1], data.dtype)
     copy_rows(rows, indptr, indices, to_indices, below=n_genes)
     copy_rows(rows, indptr, data, to_data)
@@ -144,47 +70,7 @@ def copy_rows(rows: np.ndarray, indptr: np.ndarray, values: np.ndarray, out: np.
     """
     check_rows(rows, len(indptr) - 1)
     with _as_files_say():
-        _copy(rows, indptr, values, below, out)
-
-
-@compiled(nogil=True, inside=True)
-def _sums(
-    order: Any,
-    ends: Any,
-    indptr: Any,
-    indices: Any,
-    data: Any,
-    factor: Any,
-    weight: Any,
-    whole: bool,
-    sums: Any,
-    squares: Any,
-) -> None:
-    n_genes, first_squared = sums.shape[1], len(sums) - len(squares)
-    total, square, table = np.empty(n_genes), np.empty(n_genes), np.empty(SMALL_COUNTS)
-    for group in range(len(sums)):
-        total[:], square[:] = 0.0, 0.0
-        squared = group >= first_squared
-        for i in range(ends[group], ends[group + 1]):
-            cell = order[i]
-            scale = factor[cell]
-            if whole:
-                for count in range(SMALL_COUNTS):
-                    table[count] = math.log1p(np.float32(count) * scale) if scale > 0 else np.float32(count)
-            first, last = _values_of(cell, indptr, indices, data)
-            for k in range(first, last):
-                value, gene = np.float32(data[k]), _gene(indices[k], n_genes)
-                if whole and 0 <= value < SMALL_COUNTS:
-                    logged = table[int(value)]
-                else:
-                    logged = np.float64(math.log1p(value * scale) if scale > 0 else value)
-                total[gene] += logged
-                if squared:
-                    square[gene] += logged * logged
-        for gene in range(n_genes):
-            sums[group, gene] = total[gene] * weight[group]
-        if squared:
-            squares[group - first_squared] = square
+        csr.copy_values(rows, indptr, values, below, out)
 
 
 def group_sums(
@@ -262,37 +148,8 @@ def ordered_sums(
     whole = bool(np.issubdtype(data.dtype, np.integer))
     ends = np.concatenate([[0], np.cumsum(n_cells)])
     with _as_files_say():
-        _sums(rows, ends, indptr, indices, data, factor, weight, whole, sums, squares)
+        csr.sums_of_groups(rows, ends, indptr, indices, data, factor, weight, whole, sums, squares)
     return sums, squares
-
-
-@compiled(nogil=True, inside=True)
-def _add(rows: Any, into: Any, indptr: Any, indices: Any, data: Any, column: Any, target_sum: float, sums: Any) -> None:
-    table = np.empty(SMALL_COUNTS)
-    for i in range(len(rows)):
-        first, last = _values_of(rows[i], indptr, indices, data)
-        to, scale = sums[into[i]], 0.0
-        if target_sum > 0:
-            total = 0.0
-            for k in range(first, last):
-                total += data[k]
-            scale = target_sum / total if total > 0 else 0.0
-            table[:] = -1.0
-        for k in range(first, last):
-            gene = column[_gene(indices[k], len(column))]
-            if gene < 0:
-                continue
-            value = data[k]
-            if scale <= 0:
-                to[gene] += value
-                continue
-            small = int(value) if 0 <= value < SMALL_COUNTS else -1
-            if small >= 0 and small == value:
-                if table[small] < 0:
-                    table[small] = np.float32(math.log1p(value * scale))
-                to[gene] += table[small]
-            else:
-                to[gene] += np.float32(math.log1p(value * scale))
 
 
 def add_log1p(
@@ -320,7 +177,7 @@ def add_log1p(
     check_rows(into, len(sums))
     assert len(into) == len(rows) and len(column) == block.shape[1] and column.max(initial=-1) < sums.shape[1]
     with _as_files_say():
-        _add(rows, into, block.indptr, block.indices, block.data, column, float(target_sum or 0.0), sums)
+        csr.add_values(rows, into, block.indptr, block.indices, block.data, column, float(target_sum or 0.0), sums)
 
 
 def check_rows(rows: np.ndarray, n_cells: int) -> None:

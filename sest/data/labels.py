@@ -72,14 +72,29 @@ def pair_counts(labels: Labels, wanted: np.ndarray) -> np.ndarray:
     return counts
 
 
-@compiled(nogil=True)
+def _codes(context: Any, perturbation: Any, wanted: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Of the pair of every wanted cell, ascending as contexts and then perturbations do."""
+    return np.ravel_multi_index((context[wanted], perturbation[wanted]), shape)
+
+
+def _plain_count(context: Any, perturbation: Any, wanted: Any, counts: Any) -> None:
+    found = np.bincount(_codes(context, perturbation, wanted, counts.shape), minlength=counts.size)
+    counts += found.reshape(counts.shape)
+
+
+def _plain_place(context: Any, perturbation: Any, wanted: Any, at: Any, rows: Any) -> None:
+    codes = _codes(context, perturbation, wanted, at.shape)
+    rows[:] = np.flatnonzero(wanted)[np.argsort(codes, kind="stable")]  # pairs follow each other in this order
+
+
+@compiled(_plain_count, nogil=True)
 def _count(context: Any, perturbation: Any, wanted: Any, counts: Any) -> None:
     for row in range(len(wanted)):
         if wanted[row]:
             counts[context[row], perturbation[row]] += 1
 
 
-@compiled(nogil=True)
+@compiled(_plain_place, nogil=True)
 def _place(context: Any, perturbation: Any, wanted: Any, at: Any, rows: Any) -> None:
     for row in range(len(wanted)):
         if wanted[row]:

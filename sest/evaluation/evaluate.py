@@ -56,6 +56,7 @@ from sest.files.cell_file import CellFile
 from sest.files.in_memory import file_of
 from sest.files.remote import located
 from sest.files.write_h5ad import as_written
+from sest.machine.jit import say_slow_loops
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -88,6 +89,7 @@ def evaluate(
             several possible columns, and whatever makes a file unreadable.
     """
     config = config or EvaluateConfig()
+    say_slow_loops()
     notes: list[str] = []
     p_name, r_name = _name(predicted, "predicted"), _name(real, "real")
     with (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
+from sest.machine import jit
 from sest.machine.jit import compiled
 
 # Of SeedSequence. An i-th hash takes numbers i and i + 1 of the sequence first * factor**i.
@@ -56,6 +57,8 @@ def choose_from(rngs: Sequence[np.random.Generator], pools: np.ndarray, first: n
         first: (pools + 1,) where the numbers of each pool begin in what `out` gets: pool p is first[p] .. first[p + 1].
         out: (rows, n) int64.
     """
+    if jit.REASON:
+        return _choose_one_by_one(rngs, pools, first, out)
     words = np.empty((len(rngs), 2 * (pools.shape[1] + _SPARE) + 1), np.uint32)
     begin = np.empty(len(rngs), np.int64)
     for i, rng in enumerate(rngs):
@@ -68,7 +71,20 @@ def choose_from(rngs: Sequence[np.random.Generator], pools: np.ndarray, first: n
         _choose(order[i], pools[i], first, words[i], begin[i], out[i])
 
 
-@compiled(nogil=True)
+def _choose_one_by_one(
+    rngs: Sequence[np.random.Generator], pools: np.ndarray, first: np.ndarray, out: np.ndarray
+) -> None:
+    """`choose_from` by numpy itself: a call costs more than the few numbers that it draws."""
+    order = np.argsort(pools, axis=1, kind="stable")
+    for rng, row, places, chosen in zip(rngs, pools, order, out, strict=True):
+        begins = np.flatnonzero(np.diff(row[places], prepend=-1))  # of those after the places that have no pool
+        for begin, end in zip(begins, [*begins[1:], len(row)], strict=True):
+            here, pool = places[begin:end], row[places[begin]]
+            n = first[pool + 1] - first[pool]
+            chosen[here] = first[pool] + rng.choice(n, end - begin, replace=n < end - begin)
+
+
+@compiled(None, nogil=True)
 def _choose(order: Any, pools: Any, first: Any, words: Any, at: Any, out: Any) -> None:
     """A row of `choose_from`; the algorithms are those of numpy.random.Generator.choice."""
     begin = 0
@@ -101,7 +117,7 @@ def _choose(order: Any, pools: Any, first: Any, words: Any, at: Any, out: Any) -
             out[places[i]] = first[pool] + chosen[i]
 
 
-@compiled(nogil=True)
+@compiled(None, nogil=True)
 def _shuffle(numbers: Any, start: Any, words: Any, at: Any) -> Any:
     """Shuffle from the end down to `start`; returns the next word."""
     for i in range(len(numbers) - 1, start - 1, -1):
@@ -110,7 +126,7 @@ def _shuffle(numbers: Any, start: Any, words: Any, at: Any) -> Any:
     return at
 
 
-@compiled(nogil=True)
+@compiled(None, nogil=True)
 def _below(n: Any, words: Any, at: Any) -> Any:
     """A number below n < 2**32, and the next word (Lemire 2019, "Fast random integer generation in an interval")."""
     if n == 1:

@@ -17,6 +17,7 @@ from sest.evaluation.results import Evaluation, read_evaluation
 from sest.facts.cache import CacheFacts, read_cache
 from sest.facts.run import RunFacts, read_runs
 from sest.facts.scores import Scoreboard, made_by, of_evaluation, of_pairs
+from sest.machine import jit
 from sest.machine.devices import choose_device
 from sest.outputs import check_output
 from sest.report.comparison import comparison
@@ -84,6 +85,8 @@ def write_report(
     scored = _evaluations(facts, evaluation)
     if umap and importlib.util.find_spec("umap") is None:
         raise InputError("--umap needs umap-learn. Run pip install 'sest[umap]'.")
+    if umap and jit.REASON:
+        raise InputError(f"--umap needs umap-learn, and that needs numba, which is not here ({jit.REASON}).")
     place = Path(out) if out is not None else (facts[0].folder if len(facts) == 1 else Path()) / REPORT
     check_output(
         place,

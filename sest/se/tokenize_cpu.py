@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 
 from sest.machine.jit import compiled
+from sest.se.tokenize import sentences
 
 DIGIT = 11  # bits of a pass of the radix sort: the counts of all six passes fit a first-level cache
 N_BUCKETS = 1 << DIGIT
@@ -21,7 +23,7 @@ N_PASSES = 6
 CELLS_A_PART = 16  # at least: longer than another thread takes to wake up
 
 
-@compiled(inside=True)
+@compiled(None, inside=True)
 def _mix32(x: Any) -> Any:
     """`sest.head.mix.mix32` of one uint32."""
     x = np.uint32(np.uint32(x ^ np.uint32(x >> 16)) * np.uint32(0x7FEB352D))
@@ -29,7 +31,7 @@ def _mix32(x: Any) -> Any:
     return np.uint32(x ^ np.uint32(x >> 16))
 
 
-@compiled(inside=True)
+@compiled(None, inside=True)
 def _sort(keys: Any, items: Any, n: int, other_keys: Any, other_items: Any, counts: Any) -> bool:
     """Sort the first n uint64 keys and their items, ascending; True where the result lies in the other arrays.
 
@@ -60,7 +62,40 @@ def _sort(keys: Any, items: Any, n: int, other_keys: Any, other_items: Any, coun
     return swapped
 
 
-@compiled(nogil=True)
+def _plain_sentences(
+    indptr: Any,
+    genes: Any,
+    bits: Any,
+    logs: Any,
+    place: Any,
+    tokens: Any,
+    keys: Any,
+    cls_count_gene: int,
+    positions: Any,
+    counts: Any,
+) -> None:
+    """By `sest.se.tokenize`, some cells at a time; the shares as they are summed and divided below."""
+    n_kept = len(tokens)
+    for start in range(0, len(keys), CELLS_A_PART):
+        cells = slice(start, start + CELLS_A_PART)
+        n = len(keys[cells])
+        values = slice(indptr[start], indptr[start + n])
+        gene, cell = place[genes[values]], np.repeat(np.arange(n), np.diff(indptr[start : start + n + 1]))
+        used = (gene >= 0) & (bits[values] > 0)
+        gene, cell, log = gene[used], cell[used], logs[values][used]
+        dense, log_of = np.zeros((2, n, n_kept), np.float32)
+        dense[cell, gene], log_of[cell, gene] = bits[values][used].view(np.float32), log
+        row = positions[cells]
+        hashed, key = (torch.from_numpy(numbers.view(np.int32)) for numbers in (tokens, keys[cells]))
+        row[:] = sentences(torch.from_numpy(dense), hashed, key, row.shape[1] + 1).numpy()
+        with np.errstate(over="ignore"):
+            total = np.bincount(cell, log, n).astype(np.float32)[:, None]
+        shown = np.take_along_axis(log_of, np.insert(row, 0, cls_count_gene, axis=1), axis=1)
+        shares = np.divide(shown, total, out=np.full_like(shown, 1.0 / n_kept), where=total > 0)
+        counts[cells] = np.float32(100.0) * shares
+
+
+@compiled(_plain_sentences, nogil=True)
 def _sentences(
     indptr: Any,
     genes: Any,

@@ -96,6 +96,7 @@ def test_embeddings_are_those_of_the_controls_alone(three_files: Opened) -> None
     np.testing.assert_array_equal(embeddings, stored[row])
 
 
+@pytest.mark.usefixtures("loops")
 def test_cells_of_pairs_are_those_that_a_sort_finds(three_files: Opened) -> None:
     labels, _ = read_labels(three_files[0])
     rng = np.random.default_rng(0)

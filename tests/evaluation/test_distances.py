@@ -141,6 +141,7 @@ def test_baselines_are_controls_moved_to_their_mean() -> None:
 
 
 @pytest.mark.parametrize(("n", "m", "n_genes"), [(1, 1, 1), (3, 5, 1023), (4, 2, 1024), (37, 41, 2500), (64, 7, 3)])
+@pytest.mark.usefixtures("loops")
 def test_l1_distances_are_scipy_s(n: int, m: int, n_genes: int) -> None:
     rng = np.random.default_rng(n)
     a, b = rng.normal(size=(n, n_genes)), rng.normal(size=(m, n_genes))

@@ -16,7 +16,7 @@ MODULE = """
 from sest.machine.jit import compiled
 
 
-@compiled()
+@compiled(None)
 def squares(n):
     total = 0
     for i in range(n):
@@ -57,7 +57,7 @@ def test_where_no_folder_takes_the_result_every_process_compiles_for_itself(tmp_
 
 @pytest.mark.parametrize("place", [3, 2**40, -4])
 def test_a_place_that_is_not_in_an_array_is_an_error_and_no_access(place: int) -> None:
-    @compiled()
+    @compiled(None)
     def write(values: np.ndarray, place: int) -> None:
         values[place] = 7.0
 
@@ -65,6 +65,31 @@ def test_a_place_that_is_not_in_an_array_is_an_error_and_no_access(place: int) -
     with pytest.raises(IndexError):
         write(values[3:6], place)
     assert not values.any()
+
+
+@pytest.mark.parametrize(
+    ("why", "line"),
+    [
+        ("raise ModuleNotFoundError(\"No module named 'numba'\")", "No module named 'numba'"),
+        ('raise ImportError("Numba needs NumPy 2.0 or less. Got NumPy 2.4.")', "Numba needs NumPy 2.0 or less."),
+    ],
+)
+def test_without_numba_the_plain_form_is_taken_and_that_is_said_once(tmp_path: Path, why: str, line: str) -> None:
+    (tmp_path / "numba.py").write_text(why)
+    code = (
+        "import logging, sys\nlogging.basicConfig(level='INFO', stream=sys.stdout)\n"
+        "from sest.machine.jit import compiled, say_slow_loops\n"
+        "print(compiled(len)(sum)([3, 4]), compiled(None)(sum)([3, 4]))\n"
+        "say_slow_loops()\nsay_slow_loops()\n"
+    )
+    numbers, said = run(tmp_path, code).splitlines()
+    assert numbers == "2 7" and line in said and "without numba" in said
+
+
+def test_no_memory_to_import_numba_is_no_lack_of_numba(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('libllvmlite.so: Cannot allocate memory')")
+    with pytest.raises(AssertionError, match="Cannot allocate memory"):
+        run(tmp_path, "import sest.machine.jit")
 
 
 def test_a_package_that_numba_compiles_is_imported_where_neither_home_nor_its_folder_can_be_written(

@@ -74,6 +74,7 @@ def test_numbers_that_are_no_seed_are_refused(entropy: tuple[int | np.ndarray, .
         list(streams(*entropy))
 
 
+@pytest.mark.usefixtures("loops")
 def test_choices_from_many_pools_are_numpys_bit_for_bit() -> None:
     """Pools of one number, with repeats, by Floyd's algorithm and by the shuffle that large ones get."""
     draw = np.random.default_rng(0)

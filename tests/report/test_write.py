@@ -171,6 +171,10 @@ def test_a_umap_without_its_package_is_refused(copy: Path, monkeypatch: pytest.M
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--umap needs umap-learn"):
         write_report(copy, umap=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("sest.machine.jit.REASON", "No module named 'numba'")
+    with pytest.raises(InputError, match=r"umap-learn, and that needs numba, which is not here \(No module"):
+        write_report(copy, umap=True)
 
 
 # --- from Python

@@ -97,6 +97,7 @@ def awkward(kind: str, n_genes: int) -> np.ndarray:
 KINDS = ["counts", "all tied", "empty", "all expressed", "few expressed", "negative", "huge", "extreme", "fractions"]
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_genes", "pad_length"), [(3000, 128), (3000, 2), (3000, 2900), (60, 61), (40, 200)])
 def test_the_compiled_tokenizer_equals_the_dense_one_and_both_the_plain_one(
@@ -114,6 +115,7 @@ def test_the_compiled_tokenizer_equals_the_dense_one_and_both_the_plain_one(
             assert compiled[cell].tolist() == plain_sentence(row, tokens, SEED, int(cells[cell]), pad_length)
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("n_cells", [0, 1, 31, 32, 33, 200])
 def test_the_compiled_tokenizer_takes_any_number_of_cells_for_any_number_of_threads(n_cells: int) -> None:
     values = np.random.default_rng(0).integers(0, 3, (n_cells, 25)).astype(np.float32)
