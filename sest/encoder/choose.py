@@ -49,6 +49,10 @@ def check_encoder(config: EmbedConfig) -> None:
             )
         if config.weights is not None:
             raise InputError(f"--weights is of an SE encoder; {config.encoder!r} has none. Leave it out.")
+        if config.precision not in ("auto", "fp32"):
+            raise InputError(
+                f"--precision {config.precision} is of an SE encoder; {config.encoder!r} is float32. Leave it out."
+            )
     else:
         choose_precision(config.precision, choose_device(config.device), training=False)
         if not Path(config.encoder).exists() and os.sep not in config.encoder:

@@ -51,6 +51,14 @@ def test_it_embeds_and_says_what_it_did(sest: Callable[..., Done], words: tuple[
     assert open_cache(cache).groups["a"].n_cells == 40
 
 
+@pytest.mark.parametrize("encoder", [(), ("--encoder", "pca")], ids=["SE", "pca"])
+def test_tf32_is_refused_where_there_is_none(
+    refused: Callable[..., str], words: tuple[object, ...], encoder: tuple[object, ...]
+) -> None:
+    line = refused(*words, *encoder, "--precision", "tf32")
+    assert ("'pca' is float32" if encoder else "needs a GPU with TF32 units (Ampere or newer). Use --precision") in line
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_exit_code_is_130_or_143_when_it_was_stopped_and_saved_its_rows(
     sest: Callable[..., Done], words: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -23,6 +23,11 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(
     assert "no checkpoint 'checkpoint-step-7'" in line and "checkpoint-step-10" in line and "best" in line
 
 
+def test_tf32_is_refused_where_there_is_none(refused: Callable[..., str], demo: Demo, tmp_path: Path) -> None:
+    line = refused("predict", demo.run, "--out", tmp_path / "o.h5ad", "--device", "cpu", "--precision", "tf32")
+    assert "Precision tf32 needs a GPU with TF32 units (Ampere or newer). Use --precision fp32." in line
+
+
 def test_new_control_cells_are_one_file_of_cells(refused: Callable[..., str], demo: Demo, tmp_path: Path) -> None:
     line = refused("predict", demo.run, "--out", tmp_path / "o.h5ad", "--controls", demo.folder / "starter.toml")
     assert "starter.toml is not an .h5ad file" in line

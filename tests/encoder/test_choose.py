@@ -52,6 +52,12 @@ def test_pca_needs_no_weights_and_anything_else_is_a_state_embedding_model(
         ({"encoder": "MODEL", "weights": "other.ckpt"}, r"'other\.ckpt' in .* It holds: model\.safetensors"),
         ({"encoder": "MODEL", "device": "tpu"}, r"No device 'tpu'\. Use auto, cpu, cuda or cuda:N\."),
         ({"encoder": "MODEL", "device": "cpu", "precision": "fp16"}, "Precision fp16 needs a GPU"),
+        (
+            {"encoder": "MODEL", "device": "cpu", "precision": "tf32"},
+            r"tf32 needs a GPU with TF32 units \(Ampere or newer",
+        ),
+        ({"encoder": "pca", "precision": "tf32"}, r"--precision tf32 is of an SE encoder; 'pca' is float32\. Leave it"),
+        ({"encoder": "obsm:X", "precision": "bf16"}, r"--precision bf16 is of an SE encoder; 'obsm:X' is float32\."),
         ({"encoder": "MODEL", "precision": "fp8"}, "precision is 'fp8'; it takes one of: auto, fp32, tf32, bf16, fp16"),
         ({"encoder": "MODEL", "max_tokens": 1}, "max-tokens is 1; it must be at least 2"),
         ({"encoder": "pca", "max_tokens": 512}, "--max-tokens shortens the sentences of an SE encoder; 'pca' has none"),

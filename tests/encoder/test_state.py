@@ -84,6 +84,27 @@ def test_files_whose_genes_the_encoder_cannot_tell_apart_are_refused(
         assert "\n" not in str(refused.value)
 
 
+def test_all_that_is_encoded_in_tf32_multiplies_so_and_nothing_after_it_does(
+    tmp_path: Path, model: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the numbers stay those of float32, which has the same tensors."""
+    products, run = torch.backends.cuda.matmul, StateEncoder.run
+    before, seen = products.fp32_precision, list[str]()
+
+    def noted(self: StateEncoder, staged: Staged, kept: KeptGenes) -> torch.Tensor:
+        seen.append(products.fp32_precision)
+        return run(self, staged, kept)
+
+    monkeypatch.setattr(StateEncoder, "run", noted)
+    cells = opened(write_cells(tmp_path / "a.h5ad", counts()))[0]
+    encoders = [encoder_of(model, [cells], precision, max_tokens=6) for precision in ("fp32", "tf32")]
+    numbers = np.arange(cells.file.n_cells)
+    found = [(embeddings(e, cells), e.fidelity(cells, cells.read(numbers), numbers)) for e in encoders]
+    assert seen == 3 * [before] + 3 * ["tf32"] and products.fp32_precision == before != "tf32"
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 def test_batch_size_is_what_was_asked_or_fits_the_budget(
     tmp_path: Path, model: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
@@ -19,6 +20,7 @@ from sest.blend.blend import Blend
 from sest.blend.weights import Weights
 from sest.config import PredictConfig
 from sest.errors import InputError
+from sest.head.model import StateTransition
 from sest.prediction.cells import Followed
 from sest.prediction.predict import predict, predict_cells
 from sest.progress import reporting
@@ -62,6 +64,28 @@ def set_weights(run: Path, **weights: float) -> Blend:
     blend = Blend(best.blend().baselines, Weights(means, dict.fromkeys(means, 0.0), 1))
     add_blend(best.folder, blend)
     return blend
+
+
+def test_heads_predict_in_tf32_where_that_is_asked_for_and_nothing_after_them_does(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which passes for a GPU, the numbers stay those of float32."""
+    products, forward = torch.backends.cuda.matmul, StateTransition.forward
+    before, seen = products.fp32_precision, list[str]()
+
+    def noted(self: StateTransition, *given: Any) -> torch.Tensor:
+        seen.append(products.fp32_precision)
+        return forward(self, *given)
+
+    monkeypatch.setattr(StateTransition, "forward", noted)
+    monkeypatch.setattr("sest.prediction.predict.choose_precision", lambda name, device, training: name)
+    exact, tf32 = (
+        predict_cells(run, config=PredictConfig(blend="head", precision=precision, **ASKED))
+        for precision in ("fp32", "tf32")
+    )
+    half = len(seen) // 2
+    assert seen == half * [before] + half * ["tf32"] and half and products.fp32_precision == before != "tf32"
+    np.testing.assert_array_equal(exact.X.toarray(), tf32.X.toarray())
 
 
 def test_cells_have_the_mean_that_the_weights_say(run: Path) -> None:

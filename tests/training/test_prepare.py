@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import sest.training.prepare
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from helpers.notes import Notes
@@ -105,6 +106,27 @@ def test_runs_of_one_cache_share_the_files(cache: Path, tmp_path: Path, named: b
     assert notes.notes.count(f"The values in {values} are used again.") == 2
     assert {file: file.stat().st_mtime_ns for file in values.iterdir()} == written
     assert files(tmp_path / "a") == files(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"Precision tf32 needs a GPU with TF32 units \(Ampere or newer\)\. Use --precision fp32\."),
+        (
+            {"loss": "energy+sinkhorn"},
+            r"--loss energy\+sinkhorn has float32 products, which TF32 rounds\. Use --precision",
+        ),
+    ],
+    ids=["on a CPU", "sinkhorn on a GPU"],
+)
+def test_tf32_is_refused_where_there_is_none_and_with_a_loss_that_it_would_round(
+    cache: Path, tmp_path: Path, options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options:
+        monkeypatch.setattr(sest.training.prepare, "choose_precision", lambda name, device, training: name)
+    with pytest.raises(InputError, match=message):
+        train(cache, tmp_path / "run", small_config(precision="tf32", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_one_hot_features_cannot_learn_is_said_and_its_validation_is_marked(cache: Path, tmp_path: Path) -> None:
