@@ -31,6 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -375,6 +376,58 @@ def equality(check: Check) -> Found:
     return found
 
 
+def graph(check: Check) -> Found:
+    """A CUDA graph of whole steps, which `sest train` does not take: what its weights are off by, and its it/s."""
+    if not check.gpu:
+        return {"skipped": "needs a GPU; tests/test_step_ops.py has what the host decides in a step"}
+    n, found = 10, dict[str, Any]()
+    start, eager = (_weights(check, f"graph-{k}", k, data_device="gpu") for k in (0, n))
+    for name, options in (("eager", {}), ("compiled", {"compile": True})):
+        try:
+            weights, it_per_s = _recorded(check, f"graph-{name}", n, **options)
+            off = float((weights - eager).norm() / (eager - start).norm())
+            found[name] = {"off": off, "it_per_s": it_per_s, **check.peak()}
+        except Exception as error:  # noqa: BLE001  the other way is tried
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
+        check.forget()
+    return found
+
+
+def _recorded(check: Check, name: str, n: int, warm: int = 4, **options: Any) -> tuple[Tensor, float]:
+    """Weights after n steps, of which all but the first few are a graph's, and it/s of 100 more."""
+    with mock.patch.object(Trainer, "_graphs", False):  # those of the compiler, which would stand inside
+        trainer = check.trainer(name, data_device="gpu", **options)
+        trainer.optimizer.param_groups[0]["capturable"] = True
+        get, batch = trainer.batches.get, dict[str, Tensor]()
+
+        def in_place(number: int) -> Any:
+            for key, value in dict[str, Any](get(number)).items():
+                batch.setdefault(key, torch.empty_like(value)).copy_(value)
+            return batch
+
+        def take(first: int, last: int) -> None:
+            for number in range(first, last):
+                in_place(number)
+                recorded.replay()
+
+        with closing(trainer.batches):
+            aside, recorded = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside), mock.patch.object(trainer.batches, "get", in_place):
+                for _ in range(warm):
+                    trainer.step()
+            torch.cuda.current_stream().wait_stream(aside)
+            recording = torch.cuda.graph(recorded, capture_error_mode="thread_local")  # other threads send batches
+            with recording, mock.patch.object(trainer.batches, "get", return_value=batch):
+                trainer.step()  # recorded, and not run
+            take(warm, n)
+            weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).double().cpu()
+            began = time.perf_counter()
+            take(n, n + 100)
+            check.wait()
+            return weights, 100 / (time.perf_counter() - began)
+
+
 def _files(check: Check, name: str, *parts: int, **options: Any) -> list[str]:
     """sha256 of the checkpoint after these numbers of steps, each in a trainer that resumes the one before."""
     for i, n in enumerate(parts):
@@ -498,6 +551,7 @@ SECTIONS = (
     kernels,
     triton,
     equality,
+    graph,
     resume,
     stop,
     embed,
@@ -558,7 +612,7 @@ def main() -> None:
     began, work = time.perf_counter(), Path(tempfile.mkdtemp(prefix="gpu_check-"))
     check = Check(choose_device(options.device), options.small, work, options.peers_python)
     check.found = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
-    trains = {"syncs", "steps", "kernels", "equality", "resume", "stop"} & set(names)
+    trains = {"syncs", "steps", "kernels", "equality", "graph", "resume", "stop"} & set(names)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for section in SECTIONS:

@@ -65,7 +65,8 @@ class Op:
     flops: int
     from_host: bool  # a copy from the host
     waits: bool  # a copy of or to memory that is not pinned, or one that asks to be waited for
-    most: int = 0  # numbers of its largest tensor
+    most: int = 0  # numbers in its largest tensor
+    from_python: tuple[float, ...] = ()  # the numbers that the host gives it, which a CUDA graph would repeat
 
     @property
     def modelled_ms(self) -> float:
@@ -134,7 +135,8 @@ class Trace(TorchDispatchMode):
         waits = bool(hosts) and not (pinned and (kwargs.get("non_blocking") or args[2:] == (True,)))
         shape = f"{str(outputs[0].dtype)[6:]}{list(outputs[0].shape)}" if outputs else ""
         most = max(t.numel() for t in (*inputs, *outputs))
-        self.ops.append(Op(self.phase, name, shape, moved, flops, bool(hosts), waits, most))
+        given_numbers = tuple(n for n in tree_leaves((args, kwargs)) if isinstance(n, int | float))
+        self.ops.append(Op(self.phase, name, shape, moved, flops, bool(hosts), waits, most, given_numbers))
         return out
 
     def _to_host(self, name: str, args: Any, kwargs: Any) -> Tensor | None:
@@ -212,24 +214,32 @@ class _Casts(TorchFunctionMode):
 
 
 class _Batches:
-    """Batches as `BatchSource` makes them, all of the same cells."""
+    """Batches as `BatchSource` makes them; of two in three all cells are the same, which has fewer values."""
 
     waited = 0.0
 
-    def __init__(self, cells: ResidentCells, sets: SetRows) -> None:
-        self._cells, self._sets = cells, sets
+    def __init__(self, cells: ResidentCells, config: TrainConfig) -> None:
+        self._cells, self._shape = cells, (config.batch_size, config.set_size)
 
     def get(self, number: int) -> Any:
-        return self._cells.batch(self._sets)
+        n_sets, size = self._shape
+        sets = SetRows(
+            targets=np.arange(n_sets * size).reshape(self._shape) * (number % 3 == 1),
+            controls=np.zeros(self._shape, np.int64),
+            perturbation=np.zeros(n_sets, np.int64),
+            number=np.arange(n_sets) + number * n_sets,
+        )
+        return self._cells.batch(sets)
 
 
 def _cells(config: TrainConfig, sizes: HeadSizes, n_values: int, on_device: bool) -> ResidentCells:
-    """As many cells as a batch holds, of `n_values` counts each."""
+    """As many cells as a batch holds, of `n_values` counts each, but one less of the first."""
     n = config.batch_size * config.set_size
     indptr = np.arange(n + 1, dtype=np.int64) * n_values
+    indptr[1:] -= 1
     targets = Targets(
-        tuple(map(str, range(sizes.n_genes))), indptr, np.zeros(n * n_values, np.uint16),
-        np.ones(n * n_values, np.int16), np.ones(n, np.float32), 1e4, "counts",
+        tuple(map(str, range(sizes.n_genes))), indptr, np.zeros(indptr[-1], np.uint16),
+        np.ones(indptr[-1], np.int16), np.ones(n, np.float32), 1e4, "counts",
     )  # fmt: skip
     return resident_cells(targets, np.zeros((n, sizes.dim), np.float16), np.arange(n), META, on_device=on_device)
 
@@ -250,22 +260,27 @@ def _like_a_gpu(trace: Trace) -> Iterator[None]:
         yield
 
 
-def trace_step(
-    sizes: HeadSizes, config: TrainConfig, *, n_values: int, n_perturbations: int = 150, on_device: bool = True
-) -> list[Op]:
-    """The operations of a step of `sest train` on a GPU: the second one, as the first makes AdamW's state.
+def trace_step(sizes: HeadSizes, config: TrainConfig, *, n_values: int, on_device: bool = True) -> list[Op]:
+    """The operations of a step of `sest train` on a GPU: the second one, as the first makes AdamW's state."""
+    return trace_steps(sizes, config, n_values=n_values, on_device=on_device)[0]
+
+
+def trace_steps(
+    sizes: HeadSizes,
+    config: TrainConfig,
+    *,
+    n_values: int,
+    n_perturbations: int = 150,
+    on_device: bool = True,
+    n_steps: int = 1,
+) -> list[list[Op]]:
+    """The operations of the second step of `sest train` on a GPU, and of those after it.
 
     Args:
         n_values: expressed genes a cell.
         on_device: whether the cells lie in the GPU's memory.
     """
-    sets = SetRows(
-        targets=np.arange(config.batch_size * config.set_size).reshape(config.batch_size, -1),
-        controls=np.zeros((config.batch_size, config.set_size), np.int64),
-        perturbation=np.zeros(config.batch_size, np.int64),
-        number=np.arange(config.batch_size),
-    )
-    trace = Trace()
+    trace, steps = Trace(), list[list[Op]]()
 
     def begins(phase: str, run: Any) -> Any:
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -280,7 +295,7 @@ def trace_step(
         optimizer, scaler = sest.training.prepare._optimizer(model, config, META, config.precision, None)
         gram = torch.float32 if config.precision == "fp32" else torch.float16
         criterion = begins("loss", make_loss(config.loss, gram))
-        batches = _Batches(_cells(config, sizes, n_values, on_device), sets)
+        batches = _Batches(_cells(config, sizes, n_values, on_device), config)
         data = SimpleNamespace(
             features=SimpleNamespace(matrix=np.zeros((n_perturbations, sizes.n_features), np.float32))
         )
@@ -299,8 +314,11 @@ def trace_step(
             mock.patch.object(Tensor, "backward", begins("backward", Tensor.backward)),
             mock.patch.object(Trainer, "_clip", begins("update", Trainer._clip)),
         ):
-            trainer.step()
-    return trace.ops
+            for _ in range(n_steps):
+                trace.ops = []
+                trainer.step()
+                steps.append(trace.ops)
+    return steps
 
 
 def main() -> None:

@@ -90,6 +90,35 @@ def test_a_step_waits_for_nothing_and_each_of_its_batches_is_one_copy(
     assert {op.phase for op in ops} == {"data", "forward", "loss", "backward", "update"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "host_decides"),
+    [
+        ({}, set()),
+        ({"accumulate": 2}, set()),
+        ({"precision": "fp32"}, set()),
+        ({"precision": "fp16"}, set()),
+        ({"loss": "mse", "clip": 0.0}, set()),
+        ({"schedule": "cosine"}, {"_fused_adamw_"}),
+        ({"warmup": 10}, {"_fused_adamw_"}),
+        ({"ema": 0.9}, {"_foreach_lerp_"}),  # in the first steps
+    ],
+    ids=str,
+)
+def test_what_the_host_decides_from_step_to_step_is_the_rate_of_a_schedule_and_of_an_average(
+    trace_step: Tracer, changes: dict[str, Any], host_decides: set[str]
+) -> None:
+    """All else comes from the device's memory, so that a CUDA graph of a step could be repeated.
+
+    How many values a batch has is told to `dense_rows` for PyTorch's operations; Triton's kernel does not read it.
+    """
+    import step_ops
+
+    one, other = step_ops.trace_steps(SMALL, small(**changes), n_values=20, n_steps=2)
+    assert [(op.name, op.out) for op in one] == [(op.name, op.out) for op in other]
+    different = {a.name for a, b in zip(one, other, strict=True) if a.from_python != b.from_python}
+    assert different == {"dense_rows"} | host_decides
+
+
 @pytest.mark.parametrize("sizes", [SMALL, HeadSizes(32, 40, 200, 64, n_layers=5, n_encoder_layers=2)], ids=str)
 def test_the_limit_of_a_run_knows_how_many_operations_a_step_starts(trace_step: Tracer, sizes: HeadSizes) -> None:
     assert len(trace_step(sizes, small(), n_values=20)) == pytest.approx(step_launches(sizes), rel=0.02)
