@@ -350,16 +350,17 @@ def _embed(
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         block = cells.read(part)
-        encoded = encoder.encode(cells, block, part)
-        if projection is not None:
-            encoded = projection.apply(encoded[:, : encoder.native_dim])
-        embeddings.append(encoded[:, : known.dim].astype(known.dtype))
+        begun = encoder.start(cells, encoder.stage(cells, block, part))  # a GPU encodes while this goes on
         factor = np.zeros(len(part), np.float32)
         if cells.scale == "counts":  # totals over all genes of the file, as in a cache
             totals.append(total_counts(block))
             factor = factors_to(known.target_sum, totals[-1]).astype(np.float32)
         expression.append(_filled(log1p_rows(block[:, columns[columns >= 0]], factor), columns, fill))
         others.append(log1p_rows(block[:, more], factor))
+        encoded = begun()
+        if projection is not None:
+            encoded = projection.apply(encoded[:, : encoder.native_dim])
+        embeddings.append(encoded[:, : known.dim].astype(known.dtype))
         progress.advance(len(part))
     embedded, values = np.concatenate(embeddings), _cut(scipy.sparse.vstack(expression, format="csr"))
     beside, counted = _cut(scipy.sparse.vstack(others, format="csr")), np.concatenate(totals) if totals else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,6 +83,24 @@ def test_files_whose_genes_the_encoder_cannot_tell_apart_are_refused(
         with pytest.raises(InputError, match=message) as refused:
             encoder_of(model, cells)
         assert "\n" not in str(refused.value)
+
+
+def test_what_is_said_of_the_encoder_names_the_kernel_for_attention_on_a_gpu(
+    tmp_path: Path, model: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, begin = opened(write_cells(tmp_path / "a.h5ad", counts())), StateEncoder.__init__
+
+    def as_on_a_gpu(self: StateEncoder, *given: Any, **options: Any) -> None:
+        begin(self, *given, **options)
+        self.attention_kernel = "cuDNN"
+
+    said = Notes()
+    with reporting(said):
+        encoder_of(model, cells)
+        monkeypatch.setattr(StateEncoder, "__init__", as_on_a_gpu)
+        encoder_of(model, cells)
+    lines = [note for note in said.notes if note.startswith("Encoder ")]
+    assert [line.rpartition(" on ")[2] for line in lines] == ["cpu, fp32.", "cpu, fp32, attention by cuDNN."]
 
 
 def test_all_that_is_encoded_in_tf32_multiplies_so_and_nothing_after_it_does(

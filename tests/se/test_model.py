@@ -6,19 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse
 import scipy.special
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sest.se.model
 from helpers.h5ad_files import counts, gene_names
 from helpers.plain_tokenizer import plain_counts, plain_sentence
 from helpers.se_model import HEADS, OUT, write_se
 from sest.errors import InputError
 from sest.files.cell_file import CellFile
 from sest.machine.transfer import Sender
+from sest.se.attention import attention
 from sest.se.model import SparseRows, StateEncoder, densify, sizes
 from sest.se.tokenize import cell_keys
 from sest.se.weights import EncoderWeights, load_encoder
@@ -182,6 +186,25 @@ def test_a_batch_that_is_tokenised_where_it_runs_gives_the_same_embeddings(small
     parts = torch.cat([encoder.run(staged.part(start, start + 5), kept) for start in (0, 5, 10)])
     # matrix products of other shapes add up in another order: float32 rounding
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)
+
+
+def test_all_attention_is_computed_in_the_context_in_which_its_kernel_was_found_to_work(
+    small: EncoderWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+
+    def noted(*given: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return attention(*given)
+
+    monkeypatch.setattr(sest.se.model, "attention", noted)
+    encoder, rows = encoder_of(small), scipy.sparse.csr_matrix(counts(3, 30))
+    kept = encoder.keep(KEPT, TOKENS, 30)
+    expected = encoder.encode(rows, np.arange(3), "counts", kept)
+    encoder._attending = lambda: sdpa_kernel(SDPBackend.MATH)  # as `working_kernel` gives it
+    found = encoder.encode(rows, np.arange(3), "counts", kept)
+    assert seen == [True, True, False, False] and torch.backends.cuda.flash_sdp_enabled()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)  # sums in another order
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
