@@ -51,6 +51,7 @@ def baseline_pseudobulks(fitted: Baselines, query: Query, means: np.ndarray | No
     found = {name: np.empty((len(query), fitted.effects.delta.shape[1]), np.float32) for name in BASELINES}
     for rows, part in query.parts(AT_ONCE):
         added_to = part.control_means if means is None else means[part.context]
+        mean = np.empty(added_to.shape)
         for name, predicted in fitted.predict(part).items():
-            np.maximum(added_to + predicted, 0.0, out=found[name][rows], casting="same_kind")
+            np.maximum(np.add(added_to, predicted, out=mean), 0.0, out=found[name][rows], casting="same_kind")
     return found

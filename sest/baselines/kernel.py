@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
-import scipy.optimize
 
 from sest.baselines.effects import Contexts, Effects, Query, gene_blocks, product
 from sest.baselines.means import cosines
@@ -71,11 +70,13 @@ class Kernel:
             y[:, genes] = block
             log_likelihood[genes] = -0.5 * ((block**2).T @ (1.0 / variance) + np.log(variance).sum(0))
         share = _shares_of_sizes(log_likelihood)  # (G, A)
-        self._of_signal, self._of_noise = np.empty_like(y), y
+        here = effects.context == np.arange(len(effects.controls.names))[:, None]
+        of_context = self.parameters.noise * here / effects.controls.n_cells[effects.context] @ self._to_y
+        self._of_signal, self._of_noise = y, np.empty((len(here), y.shape[1]))
         for genes in gene_blocks(y.shape[1]):
             block = y[:, genes].astype(np.float64)
             self._of_signal[:, genes] = ((SIZES / variance) @ share[genes].T) * block
-            self._of_noise[:, genes] = ((1.0 / variance) @ share[genes].T) * block
+            self._of_noise[:, genes] = of_context @ (((1.0 / variance) @ share[genes].T) * block)
         return self
 
     def _z(self, genes: slice, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
@@ -92,11 +93,9 @@ class Kernel:
         near = np.exp(-effects.distances(query.controls)[query.context][:, effects.context] / (2 * a.length))
         alike = cosines(query.features, effects.features)[:, effects.perturbation]
         kernel = _kernel(a, alike * np.outer(strength, self._strength[effects.perturbation]), near)
-        n_controls = effects.controls.n_cells[effects.context]
-        contexts, of = np.unique(at_context, return_inverse=True)  # whose noise all of their pairs have
-        noise = a.noise * (contexts[:, None] == effects.context) / n_controls
         z = product(kernel @ self._to_y, self._of_signal)
-        z += product(noise @ self._to_y, self._of_noise)[of]
+        known = np.flatnonzero(at_context >= 0)  # whose controls' noise is in the effects that were learned from
+        z[known] += self._of_noise[at_context[known]]
         predicted: np.ndarray = z * self._sd * self._noise_of(query.controls)[query.context][:, None]
         return predicted
 
@@ -148,6 +147,8 @@ def _fitted(moments: np.ndarray, alike: np.ndarray, distances: np.ndarray, noise
 
     Parts: see `Kernel._parts`.
     """
+    import scipy.optimize  # slow to import, and not needed where parameters are known
+
     far = float(distances.max()) or 1.0
     signal = max(float(np.mean(np.diag(moments) - np.diag(noise))), 1e-3 * float(np.diag(noise).mean()))
 

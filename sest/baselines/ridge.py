@@ -45,8 +45,7 @@ class Ridge:
             vectors = self._x @ vectors / np.sqrt(values)
         self._unit = float(values.sum()) / len(x)
         self._values, self._vectors = values, vectors
-        # the vectors are orthogonal to 1, so that the intercept need not be taken off
-        self._projected = product(vectors.T, learned.delta).astype(learned.delta.dtype)  # (r, G)
+        self._delta = learned.delta  # the vectors are orthogonal to 1, so that the intercept need not be taken off
         if self._chosen is not None:
             self.alpha_seen, self.alpha_unseen = self._chosen
             return self
@@ -62,7 +61,8 @@ class Ridge:
         scores = (np.asarray(query.features, np.float64) - self._feature_mean) @ self._x.T @ self._vectors  # (N, r)
         seen = self._effects.perturbations_of(query) >= 0
         penalty = np.where(seen, self.alpha_seen, self.alpha_unseen)[:, None] * self._unit
-        effects: np.ndarray = self._intercept + product(scores / (self._values + penalty), self._projected)
+        effects = product(scores / (self._values + penalty) @ self._vectors.T, self._delta)
+        effects += self._intercept
         return effects
 
     def errors(self, group: np.ndarray) -> np.ndarray:

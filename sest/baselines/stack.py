@@ -10,7 +10,6 @@ from dataclasses import astuple
 from typing import Any, Protocol
 
 import numpy as np
-import scipy.optimize
 
 from sest.baselines.effects import Effects, Query, some_genes
 from sest.baselines.kernel import Kernel, Parameters
@@ -176,6 +175,8 @@ def left_out(effects: Effects, code: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def nonnegative_weights(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
     """(B,) w of least w' gram w - 2 w' target with w >= 0 and sum w <= 1."""
+    import scipy.optimize  # slow to import, and not needed where weights are known
+
     values, vectors = np.linalg.eigh(gram)
     if values[-1] <= 0:
         return np.zeros(len(target))
