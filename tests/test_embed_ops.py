@@ -94,7 +94,7 @@ def test_of_all_tensors_of_the_largest_pass_none_has_numbers_beyond_32_bits_and_
         ops = embed_ops.trace_batch(size, n, n_values=n_values)
         return max(op.most for op in ops if op.phase not in ("data", "result"))  # bytes that are copied
 
-    assert most(cells, min(size.n_genes, 2**25 // cells)) < 2**31
+    assert most(cells, min(size.n_genes, 2**20 // cells)) < 2**31
     if cells < 10_000:
         encoder = embed_ops.encoder_of(size, "bf16")
         encoder._most = cells + 1

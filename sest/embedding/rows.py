@@ -21,7 +21,7 @@ from sest.errors import InputError
 from sest.machine.ahead import ahead
 from sest.machine.signals import StopRequest
 
-SPOOL_SECONDS = 60.0  # what a kill costs at most, beside the batch in hand
+SPOOL_SECONDS = 60.0  # what a kill costs at most, beside the batches in hand
 BATCHES_AHEAD = 3
 
 
