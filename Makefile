@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit slow newest faults fuzz docs dist format hooks clean distclean
+.PHONY: help demo test lint types unit slow newest faults fuzz docs dist carry format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,15 @@ dist: $(VENV)/.installed-dev ## the sdist and the wheel as PyPI takes them, chec
 	rm -rf dist build/lib build/bdist.*
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
+
+# For the Python of $(VENV): an image with another one wants make carry PYTHON=python3.12 VENV=.venv-3.12.
+carry: $(VENV)/.installed-demo ## the fewest wheels that an image with PyTorch needs for sest (carry.txt), into dist/carry/
+	rm -rf dist/carry build/lib build/bdist.*
+	mkdir -p dist/carry build
+	sed '/^typer==/d' constraints.txt > build/carry-constraints.txt
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: -c build/carry-constraints.txt -r carry.txt --dest dist/carry
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist/carry .
+	du -sh dist/carry
 
 format: $(VENV)/.installed-test ## let ruff repair what it can
 	$(BIN)/ruff check --fix .

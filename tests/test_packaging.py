@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import sest
+from helpers.packages import canonical, needed_by
 from helpers.source_tree import FOLDERS, ROOT, imported, modules
 
 DATE = {"SOURCE_DATE_EPOCH": "1764460800"}  # of all files in a wheel
@@ -73,6 +75,17 @@ def test_every_third_party_import_is_a_declared_dependency(project: dict[str, An
         for top in {name.split(".")[0] for name in imported(path)} - {"sest"} - sys.stdlib_module_names:
             names = {_canonical(name) for name in distributions.get(top, [top])}
             assert names & declared, f"{path.name} imports {top}, which pyproject.toml does not name"
+
+
+def test_carry_txt_has_what_is_needed_beside_pytorch_but_for_what_it_says(project: dict[str, Any]) -> None:
+    lines = (ROOT / "carry.txt").read_text(encoding="utf-8").splitlines()
+    listed = {canonical(line): line for line in lines if not line.startswith("#")}
+    needed = needed_by(project["project"]["dependencies"]) - needed_by(["torch", "numpy", "fsspec"])
+    left_out = needed_by(["numba", "plotly", "pygments", "markdown-it-py", "pydantic"])
+    assert set(listed) == needed - left_out | {"packaging"}
+    assert all(name in "\n".join(lines) for name in ("numba", "plotly", "pygments", "markdown-it-py", "pydantic"))
+    ranged = [Requirement(line) for name, line in listed.items() if line != name]
+    assert [each.name for each in ranged] == ["typer"] and needed_by(["pydantic"]) <= needed_by(["typer"])
 
 
 def test_the_site_names_the_version() -> None:

@@ -30,6 +30,7 @@ from sest.files.cell_file import CellFile
 from sest.files.containers import SUFFIXES, files_in, open_container, stem_of
 from sest.files.formats import is_zarr
 from sest.files.remote import UrlPath, located
+from sest.machine.jit import say_slow_loops
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     columns = [columns_of(file, config) for file in files]
     tables = [_obs(source, file, found) for source, file, found in zip(sources, files, columns, strict=True)]
     result = []
+    say_slow_loops()
     progress.begin("Reading", sum(file.n_cells for file in files), "cells")
     for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
         scan = scan_file(file, progress.advance)

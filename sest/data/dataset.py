@@ -19,6 +19,7 @@ from sest.data.labels import Labels, pair_counts, read_embeddings, read_labels
 from sest.data.targets import Targets, read_targets
 from sest.data.vectors import GENES, ONE_HOT, read_sources, sources_of
 from sest.errors import InputError, shown
+from sest.machine.jit import say_slow_loops
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ def read_dataset(
     )
     for note in splits.notes:
         logger.info(note)
+    if not only_controls:
+        say_slow_loops()
     mask = np.concatenate([splits.masks[path] for path in labels.groups])
     targets = like.targets if like is not None else None
     scratch = Path(config.scratch) if config.scratch else None

@@ -47,7 +47,6 @@ from sest.encoder.made import Made, alike
 from sest.encoder.projection import Projection, fit_pca
 from sest.errors import InputError
 from sest.files.cell_file import CellFile
-from sest.machine.jit import say_slow_loops
 from sest.machine.memory import resident_bytes
 from sest.machine.ranks import SINGLE, Ranks
 from sest.machine.signals import StopRequest, TimeLimit, stop_requests
@@ -108,7 +107,6 @@ def embed(
     existing = journal.root_attributes(storage) if schema.ROOT in storage.here() else None
     if add and existing is None:
         raise InputError(f"--add adds files to a cache, and there is none at {cache}. Leave --add out to make one.")
-    say_slow_loops()
     with ExitStack() as stack:
         cells = open_cells(sources, config, stack)
         if add and existing is not None:

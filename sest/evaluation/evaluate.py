@@ -89,7 +89,6 @@ def evaluate(
             several possible columns, and whatever makes a file unreadable.
     """
     config = config or EvaluateConfig()
-    say_slow_loops()
     notes: list[str] = []
     p_name, r_name = _name(predicted, "predicted"), _name(real, "real")
     with (
@@ -107,6 +106,7 @@ def evaluate(
         if record is None or record.draw is None or record.followed is None:
             notes.append(NOT_TOLD.format(p.path) + ("" if record is None else " Run `sest predict` again."))
         scored = _pairs_with_energy(task, config.seed, notes)
+        say_slow_loops()
         one, other, draws = _read(task, scored, record, config, notes)
         read = one, other
         table, predictors = _own_scores(task, scored, read, draws, record, config.seed, notes)

@@ -69,7 +69,7 @@ def compiled(
 def say_slow_loops() -> None:
     """Say, once a process, that nothing is compiled where numba is not there."""
     if REASON:
-        logger.info(f"Reading and scoring cells takes several times as long without numba here ({REASON}).")
+        logger.info(f"Cells are read and scored more slowly without numba ({REASON}).")
 
 
 def import_compiled(name: str) -> ModuleType:

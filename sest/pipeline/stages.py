@@ -23,7 +23,7 @@ from sest.evaluation.results import Evaluation
 from sest.machine.signals import Interrupted
 from sest.options import Config
 from sest.prediction.predict import predict
-from sest.report.write import Report, write_report
+from sest.report.write import Report, refuse_without_plotly, write_report
 from sest.runs.run_folder import CONFIG, config_of
 from sest.training.train import TrainResult, train
 
@@ -132,8 +132,10 @@ def carry_out(plan: Plan, watcher: Watcher, ledger: Ledger) -> PipelineResult:
     """The stages of a plan, one after another, but for those that are finished.
 
     Raises:
+        InputError: plotly is not installed, so that the last one could not be carried out, and what each stage says.
         Interrupted: after SIGINT or SIGTERM; finished stages are kept.
     """
+    refuse_without_plotly()
     results: dict[str, Any] = {}
     stages = {EMBED: _embed, TRAIN: _train, PREDICT: _predict, EVALUATE: _evaluate, REPORT: _report}
     made = {

@@ -44,6 +44,16 @@ class Report:
     notes: list[str]  # what was left out, and why
 
 
+def refuse_without_plotly() -> None:
+    """Refuse to draw where there is nothing to draw with.
+
+    Raises:
+        InputError: plotly is not installed.
+    """
+    if importlib.util.find_spec("plotly") is None:
+        raise InputError("A report needs plotly, which is not installed. Run pip install plotly.")
+
+
 def write_report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str] | None = None,
@@ -72,10 +82,11 @@ def write_report(
         force: replace `out` where it exists. At its default place an older report is replaced without it.
 
     Raises:
-        InputError: no such run, device or evaluation, several runs with one evaluation, no umap-learn for a UMAP, or a
-            place that cannot or must not be written to (see `check_output`). A
-            cache that cannot be used is no error: the page says so where it would have been needed.
+        InputError: no plotly, no such run, device or evaluation, several runs with one evaluation, no umap-learn for a
+            UMAP, or a place that cannot or must not be written to (see `check_output`). A cache that cannot be used is
+            no error: the page says so where it would have been needed.
     """
+    refuse_without_plotly()
     given = [Path(folder) for folder in ([runs] if isinstance(runs, (str, os.PathLike)) else runs)]
     facts = read_runs(
         [run for folder in given for run in (seeds_of(folder) or [folder])],

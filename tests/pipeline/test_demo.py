@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import sys
@@ -17,6 +18,15 @@ from sest.errors import InputError
 from sest.pipeline import demo as demo_module
 from sest.pipeline import stages
 from sest.pipeline.demo import run_demo
+
+
+def test_without_plotly_the_demo_is_refused_before_anything_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else name)
+    with pytest.raises(InputError, match="A report needs plotly"):
+        run_demo(tmp_path / "out", quick=True)
+    assert not (tmp_path / "out" / "cache.zarr").exists()
 
 
 def test_the_demo_leaves_every_stage_in_its_folder(demo: Demo) -> None:

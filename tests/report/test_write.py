@@ -167,8 +167,14 @@ def test_one_evaluation_is_not_that_of_several_runs(copy: Path, trained: Trained
         write_report([copy, trained.run], tmp_path / "r.html", with_model=False, evaluation=copy / "evaluation")
 
 
-def test_a_umap_without_its_package_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_without_plotly_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="A report needs plotly, which is not installed"):
+        write_report("nowhere")
+
+
+def test_a_umap_without_its_package_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "umap" else name)
     with pytest.raises(InputError, match="--umap needs umap-learn"):
         write_report(copy, umap=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
