@@ -49,8 +49,9 @@ from sest.head.loss import energy_distance
 from sest.head.model import HeadSizes, new_model
 from sest.machine.devices import DTYPES, autocast, choose_device, choose_precision, float32_products
 from sest.machine.team import ALONE
-from sest.runs.checkpoint import LAST, find_checkpoint, open_checkpoint
+from sest.runs.checkpoint import find_checkpoint, open_checkpoint
 from sest.runs.run_folder import CONFIG, METRICS, append_metrics
+from sest.runs.schema import LAST
 from sest.se.model import StateEncoder
 from sest.se.weights import EncoderWeights
 from sest.training.prepare import prepare

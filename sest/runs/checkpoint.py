@@ -33,10 +33,20 @@ from sest.config import upgraded
 from sest.errors import InputError, nearest_file, one_line, shown
 from sest.head.model import HeadSizes, StateTransition
 from sest.hub import fetched
-from sest.runs.schema import BLEND, FEATURES, FORMAT_VERSION, MODEL, OPTIMIZER, PROJECTION, STATE, read_state
+from sest.runs.schema import (
+    BEST,
+    BLEND,
+    FEATURES,
+    FORMAT_VERSION,
+    LAST,
+    MODEL,
+    OPTIMIZER,
+    PROJECTION,
+    STATE,
+    read_state,
+)
 from sest.untrusted.tensors import check_finite, read_safetensors
 
-LAST, BEST = "last", "best"
 _STEP_FOLDER = re.compile(r"checkpoint-step-(\d+)")
 
 
@@ -114,9 +124,7 @@ class Checkpoint:
             tensors = self.model_tensors()
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            raise InputError(
-                f"{self.folder}: {MODEL} does not fit state.json ({' '.join(str(error).split())})."
-            ) from error
+            raise InputError(f"{self.folder}: {MODEL} does not fit {STATE} ({one_line(error)}).") from error
         if other := [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]:
             raise InputError(f"{self.folder}: {MODEL} is not all float32: {shown(other)}.")
         check_finite(str(self.folder / MODEL), tensors)
@@ -324,8 +332,7 @@ def latest_checkpoint(run: Path) -> tuple[Checkpoint, list[str]]:
 
 def _present(run: Path, name: str) -> Path | None:
     """The checkpoint of that name, or what a kill left of it between two renames."""
-    places = (run / name, run / f".{name}{OLD}")
-    return next((folder for folder in places if (folder / STATE).exists()), None)
+    return next((place for place in (run / name, run / f".{name}{OLD}") if (place / STATE).exists()), None)
 
 
 def find_checkpoint(path: Path, which: str | None = None) -> Path:
@@ -338,8 +345,7 @@ def find_checkpoint(path: Path, which: str | None = None) -> Path:
     if (path / STATE).exists() and which is None:
         return path
     for name in (which,) if which else (BEST, LAST):
-        folder = _present(path, name)
-        if folder is not None:
+        if (folder := _present(path, name)) is not None:
             return folder
     if not path.exists():
         raise InputError(f"{path} does not exist.{nearest_file(path)}")
@@ -372,11 +378,11 @@ def sound_checkpoint(folder: Path, *, to_resume: bool = False) -> Checkpoint:
     Raises:
         InputError: the checkpoint is damaged, or has no optimizer state.
     """
-    others = resumable if to_resume else checkpoints
     try:
         checkpoint = open_checkpoint(folder)
     except InputError as error:
-        sound = next((other for other in others(folder.parent) if other != folder and _is_sound(other)), None)
+        others = (resumable if to_resume else checkpoints)(folder.parent)
+        sound = next((other for other in others if other != folder and _is_sound(other)), None)
         if sound is None:
             raise
         raise InputError(f"{error} Sound: {sound}. Pass that one instead.") from error

@@ -6,17 +6,21 @@ the metrics of sest.training.validate and their baselines).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sest.errors import InputError
-from sest.runs.schema import LONGEST_LINE, MOST_BYTES, MOST_LINES, checked_line
+from sest.runs.schema import LAST, LONGEST_LINE, MOST_BYTES, MOST_LINES, checked_line, read_state
 
+logger = logging.getLogger(__name__)
 METRICS = ("val_loss", "energy_distance", "pearson_delta", "pearson_delta_independent", "mae", "pds")
 # baselines with an energy distance and a val_loss, for which they are made into cells
 WITH_CELLS = ("controls", "perturbation_mean", "stack")
@@ -156,7 +160,7 @@ class Curves:
 
 
 def read_lines(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order; one that a kill cut short is left out.
+    """The lines of a metrics.jsonl, in order; one that a kill cut short is left out, and fewer than were saved is said.
 
     Raises:
         InputError: no such file, it cannot be read, or a line is of no run.
@@ -173,7 +177,19 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
                     lines.append(found)
     except OSError as error:
         raise InputError(f"Cannot read {metrics}: {error}.") from error
+    with suppress(InputError, OSError):  # of a checkpoint that is damaged or not there: said by what needs it
+        if len(lines) < (saved := read_state(metrics.parent / LAST)["run"].get("lines", 0)):
+            _say_fewer(metrics, len(lines), saved)
     return lines
+
+
+@cache
+def _say_fewer(metrics: Path, n: int, saved: int) -> None:
+    """Once: several parts of a command read them."""
+    logger.warning(
+        f"{metrics} has {n:,} whole lines, and had {saved:,} when {LAST}/ was saved: the others were cut off, or "
+        " the run went back to an earlier step."
+    )
 
 
 def curves_of(lines: Iterable[dict[str, Any]]) -> Curves:

@@ -233,11 +233,14 @@ def own_cache(run: Path, provenance: Mapping[str, Any]) -> str:
 @contextmanager
 def opened_run(
     run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int, chosen: str = ""
-) -> Iterator[None]:
+) -> Iterator[int]:
     """Create or continue the run folder (configuration, splits, metrics up to the step resumed from), and keep it.
 
     Args:
         chosen: what a preset chose and why, for the provenance; a continued run keeps its own.
+
+    Yields:
+        how many lines its metrics have.
 
     Raises:
         InputError: another process trains in it, or it cannot be written to.
@@ -249,8 +252,7 @@ def opened_run(
         raise _unwritable(run, error) from error
     try:
         _lock(folder, run)
-        _begin(run, config, data, start, step, chosen)
-        yield
+        yield _begin(run, config, data, start, step, chosen)
     finally:
         os.close(folder)  # which also unlocks
 
@@ -267,7 +269,7 @@ def _lock(folder: int, run: Path) -> None:
         return  # some network file systems have no locks
 
 
-def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int, chosen: str) -> None:
+def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | None, step: int, chosen: str) -> int:
     if not chosen and (run / CONFIG).is_file():
         chosen = read_run_config(run)[1].get("chosen", "")
     try:
@@ -294,6 +296,7 @@ def _begin(run: Path, config: TrainConfig, data: Dataset, start: Checkpoint | No
         write_durably(run / METRICS, "".join(line + "\n" for line in kept).encode())
     except OSError as error:
         raise _unwritable(run, error) from error
+    return len(kept)
 
 
 def _unwritable(run: Path, error: OSError) -> InputError:

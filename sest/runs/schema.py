@@ -33,6 +33,7 @@ FILES = MODEL, PROJECTION, FEATURES, BLEND, OPTIMIZER, STATE = (
     "optimizer.safetensors",
     "state.json",
 )
+LAST, BEST = "last", "best"  # checkpoints of a run
 LONGEST_LINE = 2**15  # bytes of a line of metrics.jsonl; those of a validation have 4,000
 MOST_BYTES, MOST_LINES = 2**28, 10**6  # of a metrics.jsonl
 MOST_NUMBERS = 500  # in a line
@@ -53,6 +54,7 @@ STATE_KIND = record(
                 "validations_without_improvement": whole(),
                 "skipped_steps": whole(),
                 "monitored": list_of(_figure),
+                "lines": whole(),
             },
         ),
         "sizes": record(

@@ -27,8 +27,8 @@ from sest.machine.signals import Interrupted, StopRequest, TimeLimit, stop_reque
 from sest.machine.team import join_team
 from sest.options import seconds_of
 from sest.progress import STEPS
-from sest.runs.checkpoint import LAST
 from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run, run_is_there
+from sest.runs.schema import LAST
 from sest.runs.sinks import open_sinks
 from sest.training.blend import say_blend
 from sest.training.prepare import prepare
@@ -98,7 +98,8 @@ def train(
             logger.info(f"All {trainer.config.max_steps:,} steps are done. A larger --max-steps goes on.")
         if team.leads:
             at = trainer.state.step
-            stack.enter_context(opened_run(run, trainer.config, trainer.data, start, at, trainer.chosen))
+            opened = opened_run(run, trainer.config, trainer.data, start, at, trainer.chosen)
+            trainer.state.lines = stack.enter_context(opened)
         stop = stack.enter_context(stop_requests(limit=limit))
         stack.enter_context(closing(trainer))
         sinks = stack.enter_context(open_sinks(run, trainer.config, trainer.state.step)) if team.leads else None
@@ -107,6 +108,7 @@ def train(
             if sinks is not None:
                 with run_is_there(run):
                     append_metrics(run / METRICS, line)
+                trainer.state.lines += 1
                 sinks(line)
                 if on_log is not None:
                     on_log(line)

@@ -32,8 +32,6 @@ from sest.machine.behind import Behind
 from sest.machine.devices import float32_products
 from sest.machine.team import Team
 from sest.runs.checkpoint import (
-    BEST,
-    LAST,
     add_blend,
     copy_checkpoint,
     find_checkpoint,
@@ -46,6 +44,7 @@ from sest.runs.curves import best_of
 from sest.runs.kept import check_disk, delete_older
 from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS, run_is_there
+from sest.runs.schema import BEST, LAST
 from sest.training.blend import blend_of
 from sest.training.identity import projection_to_keep
 from sest.training.limit import Limit
@@ -66,6 +65,7 @@ class RunState:
     validations_without_improvement: int = 0
     skipped_steps: int = 0
     monitored: list[float] = field(default_factory=list)  # what the run monitors, of all validations
+    lines: int = 0  # of the folder's metrics.jsonl
 
 
 @dataclass(eq=False)

@@ -18,10 +18,11 @@ from sest.errors import InputError
 from sest.head.loss import make_loss
 from sest.machine.devices import choose_device
 from sest.machine.team import ALONE
-from sest.runs.checkpoint import BEST, save_checkpoint
+from sest.runs.checkpoint import save_checkpoint
 from sest.runs.curves import METRICS as SCORES
 from sest.runs.known import CELLS, cells_to_keep, features_to_keep
 from sest.runs.run_folder import METRICS, append_metrics, find_start, opened_run
+from sest.runs.schema import BEST
 from sest.training.blend import blend_of
 from sest.training.identity import identity_of, projection_to_keep
 from sest.training.prepare import head_sizes, read_in_turn, say_what_is_not_learned, settled

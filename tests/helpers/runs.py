@@ -18,9 +18,9 @@ import sest.training.trainer
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
 from sest.head.loss import energy_distance
-from sest.runs.checkpoint import BEST, LAST, open_checkpoint, step_folder
+from sest.runs.checkpoint import open_checkpoint, step_folder
 from sest.runs.run_folder import METRICS
-from sest.runs.schema import MODEL
+from sest.runs.schema import BEST, LAST, MODEL
 from sest.training.train import train
 from sest.training.validate import Validator
 from sest.training.window import MEASURED

@@ -21,8 +21,9 @@ from helpers.processes import start_ranks
 from sest.errors import InputError
 from sest.machine.ranks import Ranks
 from sest.machine.team import join_team
-from sest.runs.checkpoint import BEST, LAST, open_checkpoint, step_folder
+from sest.runs.checkpoint import open_checkpoint, step_folder
 from sest.runs.run_folder import METRICS
+from sest.runs.schema import BEST, LAST
 from sest.training.train import train
 from sest.training.window import MEASURED
 

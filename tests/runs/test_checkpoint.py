@@ -19,8 +19,6 @@ from sest.errors import InputError
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.runs import checkpoint as module
 from sest.runs.checkpoint import (
-    BEST,
-    LAST,
     Checkpoint,
     checkpoints,
     copy_checkpoint,
@@ -35,7 +33,7 @@ from sest.runs.checkpoint import (
     sound_checkpoint,
     step_folder,
 )
-from sest.runs.schema import MODEL, OPTIMIZER, PROJECTION, STATE
+from sest.runs.schema import BEST, LAST, MODEL, OPTIMIZER, PROJECTION, STATE
 
 SIZES = HeadSizes(dim=3, n_features=2, n_genes=4, hidden=4, n_layers=1, n_heads=2, ffn=8, n_encoder_layers=1)
 

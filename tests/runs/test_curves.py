@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.pages import Trained
 from sest.errors import InputError
 from sest.runs.curves import best_of, judged, judged_by, read_curves, read_lines, steady_speed, strongest
+from sest.runs.run_folder import METRICS
+from sest.runs.schema import LAST, STATE
 
 LINES = """\
 {"step": 50, "loss": 2.0, "limited_by": "memory"}
@@ -39,6 +43,23 @@ def test_lines_are_sorted_into_log_lines_and_validations(metrics: Path) -> None:
 
 def test_a_line_cut_short_is_left_out(metrics: Path) -> None:
     assert [line["step"] for line in read_lines(metrics)] == [50, 100, 100, 150]
+
+
+def test_fewer_lines_than_were_saved_are_said(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained.run, folder)
+    whole = (folder / METRICS).read_bytes()
+    assert read_lines(folder / METRICS) and not caplog.records
+    n = whole.count(b"\n")
+    (folder / METRICS).write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    for _ in range(2):
+        assert len(read_lines(folder / METRICS)) == n - 1
+    [said] = [record.message for record in caplog.records]  # once
+    assert said.startswith(f"{folder / METRICS} has {n - 1:,} whole lines, and had {n:,} when last/ was saved")
+    (folder / LAST / STATE).write_text("{")  # which is said by what reads it
+    assert len(read_lines(folder / METRICS)) == n - 1
 
 
 def test_a_run_without_lines_has_curves_without_points(tmp_path: Path) -> None:

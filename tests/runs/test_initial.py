@@ -20,7 +20,7 @@ from sest.data.dataset import Dataset, read_dataset
 from sest.errors import InputError
 from sest.head.model import HeadSizes, StateTransition, new_model
 from sest.progress import reporting
-from sest.runs.checkpoint import BEST, LAST, open_checkpoint
+from sest.runs.checkpoint import open_checkpoint
 from sest.runs.initial import (
     PARTS,
     features_to_start_with,
@@ -31,7 +31,7 @@ from sest.runs.initial import (
     take_over,
 )
 from sest.runs.run_folder import read_run_config
-from sest.runs.schema import MODEL
+from sest.runs.schema import BEST, LAST, MODEL
 from sest.training.prepare import head_sizes
 from sest.training.train import train
 

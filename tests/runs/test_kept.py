@@ -18,10 +18,10 @@ from sest.errors import InputError
 from sest.machine.behind import Behind
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
-from sest.runs.checkpoint import BEST, LAST, checkpoints, step_folder, step_folders
+from sest.runs.checkpoint import checkpoints, step_folder, step_folders
 from sest.runs.kept import check_disk, delete_older, most_at_once
 from sest.runs.run_folder import CONFIG
-from sest.runs.schema import STATE
+from sest.runs.schema import BEST, LAST, STATE
 from sest.training.train import train
 
 FULL, HEAD = 600_000_000, 200_000_000  # bytes of a checkpoint and of best/

@@ -18,10 +18,10 @@ from sest.config import TrainConfig
 from sest.errors import InputError
 from sest.machine.signals import Interrupted
 from sest.progress import reporting
-from sest.runs.checkpoint import BEST, LAST, open_checkpoint, save_checkpoint, step_folder
+from sest.runs.checkpoint import open_checkpoint, save_checkpoint, step_folder
 from sest.runs.curves import read_lines
 from sest.runs.run_folder import CONFIG, METRICS, SPLITS, config_of, read_run_config, resumed_config
-from sest.runs.schema import MODEL, OPTIMIZER, STATE
+from sest.runs.schema import BEST, LAST, MODEL, OPTIMIZER, STATE
 from sest.training.train import train
 
 

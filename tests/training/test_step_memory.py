@@ -129,15 +129,16 @@ def test_a_steps_seconds_are_those_of_its_passes_and_leave_the_model_as_it_was(m
     model = head()
     model.basal_encoder.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    passes = []
+    passes, clock = [], [0.0]
+    monkeypatch.setattr("sest.training.step_memory.time.perf_counter", lambda: clock[0])
 
     def criterion(predicted: Tensor, target: Tensor) -> Tensor:
         passes.append(predicted.shape)
+        clock[0] += (0.9, 0.3, 0.4, 0.5)[len(passes) - 1]  # s: the first pass takes longest
         return energy_distance(predicted, target)
 
-    seconds = seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext)
+    assert seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext) == pytest.approx(0.3)
     assert passes == [(3, 8, SIZES.n_genes)] * 3
-    assert 0 < seconds < seconds_of_step(model, SIZES, 48, 8, energy_distance, nullcontext)
     monkeypatch.setattr(sest.training.step_memory, "LONG_STEP", 0.0)
     seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext)
     assert len(passes) == 4

@@ -33,9 +33,9 @@ from sest.config import TrainConfig
 from sest.errors import InputError, TrainingFailed
 from sest.machine.signals import Interrupted
 from sest.progress import Silent, reporting
-from sest.runs.checkpoint import BEST, LAST, load_model, open_checkpoint, step_folder, step_folders
+from sest.runs.checkpoint import load_model, open_checkpoint, step_folder, step_folders
 from sest.runs.run_folder import CONFIG, METRICS, read_run_config
-from sest.runs.schema import MODEL, OPTIMIZER
+from sest.runs.schema import BEST, LAST, MODEL, OPTIMIZER
 from sest.training.train import train
 from sest.training.trainer import Trainer
 from sest.training.window import MEASURED, Window

@@ -35,8 +35,8 @@ from sest.head.moments import new_moments, optimizer_to_tensors
 from sest.machine.signals import Interrupted
 from sest.machine.team import ALONE
 from sest.progress import reporting
-from sest.runs.checkpoint import LAST, open_checkpoint, step_folder
-from sest.runs.schema import MODEL, OPTIMIZER
+from sest.runs.checkpoint import open_checkpoint, step_folder
+from sest.runs.schema import LAST, MODEL, OPTIMIZER
 from sest.training.prepare import prepare
 from sest.training.train import train
 from sest.training.trainer import Trainer
