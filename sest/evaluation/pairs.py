@@ -229,7 +229,7 @@ def pair_metrics(
         names = [data.labels.perturbations[p] for p in pairs.perturbation[ranked]]
         genes = np.array(data.targets.genes)[columns].tolist()
         ours, observed = predicted[ranked][:, columns], pairs.observed[ranked][:, columns]
-        found["pds"][ranked] = discrimination_score(ours, observed, control, names, genes)
+        found["pds"][ranked] = discrimination_score(ours, observed, None, names, genes)
     return found
 
 

@@ -163,7 +163,7 @@ def _changes(pairs: Pairs, means: np.ndarray) -> np.ndarray:
     """(K, G) float32 means of cells minus those of the controls."""
     found = np.empty(means.shape, np.float32)
     for rows in _blocks(found):
-        found[rows] = means[rows] - pairs.controls.mean[pairs.own[rows]]
+        np.subtract(means[rows], pairs.controls.mean[pairs.own[rows]], out=found[rows], casting="same_kind")
     return found
 
 
