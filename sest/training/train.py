@@ -21,7 +21,6 @@ from sest.data.dataset import Dataset
 from sest.errors import InputError, TrainingFailed, is_out_of_memory
 from sest.head.model import StateTransition, n_parameters
 from sest.machine.devices import choose_device, choose_precision, faster_precision, slow_pages
-from sest.machine.jit import say_slow_loops
 from sest.machine.ranks import SINGLE, Ranks
 from sest.machine.signals import Interrupted, StopRequest, TimeLimit, stop_requests
 from sest.machine.team import join_team
@@ -84,7 +83,6 @@ def train(
             checkpoint is kept.
         Interrupted: after a signal, or when `max_time` is over; the step was finished and saved to last/.
     """
-    say_slow_loops()
     if config.head == "none":
         return _without_head(cache, run, config, resume, ranks, on_start, on_log)
     limit = TimeLimit(seconds_of(config.max_time), time.monotonic())
