@@ -76,9 +76,9 @@ def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
     folder = Path(folder)
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder} is no folder that `sest evaluate` wrote: it has no {' and no '.join(missing)}.")
-    names = dict.fromkeys(("cell_type", "perturbation", "predictor"), str)  # converters: "NA" is a name
+    names = dict.fromkeys(("cell_type", "perturbation", "predictor"), str)
     try:
-        table = pd.read_csv(folder / RESULTS, converters=names)
+        table = pd.read_csv(folder / RESULTS, dtype=names, keep_default_na=False, na_values=[""])  # "NA" is a name
         told = json.loads((folder / SUMMARY).read_text())
         table[["n_real", "pearson_delta", "mae", "pds"]].astype(np.float64)
         table[list(names)]

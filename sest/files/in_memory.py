@@ -40,9 +40,10 @@ def file_of(
         raise InputError(f"The {name} cells are of type {type(cells).__name__}; pass a path or an AnnData.")
     if obsm is not None and obsm not in cells.obsm:
         raise InputError(f"The {name} cells have no obsm {obsm!r}. There are: {shown(cells.obsm)}.")
-    from_raw = layer == "raw" and layer not in cells.layers and cells.raw is not None
-    if layer is not None and layer not in cells.layers and not from_raw:
-        raise InputError(f"The {name} cells have no layer {layer!r}. There are: {shown(cells.layers)}.")
+    layers = [key for key in cells.layers if key is not None]  # None: X, for anndata 0.13
+    from_raw = layer == "raw" and layer not in layers and cells.raw is not None
+    if layer is not None and layer not in layers and not from_raw:
+        raise InputError(f"The {name} cells have no layer {layer!r}. There are: {shown(layers)}.")
     if cells.isbacked:
         cells = cells.to_memory()
     part = AnnData(

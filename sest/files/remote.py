@@ -59,12 +59,13 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         import fsspec
 
-        check_url(url)
         self.url = url
+        self._file: Any = io.BytesIO()  # what `close` finds, which Python calls too where nothing could be opened
+        check_url(url)
         try:
             fs, path = fsspec.core.url_to_fs(url)
             options = {"block_size": BLOCK, "cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}}
-            self._file: Any = fs.open(path, "rb", **({} if "memory" in fs.protocol else options))
+            self._file = fs.open(path, "rb", **({} if "memory" in fs.protocol else options))
         except Exception as error:  # packages for object stores have no error in common
             raise InputError(f"{url} cannot be opened: {reason(error)}.") from error
         try:

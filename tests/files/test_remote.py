@@ -49,6 +49,9 @@ class Fetching:
     def __init__(self, data: bytes) -> None:
         self.data, self.at, self.stuck = data, 0, False
 
+    def close(self) -> None:
+        pass
+
     def seek(self, offset: int, whence: int = 0) -> int:
         self.at = offset + (0, self.at, len(self.data))[whence]
         return self.at

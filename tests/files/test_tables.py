@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.damaged_h5ad import as_anndata_07, check_refused, counts, edit, replace, write
+from helpers.damaged_h5ad import as_anndata_07, check_refused, counts, edit, replace, strings, write
 from helpers.old_layouts import as_anndata_06, as_seuratdisk, with_attributes_of_one_element
 from helpers.zarr_cells import as_zarr
 from sest.errors import InputError
@@ -65,7 +65,7 @@ def test_obs_and_var_are_what_anndata_reads(tmp_path: Path, suffix: str) -> None
 def test_cell_names_may_repeat(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5ad", counts())
     with h5py.File(path, "r+") as file:
-        file["obs/_index"][1] = "cell0"
+        strings(file["obs/_index"])[1] = "cell0"
     with CellFile(path) as file:
         assert file.obs.index[:3].tolist() == ["cell0", "cell0", "cell2"]
 

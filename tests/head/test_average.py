@@ -34,6 +34,7 @@ def test_the_average_is_that_of_the_formula(decay: float) -> None:
         assert float(model.weight[0, 0].detach()) == pytest.approx(by_hand, abs=1e-6)  # float32 against float64
 
 
+@pytest.mark.filterwarnings("ignore:the .type, exc, tb. signature of throw")  # torch's no_grad on a generator
 def test_the_weights_come_back_in_the_same_memory_whatever_happens_inside() -> None:
     model, average, _, seen = trained(5, 0.9)
     place = model.weight.data_ptr()

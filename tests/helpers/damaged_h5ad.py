@@ -54,10 +54,15 @@ def replace(group: h5py.Group, name: str, values: object) -> None:
     group[name] = values
 
 
+def strings(node: h5py.Dataset | h5py.Group) -> h5py.Dataset:
+    """The values of an array; anndata 0.13 keeps strings beside a mask of those that are missing."""
+    return node["values"] if isinstance(node, h5py.Group) else node
+
+
 def set_value(name: str, at: int, value: object) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         with h5py.File(path, "r+") as file:
-            file[name][at] = value
+            strings(file[name])[at] = value
 
     return change
 

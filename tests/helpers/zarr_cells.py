@@ -21,7 +21,10 @@ KINDS = ("zarr2", "zarr3", "sharded", "zip")
 def settings(version: int) -> Iterator[None]:
     """What anndata writes Zarr with."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Writing zarr v2 data|Consolidated metadata is currently not part")
+        warnings.filterwarnings(
+            "ignore",
+            "Writing zarr v2 data|Consolidated metadata is currently not part|This setting will be|zarr v3 will",
+        )
         with ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
             yield
 
