@@ -29,6 +29,7 @@ from sest.runs.checkpoint import Checkpoint
 MOST_PAIRS = 6  # of the context with most pairs: those of the largest effects
 MOST_CELLS = 60  # of a pair, of either side
 MOST_CONTROLS = 200
+MOST_STARTS = 4_096  # controls that predicted cells are made from
 MOST_GENES = 2_000  # of the components: those that vary most between the real cells
 
 
@@ -73,7 +74,7 @@ def map_pairs(
     ]
     progress.begin("Reading cells for a map", sum(map(len, rows)), "cells")
     real = [_read(data, of_pair) for of_pair in rows]
-    pool = cached_pool(data, controls, result.cell_types[mine[0]])
+    pool = cached_pool(data, _drawn(controls, MOST_STARTS, rng), result.cell_types[mine[0]])
     member = _member(checkpoint, config, data, [result.perturbations[k] for k in mine], device)
     predicted = []
     for k, of_pair in zip(mine, rows, strict=True):

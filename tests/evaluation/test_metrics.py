@@ -126,6 +126,17 @@ def test_the_same_prediction_for_all_perturbations_averages_the_chance_score() -
     assert discrimination_score(same, REAL[1:], None, PERTURBATIONS).mean() == pytest.approx((n + 1) / (2 * n))
 
 
+def test_one_prediction_for_all_is_ranked_as_each_row_alone_would_be() -> None:
+    predicted = np.tile(PREDICTED[1], (5, 1))
+    found = discrimination_score(predicted, REAL[1:], REAL[0], PERTURBATIONS, GENES, PREDICTED[0])
+    by_hand = []
+    for i, name in enumerate(PERTURBATIONS):
+        kept = [j for j, gene in enumerate(GENES) if gene != name]
+        distances = np.abs((predicted[i] - PREDICTED[0]) - (REAL[1:] - REAL[0]))[:, kept].sum(1)
+        by_hand.append(1 - (distances < distances[i]).sum() / 5)
+    np.testing.assert_allclose(found, by_hand, rtol=1e-12)
+
+
 def test_equal_distances_count_half_so_that_the_order_of_names_does_not_matter() -> None:
     """cell-eval gives 1.0, 0.75, 0.5, 0.25 here, by alphabet."""
     same = np.ones((4, 3))
