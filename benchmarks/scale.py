@@ -417,7 +417,7 @@ class Panel:
         for power in range(self.y[0], self.y[1] + 1):
             x, y = self.place(steps[0], 10.0**power)
             parts.append(self.line([(x, y), (x + self.width, y)], 'stroke="#ddd"'))
-            parts.append(f'<text x="{x - 5}" y="{y + 4}" text-anchor="end">{10.0**power:g}</text>')
+            parts.append(f'<text x="{x - 5}" y="{y + 4}" text-anchor="end">{10.0**power:,g}</text>')
         for n in steps:
             x = self.place(n, floor)[0]
             parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{n:,}</text>')
@@ -451,7 +451,8 @@ def plot(series: Sequence[Series], sizes: Plan) -> str:
                 parts += Panel(60 + 300 * column, 50 + 270 * row, (first, last), y).draw(what, dimension, here)
     style = "<style>text { font: 12px system-ui, sans-serif; fill: #222; }</style>"
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="960" height="570">'
-    return f"{head}{style}{''.join(parts)}</svg>\n"
+    paper = '<rect width="100%" height="100%" fill="white"/>'
+    return f"{head}{style}{paper}{''.join(parts)}</svg>\n"
 
 
 def main() -> None:
