@@ -29,13 +29,13 @@ def writing(storage: Storage, rank: int, world_size: int) -> Iterator[Lock]:
     alone = world_size == 1
     with ExitStack() as locks:
         try:
-            lock = storage.hold(schema.LOCK, alone=alone, text=str(os.getpid()))
+            lock = _hold(storage, schema.LOCK, str(os.getpid()), alone=alone)
         except Held as held:
             raise CacheError(f"{storage} is being written by process {held}. Wait for it or stop it.") from held
         locks.callback(_let_go, storage, lock)
         if not alone:
             try:
-                locks.callback(_hold_rank(storage, rank, f"{os.getpid()} of {world_size}").close)
+                locks.callback(_hold(storage, _lock_of(rank), f"{os.getpid()} of {world_size}").close)
             except Held as held:
                 raise CacheError(
                     f"{storage} is being written by a process with --rank {rank} already ({held})."
@@ -133,13 +133,13 @@ def _began(storage: Storage, rank: int) -> bool:
     return isinstance(storage, LocalStorage) and (storage.root / _lock_of(rank)).exists()
 
 
-def _hold_rank(storage: Storage, rank: int, text: str) -> Lock:
-    """The lock of this rank. Another rank that looks who writes holds it for an instant: that is waited out."""
+def _hold(storage: Storage, name: str, text: str, *, alone: bool = True) -> Lock:
+    """A lock. Another process that ends, or looks who writes, may hold it for an instant: that is waited out."""
     for _ in range(_TRIES):
         with contextlib.suppress(Held):
-            return storage.hold(_lock_of(rank), alone=True, text=text)
+            return storage.hold(name, alone=alone, text=text)
         time.sleep(_BETWEEN_TRIES)
-    return storage.hold(_lock_of(rank), alone=True, text=text)
+    return storage.hold(name, alone=alone, text=text)
 
 
 def _held_by_others(storage: Storage, rank: int) -> Iterator[tuple[int, str]]:

@@ -96,6 +96,20 @@ def test_a_rank_whose_lock_is_looked_at_waits_for_the_instant_that_takes(storage
     later.join()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_process_waits_for_the_instant_in_which_the_last_one_of_others_ends(
+    storage: LocalStorage, world_size: int
+) -> None:
+    """That one asks whether it is alone, and then nobody can share the lock until it has let go."""
+    with locks.writing(storage, 0, 2) as lock:
+        assert lock.is_alone()
+        timer = threading.Timer(0.1, lock.close)
+        timer.start()
+        with locks.writing(storage, 1, world_size):
+            pass
+        timer.join()
+
+
 def test_an_object_store_has_no_locks() -> None:
     storage = storage_at("memory://bucket/cache.zarr")
     with locks.writing(storage, 0, 1), locks.writing(storage, 0, 1), locks.finishing(storage):
