@@ -138,9 +138,11 @@ def predicted_means(
         alike: (sets,) for each set the one that is predicted in its place; None: each itself.
 
     Returns:
-        (K, G) float64.
+        (K, G) float64; float32 where every pair has one set, whose mean is then all there is.
     """
-    sums = torch.zeros(len(held.pairs.context), cells.n_genes, dtype=torch.float64, device=cells.device)
+    counts = np.bincount(held.pair, minlength=len(held.pairs.context))
+    dtype = torch.float32 if counts.max(initial=0) == 1 else torch.float64
+    sums = torch.zeros(len(counts), cells.n_genes, dtype=dtype, device=cells.device)
     predicted_for, of_set = np.unique(np.arange(len(held.pair)) if alike is None else alike, return_inverse=True)
     means_alone = model.cell_means if each is None and isinstance(model, StateTransition) else None
     was_training = model.training
@@ -155,14 +157,13 @@ def predicted_means(
                 predicted = (means_alone or model)(basal, features[perturbation.to(cells.device)])
             if each is not None:
                 each(sets, predicted)
-            means = (predicted if means_alone else predicted.float().mean(1)).double()
+            means = (predicted if means_alone else predicted.float().mean(1)).to(dtype)
             mine = np.flatnonzero((of_set >= start) & (of_set < start + size))
             pair, place = (torch.as_tensor(n[mine], device=cells.device) for n in (held.pair, of_set - start))
             sums.index_add_(0, pair, means[place])
             if advance is not None:
                 advance(len(means))
     model.train(was_training)
-    counts = np.bincount(held.pair, minlength=len(sums))
     result: np.ndarray = team.sum(sums).cpu().numpy()
     result /= counts[:, None]
     return result
