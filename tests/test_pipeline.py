@@ -114,7 +114,7 @@ def test_with_an_image_and_carry_txt_alone_the_cache_has_the_same_bytes_and_the_
         shutil.copy(demo.folder / name, tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", STAGES, json.dumps(stages)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
