@@ -23,7 +23,7 @@ enum { WRITE = 1, FSYNC = 2, RENAME = 4, CREATE = 8, REMOVE = 16, LENGTH = 32, R
 enum { NO_FLOCK = 1, NO_SHM = 2, CLOCK_JUMPS = 4 };                       /* what the machine lacks */
 
 struct plan {
-    long count, at, how, kinds, error, without;
+    volatile long count, at, how, kinds, error, without;
     char below[PATH_MAX];
 };
 struct plan *plan;
@@ -62,7 +62,7 @@ static int fails(long kind) {
     if (plan->how == NOTHING || number < plan->at || (number > plan->at && plan->how != FAIL_ON)) return 0;
     if (plan->how == KILL || plan->how == TEAR) kill(getpid(), SIGKILL);
     if (plan->how == PAUSE) {
-        sleep(2);
+        while (plan->how == PAUSE) usleep(5000);
         return 0;
     }
     errno = plan->error;

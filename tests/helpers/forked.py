@@ -45,7 +45,8 @@ class Fault:
         kinds: of calls: of KINDS; "open" are those for reading, all others change something.
         at: number of the call, from 1.
         how: "count": nothing happens; "kill": SIGKILL before the call; "tear": SIGKILL after half of a write; "fail":
-            the call alone fails with `error`; "fail on": so do all later ones; "pause": it takes two seconds.
+            the call alone fails with `error`; "fail on": so do all later ones; "pause": it waits until those after
+            it have ended.
         lacks: what the machine has not: of LACKS ("clock": one that stands still).
     """
 
@@ -94,12 +95,19 @@ class Forked:
         self._server = Server({**os.environ, "LD_PRELOAD": str(library)})
 
     def together(self, commands: Sequence[Command], seconds: float = 120) -> list[Ended]:
-        """Run commands at one time; those that have not ended after so many seconds are killed."""
+        """Run commands at one time; those that have not ended after so many seconds are killed.
+
+        The one after a command with a pause starts when that has come to it.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            left = [_Running(self._server, one, Path(folder) / str(i)) for i, one in enumerate(commands)]
+            left: list[_Running] = []
             ended: dict[_Running, Ended] = {}
-            while len(ended) < len(left):
-                for one in left:
+            while len(ended) < len(commands):
+                if len(left) < len(commands) and not (left and left[-1].is_on_the_way(seconds)):
+                    left.append(_Running(self._server, commands[len(left)], Path(folder) / str(len(left))))
+                for i, one in enumerate(left):
+                    if len(left) == len(commands) and all(later in ended for later in left[i + 1 :]):
+                        one.go_on()
                     if one not in ended and one.has_ended(seconds):
                         ended[one] = one.end()
                 time.sleep(0.005)
@@ -150,6 +158,16 @@ class _Running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.poll() is not None
+
+    def is_on_the_way(self, seconds: float) -> bool:
+        """Whether it has not come to its pause yet."""
+        pauses = self.plan.how == HOW["pause"]
+        return pauses and self.plan.count < self.plan.at and not self.has_ended(seconds)
+
+    def go_on(self) -> None:
+        """End its pause."""
+        if self.plan.how == HOW["pause"]:
+            self.plan.how = HOW["count"]
 
     def end(self) -> Ended:
         seconds, code = time.monotonic() - self.began, self.process.wait(0)
