@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,15 +43,30 @@ class Baselines:
         return {name: found[name] for name in BASELINES}
 
 
-def baseline_pseudobulks(fitted: Baselines, query: Query, means: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Name -> (N, G) float32 means of cells by every baseline: controls and effect, cut at 0.
+def pseudobulk_parts(
+    fitted: Baselines, query: Query, means: np.ndarray | None = None
+) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+    """Stretches of pairs, and name -> (n, G) float32 means of their cells: controls and effect, cut at 0.
 
     `means`: (C, G) of other control cells of the query's contexts, to which the effects are added instead.
     """
-    found = {name: np.empty((len(query), fitted.effects.delta.shape[1]), np.float32) for name in BASELINES}
     for rows, part in query.parts(AT_ONCE):
         added_to = part.control_means if means is None else means[part.context]
-        mean = np.empty(added_to.shape)
-        for name, predicted in fitted.predict(part).items():
-            np.maximum(np.add(added_to, predicted, out=mean), 0.0, out=found[name][rows], casting="same_kind")
+        found = {}
+        for name, effect in fitted.predict(part).items():
+            found[name] = np.maximum(np.add(added_to, effect, out=effect), 0.0, out=effect).astype(np.float32)
+        yield rows, found
+
+
+def baseline_pseudobulks(fitted: Baselines, query: Query, means: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Name -> (N, G) of all pairs; see `pseudobulk_parts`."""
+    return joined(pseudobulk_parts(fitted, query, means), len(query), fitted.effects.delta.shape[1])
+
+
+def joined(parts: Iterable[tuple[slice, dict[str, np.ndarray]]], n_pairs: int, n_genes: int) -> dict[str, np.ndarray]:
+    """Name -> (n_pairs, n_genes) of all stretches."""
+    found = {name: np.empty((n_pairs, n_genes), np.float32) for name in BASELINES}
+    for rows, part in parts:
+        for name, values in part.items():
+            found[name][rows] = values
     return found

@@ -75,7 +75,8 @@ class Stack:
         kind = kinds_of(self._effects, query)
         result = np.zeros((len(query), self._effects.delta.shape[1]))
         for code in np.unique(kind).tolist():
-            rows = np.flatnonzero(kind == code)
+            here = kind == code
+            rows = slice(None) if here.all() else np.flatnonzero(here)
             weights = self.weights_of(KINDS[code])
             asked = query.some(rows)
             for name, weight in weights.items():

@@ -8,6 +8,7 @@ it produced (tests/evaluation/test_metrics.py); where ours differ (no NaN, no lu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,14 +32,29 @@ def pearson_delta(
     `pearson_delta` gives NaN there, which would turn the mean over perturbations into NaN or drop the row.
     """
     x, y = _effects(predicted, observed, control, predicted_control)
-    for effect in (x, y):
-        effect -= effect.mean(axis=1, keepdims=True)
-    product, size_x, size_y = (np.einsum("ij,ij->i", a, b) for a, b in ((x, y), (x, x), (y, y)))
-    size_x, size_y = np.sqrt(size_x), np.sqrt(size_y)
-    floor = FLAT * np.sqrt(x.shape[1])
-    # Written so that a NaN in the data stays NaN in the answer: only a size known to be tiny becomes 0.
-    flat = (size_x < floor) | (size_y < floor)
-    return np.where(flat, 0.0, product / np.where(flat, 1.0, size_x * size_y))
+    return Deviations.of(x).correlation(Deviations.of(y))
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """Effects less their mean over genes: what correlates."""
+
+    values: np.ndarray  # (N, G)
+    size: np.ndarray  # (N,) their lengths
+
+    @classmethod
+    def of(cls, effects: np.ndarray) -> Deviations:
+        """Of (N, G) float64, which is changed."""
+        effects -= effects.mean(axis=1, keepdims=True)
+        return cls(effects, np.sqrt(np.einsum("ij,ij->i", effects, effects)))
+
+    def correlation(self, other: Deviations) -> np.ndarray:
+        """(N,) of each row with the same row of the other, see `pearson_delta`."""
+        assert self.values.shape == other.values.shape, (self.values.shape, other.values.shape)
+        product, floor = np.einsum("ij,ij->i", self.values, other.values), FLAT * np.sqrt(self.values.shape[1])
+        # Written so that a NaN in the data stays NaN in the answer: only a size known to be tiny becomes 0.
+        flat = (self.size < floor) | (other.size < floor)
+        return np.where(flat, 0.0, product / np.where(flat, 1.0, self.size * other.size))
 
 
 def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
@@ -75,43 +91,57 @@ def discrimination_score(
     predicted_effect, observed_effect = _matrix(predicted), _matrix(observed)
     if control is not None:
         predicted_effect, observed_effect = _effects(predicted, observed, control, predicted_control)
-    n = len(predicted_effect)
-    assert len(perturbations) == n, "one name a row"
-    if n < 2:
-        return np.full(n, np.nan)
-    distance = _distances(predicted_effect, observed_effect, perturbations, gene_names)
-    own = distance.diagonal()[:, None]
-    nearer, ties = (distance < own).sum(axis=1), (distance == own).sum(axis=1) - 1  # without itself
-    scores: np.ndarray = 1.0 - (nearer + ties / 2) / n
-    return scores
+    assert predicted_effect.shape == observed_effect.shape, (predicted_effect.shape, observed_effect.shape)
+    ranking = Ranking(observed_effect, perturbations, gene_names)
+    return ranking.scores(predicted_effect, np.arange(len(predicted_effect)))
 
 
-def _distances(
-    predicted: np.ndarray, observed: np.ndarray, perturbations: Sequence[str], gene_names: Sequence[str] | None
-) -> np.ndarray:
-    """(N, N) L1 over genes of predicted i and observed j, without the gene that perturbation i is named like."""
-    from sest.evaluation.distances import l1_distances  # slow to import; the command line reads this module for help
+class Ranking:
+    """Observed effects (N, G) that predictions are ranked among; see `discrimination_score`."""
 
-    wanted = set(map(str, perturbations))
-    column = {gene: j for j, gene in enumerate(map(str, gene_names or ())) if gene in wanted}
-    named = np.unique([column[name] for name in map(str, perturbations) if name in column]).astype(int)
-    others = np.ones(predicted.shape[1], bool)
-    others[named] = False
-    are_one = all((rows == predicted[0]).all() for rows in (predicted[:2], predicted))  # most differ in the first two
-    different = predicted[:1] if are_one else predicted  # controls and some baselines predict the same for all
-    if len(named):
-        distance = l1_distances(*(np.compress(others, effects, axis=1) for effects in (different, observed)))
-    else:
-        distance = l1_distances(different, observed)
-    if are_one:
-        distance = np.repeat(distance, len(predicted), axis=0)
-    place = {gene: k for k, gene in enumerate(named.tolist())}
-    for i, name in enumerate(map(str, perturbations) if len(named) else ()):
-        gap = np.abs(observed[:, named] - predicted[i, named])
-        if name in column:
-            gap[:, place[column[name]]] = 0.0
-        distance[i] += gap.sum(axis=1)
-    return distance
+    def __init__(
+        self, observed: np.ndarray, perturbations: Sequence[str], gene_names: Sequence[str] | None = None
+    ) -> None:
+        names = list(map(str, perturbations))
+        assert len(names) == len(observed), "one name a row"
+        wanted = set(names)
+        column = {gene: j for j, gene in enumerate(map(str, gene_names or ())) if gene in wanted}
+        self._named = np.array(sorted(column.values()), int)  # genes that a perturbation is named like
+        place = {gene: k for k, gene in enumerate(sorted(column, key=column.__getitem__))}
+        self._own_gene = np.array([place.get(name, -1) for name in names], int)
+        self._others = np.ones(observed.shape[1], bool)
+        self._others[self._named] = False
+        self._observed, self._of_named = self._without_named(_matrix(observed)), _matrix(observed)[:, self._named]
+
+    def scores(self, predicted: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """(n,) PDS of predicted effects (n, G), of which each belongs to the observed one in row `own` (n,)."""
+        n = len(self._observed)
+        if n < 2 or not len(own):
+            return np.full(len(own), np.nan)
+        distance = self._distances(_matrix(predicted), own)
+        to_own = distance[np.arange(len(own)), own][:, None]
+        nearer, ties = (distance < to_own).sum(axis=1), (distance == to_own).sum(axis=1) - 1  # without itself
+        scores: np.ndarray = 1.0 - (nearer + ties / 2) / n
+        return scores
+
+    def _distances(self, predicted: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """(n, N) L1 over genes of predicted i and observed j, without the gene that perturbation i is named like."""
+        from sest.evaluation.distances import l1_distances  # slow to import; the command line reads this for help
+
+        are_one = all((rows == predicted[0]).all() for rows in (predicted[:2], predicted))  # most differ in these two
+        different = predicted[:1] if are_one else predicted  # controls and some baselines predict the same for all
+        distance = l1_distances(self._without_named(different), self._observed)
+        if are_one:
+            distance = np.repeat(distance, len(predicted), axis=0)
+        for i, gene in enumerate(self._own_gene[own].tolist() if len(self._named) else ()):
+            gap = np.abs(self._of_named - predicted[i, self._named])
+            if gene >= 0:
+                gap[:, gene] = 0.0
+            distance[i] += gap.sum(axis=1)
+        return distance
+
+    def _without_named(self, effects: np.ndarray) -> np.ndarray:
+        return np.compress(self._others, effects, axis=1) if len(self._named) else effects
 
 
 def mean_score(metric: str, scores: np.ndarray) -> float:
@@ -123,7 +153,7 @@ def mean_score(metric: str, scores: np.ndarray) -> float:
 def _effects(
     predicted: np.ndarray, observed: np.ndarray, control: np.ndarray, predicted_control: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and observed pseudobulks minus their controls, both (N, G) float64."""
+    """Predicted and observed pseudobulks minus their controls, both (N, G) float64, new."""
     control = np.asarray(control, dtype=np.float64)
     own = control if predicted_control is None else np.asarray(predicted_control, dtype=np.float64)
     predicted, observed = _matrix(predicted), _matrix(observed)

@@ -5,7 +5,7 @@ Shapes: K pairs, S cells a set, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sest import progress
-from sest.baselines.all import AT_ONCE, Baselines, baseline_pseudobulks
+from sest.baselines.all import AT_ONCE, Baselines, joined, pseudobulk_parts
 from sest.baselines.effects import Query
 from sest.blend.blend import ANCHORED, HEAD
 from sest.config import TrainConfig
@@ -23,11 +23,11 @@ from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells
 from sest.data.sampler import SetRows, SetSampler
 from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
-from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
+from sest.evaluation.metrics import Deviations, Ranking, mean_absolute_error, mean_score
 from sest.head.model import StateTransition
 from sest.machine.team import ALONE, Team
 
-ROWS_AT_ONCE = 64  # pairs scored in float64 at one time: of more, each step would be new memory for the system to clear
+METRICS = ("pearson_delta", "mae", "pds")  # of means
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +53,18 @@ class HeldOut:
         """The baselines, made when they are first asked for: effects of all pairs take the most memory of all this."""
         return self.fit()
 
+    def baseline_parts(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+        """Stretches of pairs, and name -> (n, G) float32 pseudobulks of each baseline; fitted before the first."""
+        for rows, part in pseudobulk_parts(self.fitted, self.query):
+            if self.measured is not None:
+                control = self.pairs.controls.mean[self.pairs.own[rows]].astype(np.float32)
+                part = {name: np.where(self.measured[rows], means, control) for name, means in part.items()}
+            yield rows, part
+
     @cached_property
     def baselines(self) -> dict[str, np.ndarray]:
-        """Their names -> (K, G) float32 pseudobulks; they are fitted for the first time here."""
-        found = baseline_pseudobulks(self.fitted, self.query)
-        if self.measured is None:
-            return found
-        control = self.pairs.control
-        return {name: np.where(self.measured, means, control).astype(np.float32) for name, means in found.items()}
+        """Their names -> (K, G) float32 pseudobulks."""
+        return joined(self.baseline_parts(), *self.pairs.observed.shape)
 
     @cached_property
     def stack(self) -> np.ndarray:
@@ -214,24 +218,46 @@ def pair_metrics(
     pds is NaN where a context has one perturbation. Of more than `most_ranked` so many are drawn, always the same, and
     ranked among each other; it is NaN for the rest.
     """
-    found = {name: np.full(len(predicted), np.nan) for name in ("pearson_delta", "mae", "pds")}
-    for context in np.unique(pairs.context).tolist():
-        mine, measured = np.flatnonzero(pairs.context == context), data.measured_in(context)
+    return metrics_of_some(data, pairs, slice(None), {"": predicted}, most_ranked=most_ranked)[""]
+
+
+def metrics_of_some(
+    data: Dataset,
+    pairs: Pairs,
+    rows: slice,
+    predictors: Mapping[str, np.ndarray],
+    *,
+    most_ranked: int | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """The same by several predictors, name -> (n, G), of the pairs in `rows`, which are ranked among all."""
+    of = np.arange(len(pairs.context))[rows]
+    found = {name: {metric: np.full(len(of), np.nan) for metric in METRICS} for name in predictors}
+    for context in np.unique(pairs.context[of]).tolist():
+        measured = data.measured_in(context)
         columns = slice(None) if measured is None else measured
-        control = pairs.controls.mean[pairs.own[mine[0]]][columns]
-        for start in range(0, len(mine), ROWS_AT_ONCE):
-            rows = mine[start : start + ROWS_AT_ONCE]
-            ours, observed = predicted[rows][:, columns], pairs.observed[rows][:, columns]
-            found["pearson_delta"][rows] = pearson_delta(ours, observed, control)
-            found["mae"][rows] = mean_absolute_error(ours, observed)
-        ranked = mine
-        if most_ranked is not None and len(mine) > most_ranked:
-            ranked = mine[np.sort(np.random.default_rng(len(mine)).choice(len(mine), most_ranked, replace=False))]
-        names = [data.labels.perturbations[p] for p in pairs.perturbation[ranked]]
-        genes = np.array(data.targets.genes)[columns].tolist()
-        ours, observed = predicted[ranked][:, columns], pairs.observed[ranked][:, columns]
-        found["pds"][ranked] = discrimination_score(ours, observed, None, names, genes)
+        control = pairs.controls.mean[pairs.own[of[pairs.context[of] == context][0]]][columns].astype(np.float64)
+        ranked = _ranked(pairs, context, most_ranked)
+        genes, names = np.array(data.targets.genes)[columns].tolist(), pairs.perturbation[ranked]
+        ranking = Ranking(pairs.observed[ranked][:, columns], [data.labels.perturbations[p] for p in names], genes)
+        mine = np.flatnonzero(pairs.context[of] == context)
+        for start in range(0, len(mine), AT_ONCE):
+            at = mine[start : start + AT_ONCE]
+            observed, has_rank = pairs.observed[of[at]][:, columns], np.isin(of[at], ranked)
+            change, own = Deviations.of(observed - control), np.searchsorted(ranked, of[at][has_rank])
+            for name, predicted in predictors.items():
+                ours, scores = predicted[at][:, columns], found[name]
+                scores["pearson_delta"][at] = Deviations.of(ours - control).correlation(change)
+                scores["mae"][at] = mean_absolute_error(ours, observed)
+                scores["pds"][at[has_rank]] = ranking.scores(ours[has_rank], own)
     return found
+
+
+def _ranked(pairs: Pairs, context: int, most: int | None) -> np.ndarray:
+    """The pairs of a context that get a pds, in order."""
+    mine = np.flatnonzero(pairs.context == context)
+    if most is None or len(mine) <= most:
+        return mine
+    return mine[np.sort(np.random.default_rng(len(mine)).choice(len(mine), most, replace=False))]
 
 
 def mean_scores(scores: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -5,7 +5,6 @@ Shapes: K (context, perturbation) pairs, G genes. Space: log1p, as the run's tar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -14,14 +13,15 @@ import pandas as pd
 import torch
 
 from sest import progress
+from sest.baselines.effects import BASELINES
 from sest.blend.blend import ANCHORED, HEAD, STACK, Blend
 from sest.cells.split_file import SPLIT_NAMES, TEST, VAL
 from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
-from sest.evaluation.means import Pairs, query_of
-from sest.evaluation.pairs import HeldOut, held_out, measured_effects, pair_metrics, predicted_means
+from sest.evaluation.means import query_of
+from sest.evaluation.pairs import METRICS, HeldOut, held_out, metrics_of_some, predicted_means
 from sest.facts.scores import MODEL
 from sest.head.model import StateTransition
 from sest.machine.devices import autocast, choose_precision
@@ -29,7 +29,6 @@ from sest.runs.checkpoint import Checkpoint
 
 MOST_RANKED = 150  # pairs of a context that get a pds: ranking grows with their square
 CONTROL_SETS = 16  # of a context, where not all sets of a split are predicted
-ROWS_AT_ONCE = 64  # pairs whose effects are blended at one time
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,9 @@ class PairResults:
     observed: np.ndarray  # (K, G) change of the mean log1p expression against the controls
     predicted: np.ndarray  # (K, G)
     of_stack: np.ndarray  # (K, G) the same by the baselines together
-    noise: np.ndarray  # (K, G) standard error of the observed change, if these cells spread as the controls do
+    variance: np.ndarray  # (C, G) of the controls of each context
+    own: np.ndarray  # (K,) index into `variance`
+    per_cell: np.ndarray  # (K,) variances of one cell that the observed change has: its pair's cells and its controls
     context: np.ndarray  # (K,) codes of Labels.contexts
     perturbation: np.ndarray  # (K,) codes of Labels.perturbations
     n_sets: int  # predicted
@@ -67,9 +68,14 @@ class PairResults:
     @cached_property
     def sizes(self) -> np.ndarray:
         """(3, K) L2 norms of the effects: observed, less what finite cells add to it, of the model and of the stack."""
-        noise = np.linalg.norm(self.noise, axis=1)
-        observed = np.sqrt(np.maximum(self.effect.astype(np.float64) ** 2 - noise.astype(np.float64) ** 2, 0.0))
+        noise = self.variance.sum(1, dtype=np.float64)[self.own] * self.per_cell  # the squared norm of `noise`
+        observed = np.sqrt(np.maximum(self.effect.astype(np.float64) ** 2 - noise, 0.0))
         return np.stack([observed, *(np.linalg.norm(side, axis=1) for side in (self.predicted, self.of_stack))])
+
+    def noise(self, pairs: np.ndarray) -> np.ndarray:
+        """(n, G) standard errors of the observed changes of some pairs, if their cells spread as the controls do."""
+        error: np.ndarray = np.sqrt(self.variance[self.own[pairs]] * self.per_cell[pairs, None])
+        return error
 
 
 def predict_pairs(
@@ -92,12 +98,12 @@ def predict_pairs(
             is_shared = 0 < n_sets < held.n_sets and config.match_controls == "context"
             held = _with_few_controls(data, held) if is_shared else held
             fitted = held.fitted  # for the other split
-            effects = _effects(data, config, bit, held, model, cells, blend)
-            results.append(replace(_results(data, bit, held, effects, blend), shares_controls=is_shared))
+            means = _head_means(data, config, bit, held, model, cells, blend)
+            results.append(replace(_results(data, bit, held, *means, blend), shares_controls=is_shared))
     return results
 
 
-def _effects(
+def _head_means(
     data: Dataset,
     config: TrainConfig,
     bit: int,
@@ -105,36 +111,42 @@ def _effects(
     model: StateTransition | None,
     cells: ResidentCells,
     blend: Blend | None,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(K, G) mean cells as the head predicts them, and as it does their controls; None for what counts nothing."""
+    if model is None:
+        return None, None
+    alike = _first_with_same_controls(held)
+    is_anchored = blend is not None and blend.weights.means.get(ANCHORED, 0.0) > 0
+    n_alike = len(np.unique(alike)) if is_anchored else 0
+    cast = partial(autocast, cells.device, choose_precision("auto", cells.device, training=False))
+    features = torch.from_numpy(data.features.matrix).to(cells.device)
+    progress.begin(f"Predicting the {SPLIT_NAMES[bit]} split", len(held.pair) + n_alike, "sets")
+    means = partial(predicted_means, model, cells, held, size=config.batch_size, autocast=cast)
+    predicted = means(features=features, advance=progress.advance)
+    if not is_anchored:
+        return predicted, None
+    of_control = features[:1].expand_as(features)
+    return predicted, means(features=of_control, advance=progress.advance, alike=alike)
+
+
+def _effects(
+    control: np.ndarray,
+    of_stack: np.ndarray,
+    predicted: np.ndarray | None,
+    of_controls: np.ndarray | None,
+    blend: Blend | None,
 ) -> np.ndarray:
-    """(K, G) effects of a split's pairs: of the head, or blended as `sest predict` does, without parts of no weight."""
-    weights = {HEAD: 1.0} if blend is None else blend.weights.means
-    predicted = of_controls = None
-    if model is not None:
-        alike = _first_with_same_controls(held)
-        n_alike = len(np.unique(alike)) if weights.get(ANCHORED, 0.0) > 0 else 0
-        cast = partial(autocast, cells.device, choose_precision("auto", cells.device, training=False))
-        features = torch.from_numpy(data.features.matrix).to(cells.device)
-        progress.begin(f"Predicting the {SPLIT_NAMES[bit]} split", len(held.pair) + n_alike, "sets")
-        means = partial(predicted_means, model, cells, held, size=config.batch_size, autocast=cast)
-        predicted = means(features=features, advance=progress.advance)
-        if n_alike:
-            of_control = features[:1].expand_as(features)
-            of_controls = means(features=of_control, advance=progress.advance, alike=alike)
-    effects = np.zeros(held.pairs.observed.shape)
-    for rows in _blocks(effects):  # all at once, each part would be as large as the result
-        parts = dict[str, np.ndarray]()
-        control = held.pairs.controls.mean[held.pairs.own[rows]]
-        if model is None if blend is None else weights.get(STACK, 0.0) > 0:
-            parts[STACK] = held.baselines[STACK][rows] - control
-        if predicted is not None and weights.get(HEAD, 0.0) > 0:
-            parts[HEAD] = predicted[rows] - control
-        if predicted is not None and of_controls is not None:
-            parts[ANCHORED] = predicted[rows] - of_controls[rows]
-        if blend is None:
-            effects[rows] = parts[HEAD if model is not None else STACK]
-        elif parts:
-            effects[rows] = blend.effect(parts)
-    return measured_effects(data, held.pairs, effects)
+    """(n, G) effects of some pairs, by the head or blended as `sest predict` does, without parts of no weight."""
+    if blend is None:
+        return (of_stack if predicted is None else predicted) - control
+    parts, weights = dict[str, np.ndarray](), blend.weights.means
+    if weights.get(STACK, 0.0) > 0:
+        parts[STACK] = of_stack - control
+    if predicted is not None and weights.get(HEAD, 0.0) > 0:
+        parts[HEAD] = predicted - control
+    if predicted is not None and of_controls is not None:
+        parts[ANCHORED] = predicted - of_controls
+    return blend.effect(parts) if parts else np.zeros_like(control)
 
 
 def _with_few_controls(data: Dataset, held: HeldOut) -> HeldOut:
@@ -153,50 +165,51 @@ def _first_with_same_controls(held: HeldOut) -> np.ndarray:
     return found
 
 
-def _blocks(pairs: np.ndarray) -> Iterator[slice]:
-    """Rows of (K, G), some at a time."""
-    for start in range(0, len(pairs), ROWS_AT_ONCE):
-        yield slice(start, start + ROWS_AT_ONCE)
-
-
-def _changes(pairs: Pairs, means: np.ndarray) -> np.ndarray:
-    """(K, G) float32 means of cells minus those of the controls."""
-    found = np.empty(means.shape, np.float32)
-    for rows in _blocks(found):
-        np.subtract(means[rows], pairs.controls.mean[pairs.own[rows]], out=found[rows], casting="same_kind")
-    return found
-
-
-def _results(data: Dataset, bit: int, held: HeldOut, effects: np.ndarray, blend: Blend | None) -> PairResults:
-    """The scores of a split's pairs; effects: (K, G) float64 predicted, which become the predicted means."""
+def _results(
+    data: Dataset,
+    bit: int,
+    held: HeldOut,
+    predicted: np.ndarray | None,
+    of_controls: np.ndarray | None,
+    blend: Blend | None,
+) -> PairResults:
+    """What a split's pairs are predicted to do, and the scores; predicted, of_controls: of `_head_means`."""
     labels, pairs = data.labels, held.pairs
     contexts = [labels.contexts[c] for c in pairs.context]
     cell_types = ["/".join(c) if len(labels.groups) > 1 else c[1] for c in contexts]
     perturbations = [labels.perturbations[p] for p in pairs.perturbation]
-    never, means = set(data.never_learned()), effects
-    for rows in _blocks(means):  # in place
-        np.maximum(pairs.controls.mean[pairs.own[rows]] + means[rows], 0.0, out=means[rows])
+    scores = {name: {metric: np.empty(len(pairs.own)) for metric in METRICS} for name in (MODEL, *BASELINES)}
+    observed, changed, of_stack = (np.empty(pairs.observed.shape, np.float32) for _ in range(3))
+    progress.begin(f"Scoring the {SPLIT_NAMES[bit]} split", len(pairs.own), "pairs")
+    for rows, baselines in held.baseline_parts():
+        control = pairs.controls.mean[pairs.own[rows]]
+        of_head, of_no_effect = (None if means is None else means[rows] for means in (predicted, of_controls))
+        effects = _effects(control, baselines[STACK], of_head, of_no_effect, blend)
+        if held.measured is not None:
+            effects = np.where(held.measured[rows], effects, 0.0)
+        means = np.maximum(control + effects, 0.0)
+        sides = ((observed, pairs.observed[rows]), (changed, means), (of_stack, baselines[STACK]))
+        for change, side in sides:
+            np.subtract(side, control, out=change[rows], casting="same_kind")
+        by_predictor = {MODEL: means, **baselines}
+        for name, some in metrics_of_some(data, pairs, rows, by_predictor, most_ranked=MOST_RANKED).items():
+            for metric, values in some.items():
+                scores[name][metric][rows] = values
+        progress.advance(len(means))
     keys = pd.DataFrame({"cell_type": cell_types, "perturbation": perturbations, "n_real": pairs.n_cells})
-    predictors = {MODEL: means, **held.baselines}
-    progress.begin(f"Scoring the {SPLIT_NAMES[bit]} split", len(predictors), "predictors")
-    tables = []
-    for name, predicted in predictors.items():
-        scores = pair_metrics(data, pairs, predicted, most_ranked=MOST_RANKED)
-        tables.append(keys.assign(predictor=name, **scores))
-        progress.advance(1)
-    noise, per_cell = np.empty(means.shape, np.float32), 1 / pairs.n_cells + 1 / pairs.controls.n_cells[pairs.own]
-    for rows in _blocks(noise):
-        noise[rows] = np.sqrt(pairs.controls.variance[pairs.own[rows]] * per_cell[rows, None])
+    never = set(data.never_learned())
     return PairResults(
         split=SPLIT_NAMES[bit],
         cell_types=cell_types,
         perturbations=perturbations,
         n_cells=pairs.n_cells,
-        scores=pd.concat(tables, ignore_index=True),
-        observed=_changes(pairs, pairs.observed),
-        predicted=_changes(pairs, means),
-        of_stack=_changes(pairs, held.baselines[STACK]),
-        noise=noise,
+        scores=pd.concat([keys.assign(predictor=name, **of) for name, of in scores.items()], ignore_index=True),
+        observed=observed,
+        predicted=changed,
+        of_stack=of_stack,
+        variance=pairs.controls.variance,
+        own=pairs.own,
+        per_cell=1 / pairs.n_cells + 1 / pairs.controls.n_cells[pairs.own],
         context=pairs.context,
         perturbation=pairs.perturbation,
         n_sets=len(held.pair),

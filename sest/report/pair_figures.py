@@ -233,8 +233,9 @@ def gene_scatter(result: PairResults, k: int, genes: Sequence[str]) -> Figure:
 def heat_map(result: PairResults, genes: Sequence[str]) -> Figure:
     """Observed and predicted log2 fold changes of the genes that change most surely in the pairs of largest effect."""
     pairs = np.argsort(-result.effect, kind="stable")[:HEAT_PAIRS]
-    floor = np.median(result.noise[pairs], axis=1, keepdims=True) + 1e-9
-    z = result.observed[pairs] / (result.noise[pairs] + floor)  # a gene that no control has is not sure of anything
+    noise = result.noise(pairs)
+    floor = np.median(noise, axis=1, keepdims=True) + 1e-9
+    z = result.observed[pairs] / (noise + floor)  # a gene that no control has is not sure of anything
     chosen = list[int]()
     for row in np.abs(np.nan_to_num(z)):
         chosen += [int(g) for g in np.argsort(-row, kind="stable")[:GENES_OF_EACH] if g not in chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sest.evaluation.metrics import discrimination_score, mean_absolute_error, mean_score, pearson_delta
+from sest.evaluation.metrics import Ranking, discrimination_score, mean_absolute_error, mean_score, pearson_delta
 
 # Six pseudobulks over six genes, controls first: log1p-like values with two decimals, drawn once. Predictions and real
 # cells have different controls, and leaving out the target's own gene changes the PDS of A and B.
@@ -154,6 +154,14 @@ def test_only_the_gene_named_exactly_like_the_perturbation_is_left_out() -> None
     assert hidden.tolist() == [0.5, 1.0]
     combined = discrimination_score(predicted, observed, None, ["A+B", "X"], genes)
     assert combined.tolist() == [1.0, 1.0]
+
+
+def test_some_predictions_are_ranked_among_all_that_was_observed() -> None:
+    effects, rows = PREDICTED[1:] - PREDICTED[0], np.array([3, 0])
+    whole = discrimination_score(PREDICTED[1:], REAL[1:], REAL[0], PERTURBATIONS, GENES, PREDICTED[0])
+    ranking = Ranking(REAL[1:] - REAL[0], PERTURBATIONS, GENES)
+    np.testing.assert_array_equal(ranking.scores(effects[rows], rows), whole[rows])
+    assert len(ranking.scores(effects[:0], rows[:0])) == 0
 
 
 def test_one_perturbation_cannot_be_told_from_others_so_it_has_no_pds_and_means_leave_it_out() -> None:

@@ -20,7 +20,15 @@ from sest.data.dataset import Dataset
 from sest.data.resident import ResidentCells, resident_cells
 from sest.data.sampler import SetRows
 from sest.evaluation.means import Pairs, query_of, split_pairs, training_effects
-from sest.evaluation.pairs import head_effects, held_out, mean_scores, pair_metrics, predicted_means, some_sets
+from sest.evaluation.pairs import (
+    head_effects,
+    held_out,
+    mean_scores,
+    metrics_of_some,
+    pair_metrics,
+    predicted_means,
+    some_sets,
+)
 from sest.head.model import HeadSizes, new_model
 
 SPLITS = """
@@ -183,6 +191,20 @@ def test_metrics_of_pairs_by_hand(data: Dataset) -> None:
     # x/P: nearest to its own. x/T: predicted like x/P, whose observed effect is nearer: rank 1 of 2.
     # A pair of another cell type never counts: x/P's prediction lies as near to y/P's effect as to its own.
     assert scores["pds"].tolist() == [1.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("most_ranked", [None, 1, 2])
+def test_pairs_are_scored_the_same_some_at_a_time(data: Dataset, most_ranked: int | None) -> None:
+    """x/P and x/T are ranked beside each other though they come in different parts, or of each context one is drawn."""
+    held = held_out(data, small_config(), VAL, 0)
+    whole = {n: pair_metrics(data, held.pairs, m, most_ranked=most_ranked) for n, m in held.baselines.items()}
+    assert int(np.isnan(whole["ridge"]["pds"]).sum()) == (4 if most_ranked == 1 else 0)
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):
+        some = {name: means[rows] for name, means in held.baselines.items()}
+        found = metrics_of_some(data, held.pairs, rows, some, most_ranked=most_ranked)
+        for name, scores in found.items():
+            for metric, values in scores.items():
+                np.testing.assert_array_equal(values, whole[name][metric][rows])
 
 
 def test_the_mean_pds_is_that_of_pairs_that_have_one() -> None:

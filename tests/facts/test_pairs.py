@@ -126,7 +126,7 @@ def test_the_size_of_an_effect_is_less_the_noise_of_finite_cells(trained: Traine
     test = whole[1]  # Q in x: 5 cells, 12 controls
     controls = log1p[((obs["cell_type"] == "x") & (obs["perturbation"] == "ctrl")).to_numpy()]
     noise = (controls.var(0) * (1 / 5 + 1 / 12)).sum()
-    assert (test.noise[0].astype(float) ** 2).sum() == pytest.approx(noise, rel=1e-4)  # float32
+    assert (test.noise(np.array([0])) ** 2).sum() == pytest.approx(noise, rel=1e-4)  # float32
     expected = np.sqrt(max(test.effect[0] ** 2 - noise, 0.0))
     assert test.sizes[0, 0] == pytest.approx(expected, rel=1e-4)
     assert test.sizes[1, 0] == pytest.approx(np.linalg.norm(test.predicted[0]), rel=1e-6)

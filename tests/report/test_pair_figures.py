@@ -53,7 +53,9 @@ def results(
         observed=observed,
         predicted=observed if predicted is None else predicted,
         of_stack=observed / 2,
-        noise=np.full(observed.shape, noise),
+        variance=np.full((1, observed.shape[1]), noise**2),
+        own=np.zeros(n, int),
+        per_cell=np.ones(n),
         context=np.zeros(n, int),
         perturbation=np.arange(1, n + 1),
         n_sets=n,
@@ -142,7 +144,7 @@ def test_the_heat_map_has_log2_changes_of_the_surest_genes_of_the_largest_effect
     monkeypatch.setattr(pair_figures, "GENES_OF_EACH", 1)
     observed = np.array([[0.1, 0.1, 0.1, 0.1], [2.0, 0.0, 0.0, 3.0], [0.0, -1.0, 0.0, 0.5]])
     result = results([0.1, 0.2, 0.3], observed, observed / 2)
-    result.noise[:, 3] = 50.0  # that gene varies between controls more than it changes
+    result.variance[:, 3] = 2500.0  # that gene varies between controls more than it changes
     figure = heat_map(result, list("abcd"))
     assert figure.columns == ["gene", "P1, observed", "P1, predicted", "P2, observed", "P2, predicted"]
     ln2 = math.log(2)
