@@ -52,9 +52,9 @@ def pseudobulk_parts(
     """
     for rows, part in query.parts(AT_ONCE):
         added_to = part.control_means if means is None else means[part.context]
-        found = {}
+        mean, found = np.empty(added_to.shape), {}
         for name, effect in fitted.predict(part).items():
-            found[name] = np.maximum(np.add(added_to, effect, out=effect), 0.0, out=effect).astype(np.float32)
+            found[name] = np.maximum(np.add(added_to, effect, out=mean), 0.0, out=mean).astype(np.float32)
         yield rows, found
 
 

@@ -102,7 +102,7 @@ class Ranking:
     def __init__(
         self, observed: np.ndarray, perturbations: Sequence[str], gene_names: Sequence[str] | None = None
     ) -> None:
-        names = list(map(str, perturbations))
+        observed, names = _matrix(observed), list(map(str, perturbations))
         assert len(names) == len(observed), "one name a row"
         wanted = set(names)
         column = {gene: j for j, gene in enumerate(map(str, gene_names or ())) if gene in wanted}
@@ -111,7 +111,7 @@ class Ranking:
         self._own_gene = np.array([place.get(name, -1) for name in names], int)
         self._others = np.ones(observed.shape[1], bool)
         self._others[self._named] = False
-        self._observed, self._of_named = self._without_named(_matrix(observed)), _matrix(observed)[:, self._named]
+        self._observed, self._of_named = self._without_named(observed), observed[:, self._named]
 
     def scores(self, predicted: np.ndarray, own: np.ndarray) -> np.ndarray:
         """(n,) PDS of predicted effects (n, G), of which each belongs to the observed one in row `own` (n,)."""
