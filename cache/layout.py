@@ -118,7 +118,8 @@ def shard_of(array: str, metadata: bytes, start: int, values: np.ndarray) -> Fil
     held = {schema.ROOT: default_buffer_prototype().buffer.from_bytes(metadata)}
     opened = zarr.open_array(MemoryStore(held), mode="r+")
     assert isinstance(opened, zarr.Array)
-    opened.with_config({"write_empty_chunks": True})[start : start + len(values)] = values
+    parts: Any = (opened.metadata, opened.store_path, {"write_empty_chunks": True})
+    zarr.Array(zarr.AsyncArray(*parts))[start : start + len(values)] = values  # with_config is of 3.1.6
     del held[schema.ROOT]
     assert len(held) == 1, sorted(held)
     return {f"{array}/{key}": data.to_bytes() for key, data in held.items()}

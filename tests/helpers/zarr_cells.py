@@ -25,7 +25,8 @@ def settings(version: int) -> Iterator[None]:
             "ignore",
             "Writing zarr v2 data|Consolidated metadata is currently not part|This setting will be|zarr v3 will",
         )
-        with ad.settings.override(zarr_write_format=version, auto_shard_zarr_v3=False):
+        unsharded = {"auto_shard_zarr_v3": False} if hasattr(ad.settings, "auto_shard_zarr_v3") else {}
+        with ad.settings.override(zarr_write_format=version, **unsharded):
             yield
 
 
