@@ -11,15 +11,15 @@ SEED ?= 0
 BIN := $(VENV)/bin
 SOURCES := sest cli cache tests benchmarks
 # One thread a test process: on few cores, test processes and OpenMP threads would fight for them.
-unit newest faults: export OMP_NUM_THREADS ?= 1
+unit newest oldest faults: export OMP_NUM_THREADS ?= 1
 # Tests start many processes: what these import is compiled once, also where the environment says otherwise.
-unit slow newest faults: export PYTHONDONTWRITEBYTECODE :=
+unit slow newest oldest faults: export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit slow newest faults fuzz docs dist carry format hooks clean distclean
+.PHONY: help demo test lint types unit slow newest oldest faults fuzz docs dist carry format hooks clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,14 @@ newest: ## the tests with the newest versions that pip finds, and Triton's inter
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[test,triton]'
 	.venv-newest/bin/python -m pip list
 	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# pip takes the newest that a bound allows; uv can take the lowest of each.
+oldest: ## the tests with the lowest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet 'uv>=0.5'
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct -e '.[test]'
+	.venv-oldest/bin/uv pip list --python .venv-oldest
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed-test ## the whole fault sweep: kills, full disks, damaged files (long)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" tests/faults $(PYTEST_ARGS)
@@ -85,7 +93,7 @@ clean: ## remove build output and caches
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv too
-	rm -rf $(VENV) .venv-newest
+	rm -rf $(VENV) .venv-newest .venv-oldest
 
 # The stamps keep a second `make test` from installing again. -x pip: an interrupted venv is made anew.
 $(VENV)/.installed-demo: extras :=

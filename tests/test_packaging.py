@@ -149,13 +149,15 @@ def test_the_dockerfile_and_the_recipe_are_well_formed() -> None:
         subprocess.run(["bash", "-n", "-c", body], check=True, timeout=10)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("ci", ["bash .ci/run", "make docs"]), ("newest", ["make newest"])])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("ci", ["bash .ci/run", "make docs"]), ("versions", ["make newest", "make oldest"])]
+)
 def test_the_workflows_run_what_anyone_can_run(name: str, expected: list[str]) -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     assert commands == expected and (ROOT / ".ci" / "run").is_file()
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"docs", "newest"} <= set(targets)
+    assert {"docs", "newest", "oldest"} <= set(targets)
 
 
 def test_the_citation_and_the_changes_are_of_this_version(project: dict[str, Any]) -> None:
