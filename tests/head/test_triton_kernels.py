@@ -18,6 +18,8 @@ import torch
 
 from sest.head import kernels
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # the interpreter of Triton 3.6
+
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
