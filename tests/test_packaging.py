@@ -82,7 +82,7 @@ def test_carry_txt_has_what_is_needed_beside_pytorch_but_for_what_it_says(projec
     listed = {canonical(line): line for line in lines if not line.startswith("#")}
     needed = needed_by(project["project"]["dependencies"]) - needed_by(["torch", "numpy", "fsspec"])
     left_out = needed_by(["numba", "plotly", "pygments", "markdown-it-py", "pydantic"])
-    of_some = {"pytz", "msgspec", "scverse-misc", "session-info2"}  # of pandas 2, zarr 3.4, AnnData from 0.12.19 on
+    of_some = {"pytz", "msgspec", "scverse-misc", "session-info2"}  # of pandas 2, zarr 3.4, later AnnData
     assert needed - left_out | {"packaging"} <= set(listed) <= needed | of_some
     assert all(name in "\n".join(lines) for name in ("numba", "plotly", "pygments", "markdown-it-py", "pydantic"))
     ranged = [Requirement(line.partition("#")[0]) for line in listed.values()]
