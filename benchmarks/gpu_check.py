@@ -398,7 +398,6 @@ def _recorded(check: Check, name: str, n: int, warm: int = 4, **options: Any) ->
     """Weights after n steps, of which all but the first few are a graph's, and it/s of 100 more."""
     with mock.patch.object(Trainer, "_graphs", False):  # those of the compiler, which would stand inside
         trainer = check.trainer(name, data_device="gpu", **options)
-        trainer.optimizer.param_groups[0]["capturable"] = True
         get, batch = trainer.batches.get, dict[str, Tensor]()
 
         def in_place(number: int) -> Any:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sest.head.adamw import AdamW
+
 EMA = "ema"  # kind of tensor in the optimizer's state: saved and resumed as AdamW's moments are
 
 
@@ -17,7 +19,7 @@ class WeightAverage:
     The average stands in the optimizer's state, so that checkpoints carry it. Nothing here waits for a GPU.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> None:
+    def __init__(self, model: nn.Module, optimizer: AdamW, decay: float) -> None:
         self._weights: list[Tensor] = list(model.parameters())
         self._optimizer, self._decay = optimizer, decay
 

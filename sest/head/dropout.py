@@ -22,7 +22,8 @@ from sest.head import kernels
 def dropout_keys(seed: int, number: Tensor) -> Tensor:
     """Keys of sets from the run's seed and their places in the sequence of all sets: (B,) int64 -> (B,) int32."""
     of_seed = int(np.random.SeedSequence([seed, 0xD0]).generate_state(1).view(np.int32)[0])
-    return kernels.set_keys(number, of_seed)
+    hashed = kernels.operator_or(kernels.plain_set_keys, kernels.set_keys, number.device)
+    return hashed(number, of_seed)
 
 
 class SetDropout(nn.Module):
@@ -86,6 +87,6 @@ def kept_units(layers: Sequence[SetDropout], keys: Tensor | None, shape: Sequenc
     """
     if keys is None:
         raise ValueError("a head in training mode needs dropout keys (see dropout_keys), or call .eval()")
-    hashed = kernels.plain_kept_units if torch.compiler.is_compiling() else kernels.kept_units
+    hashed = kernels.operator_or(kernels.plain_kept_units, kernels.kept_units, keys.device)
     least = min(round(layers[0].p * kernels.HASHES), kernels.HASHES - 1)
     return hashed(keys, layers[0].number, len(layers), math.prod(shape), least).view(len(layers), -1, *shape)

@@ -1,7 +1,7 @@
 """Operations of a step and of the encoder that are one kernel each on a GPU: in Triton, else in PyTorch's operations.
 
-Each is an operator of PyTorch: a trace sees one operation, and it can stand in a compiled network. Triton comes with
-PyTorch for GPUs and needs a C compiler once; where it does not work, that is said and the numbers are the same.
+Each is an operator of PyTorch: a trace sees one operation. Triton comes with PyTorch for GPUs and needs a C compiler
+once; where it does not work, that is said and the numbers are the same.
 
 Shapes: B sets, S cells a set, n cells, G genes, D width of a model.
 """
@@ -9,9 +9,10 @@ Shapes: B sets, S cells a set, n cells, G genes, D width of a model.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 HASHES = 2**31  # of `kept_units`
 _SMALL_SUM = ((60, (2, 3, 10)), (60, (2, 3, 10)), (6, (2, 3, 1)), (20, (2, 1, 10)), (6, (2, 3, 1)), (2, (2, 1, 1)))
+_Result = TypeVar("_Result")
+
+
+def operator_or(
+    plain: Callable[..., _Result], operator: Callable[..., _Result], device: torch.device
+) -> Callable[..., _Result]:
+    """PyTorch's operations on a CPU and in a compiled network, which makes kernels of its own; else the operator.
+
+    To call an operator costs a CPU more than its kernel, and the first call 2 s, in which the compiler is imported.
+    """
+    return plain if device.type == "cpu" or torch.compiler.is_compiling() else operator
 
 
 @torch.library.custom_op("sest::set_keys", mutates_args=())

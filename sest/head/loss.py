@@ -100,8 +100,7 @@ class _EnergyDistance(torch.autograd.Function):
         (n_sets, n_x, n_genes), n_y = predicted.shape, target.shape[1]
         noise, n_cells = GRAMS[gram], n_y + n_x
         if gram == torch.float16:
-            compiling = torch.compiler.is_compiling()
-            look = kernels.plain_centre_and_largest if compiling else kernels.centre_and_largest
+            look = kernels.operator_or(kernels.plain_centre_and_largest, kernels.centre_and_largest, predicted.device)
             (centre_x, largest_x), (centre_y, largest_y) = look(predicted), look(target)  # (B, 1, G), (B,)
             scale = _power_of_two(2 * torch.maximum(largest_x, largest_y), gram)  # 2: centred, it may be twice as large
         else:
@@ -163,7 +162,7 @@ class _EnergyDistance(torch.autograd.Function):
             rounded = pull.float()
             a = w.sum(2, keepdim=True) * weight_scale - rounded[:, :, :n_y].sum(2, keepdim=True)
             b = v.sum(2, keepdim=True) * weight_scale + rounded[:, :, n_y:].sum(2, keepdim=True)
-            add = kernels.plain_weighted_sum if torch.compiler.is_compiling() else kernels.weighted_sum
+            add = kernels.operator_or(kernels.plain_weighted_sum, kernels.weighted_sum, w.device)
             of_shift, unit = a * scale, 1.0 / (scale * weight_scale)
             pulled = _product(pull, y_and_x)
             return add(pulled, y_and_x[:, n_y:], a - b, shift, of_shift, unit, predicted.dtype), None, None

@@ -113,8 +113,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, H) -> (B, S, H)
-        plain = x.device.type == "cpu" or torch.compiler.is_compiling()
-        gated = kernels.plain_swiglu if plain else kernels.swiglu  # the operator has its backward pass in one too
+        gated = kernels.operator_or(kernels.plain_swiglu, kernels.swiglu, x.device)  # which is one kernel backward too
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -214,9 +213,9 @@ def new_model(sizes: HeadSizes, seed: int) -> StateTransition:
 
     Linear layers of the MLPs: uniform within 1/sqrt(fan_in) (PyTorch's default); backbone: normal(0, 0.02) (Llama's).
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # no weights that are overwritten
         model = StateTransition(sizes)
-    model = model.to_empty(device="cpu")
+    _allocate(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -229,6 +228,14 @@ def new_model(sizes: HeadSizes, seed: int) -> StateTransition:
                 module.weight.uniform_(-bound, bound, generator=generator)
                 module.bias.uniform_(-bound, bound, generator=generator)
     return model
+
+
+def _allocate(model: nn.Module) -> None:
+    """Give weights on the meta device memory, as `to_empty` does, which imports SymPy for it."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape)))
+    assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 def n_parameters(model: nn.Module) -> int:

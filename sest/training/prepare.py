@@ -25,10 +25,10 @@ from sest.data.sampler import SetSampler, fitting_set_size
 from sest.data.targets import refuse_mixed_scales
 from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, shown
+from sest.head.adamw import AdamW
 from sest.head.kernels import triton_kernels
 from sest.head.loss import HeadLoss, make_loss
 from sest.head.model import HeadSizes, StateTransition, new_model
-from sest.head.moments import tensors_to_optimizer
 from sest.head.preset import TrainingData, level_of, preset_values, why
 from sest.machine.devices import autocast, choose_precision, compiles
 from sest.machine.team import Team
@@ -313,13 +313,13 @@ def _new_model(sizes: HeadSizes, seed: int, data: Dataset) -> StateTransition:
 
 def _optimizer(
     model: StateTransition, config: TrainConfig, device: torch.device, precision: str, start: Checkpoint | None
-) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+) -> tuple[AdamW, torch.amp.GradScaler]:
     """AdamW and, for fp16, the scaler of the loss; as they were at the checkpoint."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = AdamW(model.parameters(), config.lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if start is not None:
         names = [name for name, _ in model.named_parameters()]
-        tensors_to_optimizer(start.optimizer_tensors(), optimizer, names)
+        optimizer.load_tensors(start.optimizer_tensors(), names)
         if scaler.is_enabled() and start.state["scaler"]:  # empty after another precision
             scaler.load_state_dict(start.state["scaler"])
     return optimizer, scaler

@@ -24,10 +24,10 @@ from sest.config import TrainConfig
 from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset
 from sest.errors import InputError, TrainingFailed, one_line
+from sest.head.adamw import AdamW, bytes_of_state
 from sest.head.average import WeightAverage
 from sest.head.dropout import dropout_keys
 from sest.head.model import StateTransition, n_parameters
-from sest.head.moments import bytes_of_optimizer, new_moments, optimizer_to_tensors
 from sest.machine.behind import Behind
 from sest.machine.devices import float32_products
 from sest.machine.team import Team
@@ -79,7 +79,7 @@ class Trainer:
     data: Dataset
     model: StateTransition
     ddp: nn.Module  # the model with its loss, in DistributedDataParallel where there are several processes
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scaler: torch.amp.GradScaler
     criterion: Callable[[Tensor, Tensor], Tensor]  # (B, S, G), (B, T, G) -> (B,)
     autocast: Callable[[], AbstractContextManager[Any]]
@@ -142,17 +142,15 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         loss = self._accumulate(self.state.step)
         self.team.sum(loss)
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it has what is asked for
         norm = self._clip()
         bad = ~torch.isfinite(norm + loss)
         if not self.scaler.is_enabled():  # the scaler sets it itself
-            # fused AdamW leaves weights and moments alone where this is 1
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.state.step)
-        self.scaler.step(self.optimizer)
+            self.optimizer.found_inf = bad.float()
+        self.optimizer.lr = learning_rate(self.config, self.state.step)
+        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.state.step += 1
         if self._average is not None:
             self._average.update(self.state.step)
@@ -168,7 +166,7 @@ class Trainer:
             return nn.utils.clip_grad_norm_(parameters, largest)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if largest > 0:
-            self.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp_min(1.0)  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = ((norm + 1e-6) / largest).clamp_min(1.0)
         return norm
 
     def _accumulate(self, step: int) -> Tensor:
@@ -177,7 +175,7 @@ class Trainer:
         while True:
             loss = torch.zeros((), device=self.device)
             try:
-                new_moments(self.optimizer)  # before a batch takes the memory that they need
+                self.optimizer.new_moments()  # before a batch takes the memory that they need
                 for number in range(step * n, (step + 1) * n):
                     loss += self._forward_backward(number, last=number == (step + 1) * n - 1) / n
                 return loss
@@ -189,7 +187,7 @@ class Trainer:
                 logger.info(f"Steps are not compiled, as that does not work here ({one_line(error)}).")
                 self.compiled = False
                 self._compile()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
 
     def _forward_backward(self, number: int, *, last: bool) -> Tensor:
         """Add the gradient of one batch, `_micro_size` sets at a time; returns this process's share of its loss."""
@@ -220,7 +218,7 @@ class Trainer:
             raise InputError(
                 "Out of GPU memory with one set at a time. Use a smaller --set-size or --hidden."
             ) from error
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         logger.info(
             f"Out of GPU memory: {self._micro_size // 2} sets a forward pass instead of {self._micro_size}; the batch "
@@ -310,7 +308,7 @@ class Trainer:
             return
         kept = (self.model.state_dict(), projection_to_keep(self.data), features_to_keep(self.data))
         best = sum(tensor.nbytes for tensors in kept for tensor in (tensors or {}).values())
-        moments = bytes_of_optimizer(self.model.parameters(), averaged=self._average is not None)
+        moments = bytes_of_state(self.model.parameters(), averaged=self._average is not None)
         check_disk(
             self.run,
             self.config,
@@ -390,7 +388,7 @@ class Trainer:
                 **self.identity,
             },
             self.model.state_dict(),
-            optimizer=optimizer_to_tensors(self.optimizer, names) if with_optimizer else None,
+            optimizer=self.optimizer.to_tensors(names) if with_optimizer else None,
             projection=projection_to_keep(self.data),
             features=features_to_keep(self.data),
             write=self._write,

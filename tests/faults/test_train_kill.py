@@ -23,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from helpers.caches import small_screen, write_cache
 from helpers.configs import small_config
@@ -69,7 +68,6 @@ def content(run: Path) -> dict[str, bytes]:
 def warm_up() -> None:
     """What PyTorch imports, for seconds, and makes in its caches at the first use of these."""
     new_model(HeadSizes(dim=2, n_features=2, n_genes=2, hidden=8), 0)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
 
 
 def failing_at(k: int, original: Callable[..., Any], fail: Callable[[], None]) -> Callable[..., Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sest.head.adamw import AdamW
 from sest.head.average import EMA, WeightAverage
 
 
-def trained(n_steps: int, decay: float) -> tuple[torch.nn.Linear, WeightAverage, torch.optim.Optimizer, list[float]]:
+def trained(n_steps: int, decay: float) -> tuple[torch.nn.Linear, WeightAverage, AdamW, list[float]]:
     """A line trained for some steps; its first weight after each."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = AdamW(model.parameters(), 0.1, 0.01)
     average, seen = WeightAverage(model, optimizer, decay), []
     for step in range(1, n_steps + 1):
         model(torch.randn(4, 3)).square().sum().backward()

@@ -196,14 +196,12 @@ def _serve(channel: socket.socket) -> list[str]:
 def _use() -> None:
     """What Typer, PyTorch and numba import, and make, when they are first used."""
     import numba
-    import torch
     import typer
     from typer.testing import CliRunner
 
     from sest.head.model import HeadSizes, new_model
 
     new_model(HeadSizes(dim=2, n_features=2, n_genes=2, hidden=8), 0)
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
     numba.njit(lambda x: x)(1)
     app = typer.Typer()
     app.command()(_options)

@@ -29,9 +29,9 @@ from sest.data.resident import Batch, resident_cells
 from sest.data.sampler import SetSampler
 from sest.errors import InputError, TrainingFailed
 from sest.evaluation.pairs import held_out, mean_scores, pair_metrics, predicted_means
+from sest.head.adamw import AdamW
 from sest.head.loss import energy_distance, make_loss
 from sest.head.model import StateTransition, new_model
-from sest.head.moments import new_moments, optimizer_to_tensors
 from sest.machine.signals import Interrupted
 from sest.machine.team import ALONE
 from sest.progress import reporting
@@ -321,14 +321,13 @@ def test_clip_bounds_the_gradient_and_the_logged_norm_is_the_one_before(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float
 ) -> None:
     norms: list[float] = []
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
-    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
-        return original(self, *args, **kwargs)
+    def step(self: AdamW) -> None:
+        norms.append(float(torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None]).norm()))
+        original(self)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(AdamW, "step", step)
     train(cache, tmp_path / "run", small_config(clip=clip))
     logged = [line["grad_norm"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert min(logged) > 0.3
@@ -345,7 +344,7 @@ def test_clipping_within_adamw_is_clipping_before_it(
         for _ in range(5):
             trainer.step()
         names = [name for name, _ in trainer.model.named_parameters()]
-        return optimizer_to_tensors(trainer.optimizer, names) | dict(trainer.model.state_dict())
+        return trainer.optimizer.to_tensors(names) | dict(trainer.model.state_dict())
 
     before, original = moments("before"), Trainer._clip
 
@@ -353,7 +352,7 @@ def test_clipping_within_adamw_is_clipping_before_it(
         here, self.device = self.device, torch.device("cuda")
         norm = original(self)
         self.device = here
-        assert hasattr(self.optimizer, "grad_scale")
+        assert self.optimizer.grad_scale is not None
         return norm
 
     monkeypatch.setattr(Trainer, "_clip", as_on_a_gpu)
@@ -577,9 +576,9 @@ def test_moments_are_there_before_a_batch_takes_their_memory(
 ) -> None:
     """Without memory for them the sets are halved, as without memory for a batch, and nothing is half there."""
     calls = 0
-    original = new_moments
+    original = AdamW.new_moments
 
-    def moments(optimizer: torch.optim.Optimizer) -> None:
+    def moments(optimizer: AdamW) -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -590,7 +589,7 @@ def test_moments_are_there_before_a_batch_takes_their_memory(
 
     seen: list[dict[str, Tensor]] = []
     train(cache, tmp_path / "whole", small_config())
-    monkeypatch.setattr(sest.training.trainer, "new_moments", moments)
+    monkeypatch.setattr(AdamW, "new_moments", moments)
     train(cache, tmp_path / "parts", small_config())
     assert not any(tensor.any() for tensor in seen[0].values())
     assert_close(weights(tmp_path / "parts" / LAST), weights(tmp_path / "whole" / LAST), atol=2e-5)
