@@ -1,9 +1,7 @@
-"""What a step takes: how many sets have memory (`--batch-size auto`), and how long it is, by trying on zeros."""
+"""How many sets a step has memory for (`--batch-size auto`), by trying on zeros."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,6 @@ from sest.head.model import HeadSizes
 from sest.machine.memory import SHARE, available_bytes
 
 LARGEST_BATCH = 64  # sets: beyond it a step gets no faster by the cell, and learning would want another rate
-LONG_STEP = 2.0  # s, of which one is measured
 BYTES_A_PARAMETER = 14  # gradient and both moments of AdamW in float32, and autocast's copy in a half
 
 
@@ -79,37 +76,6 @@ def _loss(
     with autocast():
         predicted = model(*cells[:-1])
     return criterion(predicted, cells[-1]).sum()
-
-
-def seconds_of_step(
-    model: nn.Module,
-    sizes: HeadSizes,
-    n_sets: int,
-    set_size: int,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    autocast: Callable[[], Any],
-) -> float:
-    """Seconds of a forward and backward pass: the shortest of three, of one where that takes long.
-
-    Weights and their gradients stay as they are. NaN where there is no GPU memory for it.
-    """
-    weights = [p for p in model.parameters() if p.requires_grad]
-    device, shortest = weights[0].device, math.inf
-    try:
-        cells = _zeros(sizes, n_sets, set_size, device)
-        for _ in range(3):
-            began = time.perf_counter()
-            # unlike backward(), it tells nothing to DistributedDataParallel
-            torch.autograd.grad(_loss(model, cells, criterion, autocast), weights)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            shortest = min(shortest, time.perf_counter() - began)
-            if shortest > LONG_STEP:
-                break
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return math.nan
-    return shortest
 
 
 def largest_batch(

@@ -7,13 +7,14 @@ weights alone, so a resumed run is the run.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sest import progress
 from sest.config import TrainConfig
@@ -31,7 +32,6 @@ from sest.runs.schema import LAST
 from sest.runs.sinks import open_sinks
 from sest.training.blend import say_blend
 from sest.training.prepare import prepare
-from sest.training.step_memory import seconds_of_step
 from sest.training.trainer import Trainer
 from sest.training.without_head import fit_without_head
 
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 FEW_STEPS = 20  # of which nobody asks how long they take
+TIMED_STEPS, TIMED_SECONDS = 3, 2.0  # steps by which the others are reckoned, or as many as took that long
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,6 @@ def train(
         if on_start is not None:
             on_start(trainer.data, trainer.model)
         try:
-            say_time(trainer)
             reason = _loop(trainer, log, stop)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -191,26 +191,45 @@ def train_seeds(
     return runs
 
 
-def say_time(trainer: Trainer) -> None:
-    """Say how long the steps to come will take here, and what fits an hour; nothing of a few steps."""
-    config, left = trainer.config, trainer.config.max_steps - trainer.state.step
-    if not trainer.team.leads or trainer.compiled or left < FEW_STEPS:
-        return
-    n_sets = config.batch_size // trainer.team.size
-    seconds = config.accumulate * seconds_of_step(
-        trainer.model, trainer.model.sizes, n_sets, config.set_size, trainer.criterion, trainer.autocast
-    )
-    seconds = max(seconds, trainer.limit.seconds)
-    if not math.isfinite(seconds):  # no memory for all sets of a batch at once
-        return
-    an_hour = trainer.state.step + int(progress.HOUR / seconds)
+class FirstSteps:
+    """Times the first steps of a training, one in each `with`, and then says how long those to come will take here.
+
+    The very first warms up and does not count; the shortest of the next three does, of fewer where they are long. Of a
+    training of a few steps, and of one that compiles, nothing is said.
+    """
+
+    def __init__(self, trainer: Trainer, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._trainer, self._clock, self._began = trainer, clock, 0.0
+        self._seconds: list[float] = []
+        left = trainer.config.max_steps - trainer.state.step
+        self._done = not trainer.team.leads or trainer.compiled or left < FEW_STEPS
+
+    def __enter__(self) -> None:
+        self._began = self._clock()
+
+    def __exit__(self, failed: type[BaseException] | None, *rest: object) -> None:
+        if self._done or failed:
+            return
+        if self._trainer.device.type == "cuda":
+            torch.cuda.synchronize(self._trainer.device)
+        self._seconds.append(self._clock() - self._began)
+        _, *counted = self._seconds
+        if len(counted) == TIMED_STEPS or sum(counted) > TIMED_SECONDS:
+            self._done = True
+            say_time(self._trainer, min(counted))
+
+
+def say_time(trainer: Trainer, seconds: float) -> None:
+    """Say how long the steps to come will take if each takes these seconds, what fits an hour, and what is faster."""
+    config, step = trainer.config, trainer.state.step
+    left, an_hour = config.max_steps - step, int(progress.HOUR / seconds)
     fits = (
-        f"an hour is about {int(progress.HOUR / seconds):,} steps (--max-steps {an_hour})"
+        f"an hour is about {an_hour:,} steps (--max-steps {step + an_hour})"
         if left * seconds > progress.HOUR
-        else f"an hour would hold {int(progress.HOUR / seconds):,}"
+        else f"an hour would hold {an_hour:,}"
     )
     logger.info(
-        f"{left:,} steps will take about {progress.duration(left * seconds)} here, validations aside "
+        f"{left:,} more steps will take about {progress.duration(left * seconds)} here, validations aside "
         f"({seconds:.2g} s a step); {fits}."
     )
     precision = choose_precision(config.precision, trainer.device, training=True)
@@ -222,10 +241,11 @@ def _loop(trainer: Trainer, log: Callable[[Line], None], stop: StopRequest) -> s
     """Step, log, evaluate, save until all steps are done; returns why it ended."""
     config, state, window = trainer.config, trainer.state, trainer.window
     progress.begin("Training", config.max_steps, STEPS, state.step)
-    reason = "max_steps"
+    reason, first_steps = "max_steps", FirstSteps(trainer)
     while not trainer.finished:
         # step
-        trainer.step()
+        with first_steps:
+            trainer.step()
         progress.advance()
 
         # log

@@ -24,7 +24,6 @@ from sest.training.step_memory import (
     LARGEST_BATCH,
     bytes_of_set,
     largest_batch,
-    seconds_of_step,
 )
 from sest.training.train import train
 
@@ -123,24 +122,3 @@ def test_storages_that_several_tensors_share_are_counted_once() -> None:
 
     plain = bytes_of_set(model, SIZES, 8, lambda predicted, target: predicted.square().sum((1, 2)), nullcontext)
     assert bytes_of_set(model, SIZES, 8, criterion, nullcontext) == plain
-
-
-def test_a_steps_seconds_are_those_of_its_passes_and_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = head()
-    model.basal_encoder.requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    passes, clock = [], [0.0]
-    monkeypatch.setattr("sest.training.step_memory.time.perf_counter", lambda: clock[0])
-
-    def criterion(predicted: Tensor, target: Tensor) -> Tensor:
-        passes.append(predicted.shape)
-        clock[0] += (0.9, 0.3, 0.4, 0.5)[len(passes) - 1]  # s: the first pass takes longest
-        return energy_distance(predicted, target)
-
-    assert seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext) == pytest.approx(0.3)
-    assert passes == [(3, 8, SIZES.n_genes)] * 3
-    monkeypatch.setattr(sest.training.step_memory, "LONG_STEP", 0.0)
-    seconds_of_step(model, SIZES, 3, 8, criterion, nullcontext)
-    assert len(passes) == 4
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-    assert all(p.grad is None for p in model.parameters())

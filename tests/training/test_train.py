@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import math
 import re
 import shutil
 import signal
@@ -17,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,11 +32,12 @@ from sest.cli.main import main
 from sest.config import TrainConfig
 from sest.errors import InputError, TrainingFailed
 from sest.machine.signals import Interrupted
+from sest.machine.team import ALONE
 from sest.progress import Silent, reporting
 from sest.runs.checkpoint import load_model, open_checkpoint, step_folder, step_folders
 from sest.runs.run_folder import CONFIG, METRICS, read_run_config
 from sest.runs.schema import BEST, LAST, MODEL, OPTIMIZER
-from sest.training.train import train
+from sest.training.train import FirstSteps, train
 from sest.training.trainer import Trainer
 from sest.training.window import MEASURED, Window
 
@@ -544,15 +545,56 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_ends_training(
     assert [at for at, _ in step_folders(tmp_path / "run")] == [4] and not list((tmp_path / "run").glob(".*"))
 
 
-def test_how_long_it_will_take_is_said_before_the_first_step(cache: Path, tmp_path: Path) -> None:
-    for seconds, said in (
-        (0.5, r"60 steps will take about 30 s here, validations aside \(0.5 s a step\); an hour would hold 7,200."),
-        (90.0, "60 steps will take about 1 h 30 min here, .*an hour is about 40 steps \\(--max-steps 40\\)."),
-        (math.nan, None),
-    ):
-        notes = Notes()
-        measured = mock.patch("sest.training.train.seconds_of_step", return_value=seconds)
-        with measured, reporting(notes), pytest.raises(Crash):
-            train(cache, tmp_path / str(seconds), small_config(max_steps=60), on_log=crash_after(0))
-        found = [text for text in notes.notes if "validations aside" in text]
-        assert len(found) == (said is not None) and (said is None or re.fullmatch(said, found[0])), found
+def trainer_of(max_steps: int, **changes: Any) -> Any:
+    """What `FirstSteps` asks of a trainer."""
+    state, config = SimpleNamespace(step=0), small_config(max_steps=max_steps)
+    parts = {"team": ALONE, "compiled": False, "device": torch.device("cpu"), "config": config, "state": state}
+    return SimpleNamespace(**parts | changes)
+
+
+@pytest.mark.parametrize(
+    ("took", "said"),
+    [
+        (
+            [9, 0.7, 0.5, 0.6],
+            r"56 more steps .* 28 s here, validations aside \(0.5 s a step\); an hour would hold 7,200.",
+        ),
+        ([99, 90], r"58 more steps will take about 1 h 27 min here, .* an hour is about 40 steps \(--max-steps 42\)."),
+    ],
+)
+def test_how_long_it_will_take_is_said_after_the_first_steps(took: list[float], said: str) -> None:
+    """The very first warms up; three are timed, of long ones one."""
+    trainer, now, notes = trainer_of(60), [0.0], Notes()
+    first = FirstSteps(trainer, clock=lambda: now[0])
+    with reporting(notes):
+        for seconds in took:
+            assert not notes.notes
+            with first:
+                trainer.state.step += 1
+                now[0] += seconds
+            now[0] += 1000  # a validation
+        text = notes.notes[0]
+        n_said = len(notes.notes)
+        with first:
+            pass
+    assert re.fullmatch(said, text) and len(notes.notes) == n_said
+
+
+@pytest.mark.parametrize("changes", [{"compiled": True}, {"max_steps": 19}, {"team": mock.Mock(leads=False)}])
+def test_how_long_it_will_take_is_not_said_where_nobody_asks_or_the_first_steps_do_not_tell(
+    changes: dict[str, Any],
+) -> None:
+    trainer, notes = trainer_of(**{"max_steps": 60} | changes), Notes()
+    first = FirstSteps(trainer, clock=iter(range(100)).__next__)
+    with reporting(notes):
+        for _ in range(8):
+            with first:
+                pass
+    assert not notes.notes
+
+
+def test_a_training_says_once_how_long_it_will_take(cache: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    with reporting(notes):
+        train(cache, tmp_path / "run", small_config(max_steps=24))
+    assert [bool(re.match("20 more steps will take about", text)) for text in notes.notes].count(True) == 1
