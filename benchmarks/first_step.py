@@ -25,8 +25,9 @@ from pathlib import Path
 from scale import SEST, Size, Stage, measured, write_cells
 
 UP_TO_A_STEP = """
-import os, sys
-from sest.__main__ import main
+import gc, os, sys
+from sest.__main__ import OBJECTS, main
+gc.set_threshold(OBJECTS)  # as main does before it imports anything
 from sest.training.trainer import Trainer
 def step(trainer):
     sys.stdout.flush()

@@ -56,7 +56,9 @@ def blend_run(run: Path, config: BlendConfig) -> tuple[Path, list[str]]:
             "new to it: there is nothing to fit a blend on."
         )
     held = held_out(data, train_config, VAL, train_config.val_sets)
-    nothing = np.array([c.context for c in split_ceilings(data, VAL, train_config.seed) if c.verdict], int)
+    nothing = np.array(
+        [c.context for c in split_ceilings(data, VAL, train_config.seed, of_split=False) if c.verdict], int
+    )
     cells = resident_cells(data.targets, data.embeddings, data.control_rows, device)
     cast = partial(autocast, device, choose_precision("auto", device, training=False))
     model = checkpoint.model().to(device) if checkpoint.has_head else None

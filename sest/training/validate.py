@@ -55,7 +55,8 @@ class Validator:
         self.held = held_out(data, config, VAL, config.val_sets)
         self.sets = self.held.sets
         self._features = torch.from_numpy(data.features.matrix).to(device)
-        self._ceilings = split_ceilings(data, VAL, config.seed)
+        self._seed = config.seed
+        self._ceilings = split_ceilings(data, VAL, config.seed, of_split=False)
         self._within = torch.empty(len(self.held.pair), device=device)  # mean distances of the sets' real cells,
         self._known = np.zeros(len(self.held.pair), bool)  # those that were computed
         self._controls = {c.context: c.controls for c in self._ceilings}
@@ -77,7 +78,7 @@ class Validator:
     @cached_property
     def baselines(self) -> dict[str, float]:
         """Scores of the baselines, and what else stands beside each validation: computed at the first one."""
-        found, ceilings = self._baselines(), self._ceilings
+        found, ceilings = self._baselines(), split_ceilings(self.data, VAL, self._seed)
         found[VAL_PAIRS] = sum(c.n_pairs for c in ceilings)
         found[NOT_MEASURABLE] = sum(c.n_pairs for c in ceilings if c.verdict)
         halves = means_of_halves([c.of_split for c in ceilings if c.of_split is not None])

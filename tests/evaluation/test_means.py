@@ -132,6 +132,19 @@ def test_ceilings_of_a_split_are_those_of_its_cells_and_never_see_the_test_s(tmp
         assert getattr(found.of_split, key) == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_verdict_needs_no_ceiling_of_the_split(tmp_path: Path, shuffled: bool) -> None:
+    screen = small_screen(sizes=LARGE, n_controls=40)
+    if shuffled:
+        perturbation = screen.obs["perturbation"].sample(frac=1, random_state=0).array
+        screen = dataclasses.replace(screen, obs=screen.obs.assign(perturbation=perturbation))
+    data = dataset_of(tmp_path, [screen], ONE_SPLIT)
+    (whole,), (alone,) = split_ceilings(data, VAL, 3), split_ceilings(data, VAL, 3, of_split=False)
+    assert bool(whole.verdict) == shuffled and whole.of_split is not None and alone.of_split is None
+    assert (alone.verdict, alone.n_pairs, alone.context) == (whole.verdict, whole.n_pairs, whole.context)
+    assert np.array_equal(alone.controls.sums, whole.controls.sums)
+
+
 def test_a_split_of_few_cells_has_no_ceiling_and_no_verdict(data: Dataset) -> None:
     for found in split_ceilings(data, TEST, 0):
         assert (found.of_split, found.verdict) == (None, "")
