@@ -5,8 +5,8 @@
     again   another run of the same cells, which finds what the first one kept
 
 Both with `--data-device disk`, where every run maps one set of files with the values, and with `cpu`, where each reads
-them into memory. A process ends where its first step would begin. The cells are those of scale.py, a fifth of the genes
-in each; the head has its default size.
+them into memory. A process ends where its first step would begin. The cells are those of scale.py; the head has the size
+that --preset auto chooses for them.
 
     OMP_NUM_THREADS=1 python benchmarks/first_step.py --cells 200000               # 20 minutes, 8 GB of disk
     OMP_NUM_THREADS=1 python benchmarks/first_step.py --cells 6000 --genes 2000 --perturbations 60
@@ -54,7 +54,7 @@ def least(stage: Stage, program: Sequence[str], work: Path, options: argparse.Na
 def make_cache(work: Path, options: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     size = Size(options.cells, options.genes, options.perturbations)
-    maker = get_context("spawn").Process(target=write_cells, args=(work / "cells.h5ad", size, False))
+    maker = get_context("spawn").Process(target=write_cells, args=(work / "cells.h5ad", size, False, options.on))
     maker.start()  # in a process of its own: see `measured`
     maker.join()
     least(EMBED, SEST, work, options, 1)
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=30_000)
     parser.add_argument("--genes", type=int, default=18_080)
     parser.add_argument("--perturbations", type=int, default=1000, help="in each of two cell types")
+    parser.add_argument("--on", type=float, default=0.2, help="share of a cell's genes that have counts")
     parser.add_argument("--repeats", type=int, default=3, help="of `python` and `again`, of which the least counts")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a command is ended")
     parser.add_argument("--work", type=Path, help="a folder that keeps the cache for the next time")

@@ -92,7 +92,7 @@ def plan(small: bool, many_cells: bool = False) -> Plan:
 # --- cells
 
 
-def write_cells(path: Path, size: Size, predicted: bool) -> None:
+def write_cells(path: Path, size: Size, predicted: bool, on: float = ON) -> None:
     """Counts, or log1p values as if predicted, in blocks of rows.
 
     A gene is on in a cell with a probability of its own, its count is geometric, and doubled in every twentieth gene,
@@ -106,7 +106,7 @@ def write_cells(path: Path, size: Size, predicted: bool) -> None:
 
     rng = np.random.default_rng([size.cells, size.genes, size.perturbations, int(predicted)])
     chance = rng.beta(0.5, 2.0, size.genes)
-    chance = np.minimum(chance * ON / chance.mean(), 1.0).astype(np.float32)
+    chance = np.minimum(chance * on / chance.mean(), 1.0).astype(np.float32)
     n_controls = int(CONTROLS * size.cells)
     turn, perturbed = np.divmod(np.arange(size.cells - n_controls), size.perturbations)
     code = np.concatenate([np.zeros(n_controls, np.int64), 1 + perturbed])

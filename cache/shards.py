@@ -39,9 +39,12 @@ class Shards:
     per_chunk: int  # entries
     per_shard: int
     packed: bool  # with blosc
-    _places: dict[str, np.ndarray] = field(
+    _places: dict[str, np.ndarray] = field(  # by file: (chunks, 2) int64
         default_factory=dict, repr=False, compare=False
-    )  # by file: (chunks, 2) int64
+    )
+    _last: list[tuple[str, int, np.ndarray]] = field(  # the chunk that was read last, where a reader goes on in it
+        default_factory=list, repr=False, compare=False
+    )
 
     def read(self, start: int, stop: int, dtype: np.dtype | None = None) -> np.ndarray:
         """Entries [start, stop), as `dtype` (None: as stored), which must hold them.
@@ -66,6 +69,13 @@ class Shards:
             places = _checked(np.frombuffer(index, np.uint8)).view(PLACE)
             self._places[file] = places.astype(np.int64).reshape(-1, 2)
         low, high = start // self.per_chunk, -(-stop // self.per_chunk)
+        for last_file, number, values in tuple(self._last):
+            if (file, low) == (last_file, number):
+                n = min((low + 1) * self.per_chunk, stop) - start
+                out[:n] = values[start - low * self.per_chunk :][:n]
+                start, low, out = start + n, low + 1, out[n:]
+        if start == stop:
+            return
         wanted = self._places[file][low:high]
         if (wanted == -1).any():  # all bits set
             raise ValueError("a chunk was never written")
@@ -80,6 +90,8 @@ class Shards:
             first = number * self.per_chunk
             a, b = max(start, first), min(stop, first + self.per_chunk)
             out[a - start : b - start] = values[a - first : b - first]
+        if self.packed:  # to unpack it again would take longer than it takes room
+            self._last[:] = [(file, high - 1, values)]  # this call's own buffer, which nothing writes to any more
 
     def _unpacked(self, chunk: np.ndarray, buffer: np.ndarray) -> np.ndarray:
         """The entries of a chunk, all of them; `buffer` is of their shape and may be where they are put."""

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse
 
 from sest.cache import Cache, Group
-from sest.cache.derived import forget_derived, is_derived, keep_derived, read_derived
+from sest.cache.derived import Blocks, forget_derived, is_derived, keep_derived, read_derived
 from sest.cache.disk import sha256
 from sest.cache.reader import wrong_genes, wrong_values
 
@@ -52,13 +52,9 @@ class ControlValues:
         """Keep what was gathered; more than MOST_BYTES is not kept."""
         assert self._at == len(self.controls)
         if self._n_bytes <= MOST_BYTES:
-            indices, data = (np.concatenate([part[i] for part in self._parts]) for i in (0, 1))
-            keep_derived(
-                self.cache.storage,
-                NAME,
-                self._key,
-                {"indices": indices, "data": data, "totals": np.concatenate(self._totals)},
-            )
+            indices, data = (_one_array([part[i] for part in self._parts]) for i in (0, 1))
+            totals = np.concatenate(self._totals)
+            keep_derived(self.cache.storage, NAME, self._key, {"indices": indices, "data": data, "totals": totals})
         self._parts.clear()
         self._totals.clear()
 
@@ -137,6 +133,12 @@ class KeptValues:
             indices.append(rows.indices.astype(index_type))
             data.append(rows.data.astype(data_type))
         return np.concatenate(indices), np.concatenate(data), lengths, self.totals
+
+
+def _one_array(parts: list[np.ndarray]) -> Blocks:
+    """Some arrays as one, which is never in memory beside them."""
+    dtype = np.result_type(*parts)
+    return Blocks((sum(map(len, parts)),), dtype, lambda: (part.astype(dtype, copy=False) for part in parts))
 
 
 def index_type_of(n_genes: int) -> np.dtype:

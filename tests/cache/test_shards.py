@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import google_crc32c
 import numcodecs.blosc
@@ -46,6 +47,20 @@ def test_any_entries_are_those_that_zarr_reads(tmp_path: Path, dtype: str, n: in
             found = shards.read(start, stop)
             assert found.dtype == np.dtype(dtype)
             np.testing.assert_array_equal(found, np.asarray(theirs[start:stop]))
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, 25])
+def test_who_reads_on_and_on_unpacks_each_chunk_once(tmp_path: Path, step: int) -> None:
+    values = np.random.default_rng(step).integers(0, 300, 97).astype(np.int16)
+    stored(tmp_path, values)
+    shards = shards_of(storage_at(tmp_path), "a")
+    assert shards is not None
+    with mock.patch("sest.cache.shards.numcodecs.blosc.decompress", side_effect=numcodecs.blosc.decompress) as unpacked:
+        parts = [shards.read(start, min(start + step, 97)) for start in range(0, 97, step)]
+        assert unpacked.call_count == -(-97 // shards.per_chunk)
+    np.testing.assert_array_equal(np.concatenate(parts), values)
+    for start, stop in ((90, 97), (0, 5), (95, 97), (0, 97), (3, 4), (96, 96)):  # anywhere, after another read
+        np.testing.assert_array_equal(shards.read(start, stop), values[start:stop])
 
 
 @pytest.mark.parametrize("codecs", [[Crc32cCodec()], None], ids=["plain", "packed"])

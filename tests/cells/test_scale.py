@@ -432,3 +432,12 @@ def test_a_cell_without_counts_has_factor_0_and_the_others_sum_to_the_target() -
     rows = sp.csr_matrix(np.array([[3, 0, 5], [0, 0, 0], [300, 300, 0]], np.int16))
     assert total_counts(rows).tolist() == [8, 0, 600] and total_counts(rows).dtype == np.float64
     assert factors_to(1200.0, total_counts(rows)).tolist() == [150, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.int64, np.float32])
+def test_total_counts_are_exact_in_every_type(dtype: type[np.generic]) -> None:
+    dense = np.zeros((6, 70_000), np.int64)  # with cells without counts at both ends and between
+    dense[1, :3], dense[3], dense[4, 7] = [0, 30_000, 5], 30_000, 1
+    rows = sp.csr_matrix(dense.astype(dtype))
+    assert total_counts(rows).tolist() == dense.sum(1).tolist()
+    assert total_counts(rows[:1]).tolist() == [0] and total_counts(rows[:0]).shape == (0,)
