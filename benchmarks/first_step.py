@@ -5,8 +5,8 @@
     again   another run of the same cells, which finds what the first one kept
 
 Both with `--data-device disk`, where every run maps one set of files with the values, and with `cpu`, where each reads
-them into memory. A process ends where its first step would begin. The cells are those of scale.py; the head has the size
-that --preset auto chooses for them.
+them into memory. A process ends where its first step would begin. The cells are those of scale.py; the head has the
+size that --preset auto chooses for them.
 
     OMP_NUM_THREADS=1 python benchmarks/first_step.py --cells 200000               # 20 minutes, 8 GB of disk
     OMP_NUM_THREADS=1 python benchmarks/first_step.py --cells 6000 --genes 2000 --perturbations 60

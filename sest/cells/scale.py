@@ -342,16 +342,14 @@ def _no_log1p(scan: Scan) -> str | None:
 
 def total_counts(rows: sp.csr_matrix) -> np.ndarray:
     """(n,) float64: the sum of each row, which SciPy adds up in float32 if the values are: exact up to 2**24 counts."""
-    longest = int(np.diff(rows.indptr).max(initial=0))
-    if (
-        not longest
-        or rows.dtype.kind not in "iu"
-        or longest * max(int(rows.data.max()), -int(rows.data.min())) >= 2**31
-    ):
-        return np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
-    some, totals = np.flatnonzero(np.diff(rows.indptr)), np.zeros(rows.shape[0])
-    totals[some] = np.add.reduceat(rows.data, rows.indptr[some], dtype=np.int32)  # 4 times as fast as SciPy
-    return totals
+    lengths = np.diff(rows.indptr)
+    if rows.dtype.kind in "iu" and rows.nnz:
+        largest = max(int(rows.data.max()), -int(rows.data.min()))
+        if largest * int(lengths.max()) < 2**31:  # which SciPy takes 4 times as long for
+            some, totals = np.flatnonzero(lengths), np.zeros(rows.shape[0])
+            totals[some] = np.add.reduceat(rows.data, rows.indptr[some], dtype=np.int32)
+            return totals
+    return np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
 
 
 def factors_to(target_sum: float, totals: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
