@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 
 import numpy as np
 import torch
@@ -77,13 +76,3 @@ class BatchSource:
         """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-
-
-def batches_per_second(sampler: SetSampler, cells: ResidentCells, size: int, n_workers: int) -> float:
-    """How fast batches come, measured on a few that no step of this run has read yet."""
-    n = max(n_workers, 1)
-    with closing(BatchSource(sampler, cells, size, n)) as batches:
-        began = time.perf_counter()
-        for number in range(2 * n):
-            batches.get(number)
-        return 2 * n / (time.perf_counter() - began)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sest.cache import open_cache
 from sest.cells.split_file import SPLIT_NAMES, TEST, TRAIN, VAL
 from sest.config import TrainConfig
-from sest.data.batches import BatchSource, batches_per_second
+from sest.data.batches import BatchSource
 from sest.data.dataset import Dataset, read_dataset
 from sest.data.features import equal_vectors
 from sest.data.resident import ResidentCells, resident_cells
@@ -104,9 +104,6 @@ def prepare(
     on_device = _cells_on_device(config.data_device, device, data)
     cells = resident_cells(data.targets, data.embeddings, data.control_rows, device, on_device=on_device)
     sampler = _sampler(data, config)
-    if data.targets.on_disk:
-        rate = batches_per_second(sampler, cells, config.batch_size, config.num_workers)
-        logger.info(f"Batches from {data.targets.folder}: {rate:.3g} a second.")
     validator = _validator(data, cells, config, device, criterion, team, start)
     ddp = team.ddp(HeadLoss(model, criterion, nullcontext if precision == "tf32" else cast), config.gradients)
     team.wait()  # all have read what is in the folder

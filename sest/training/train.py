@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 FEW_STEPS = 20  # of which nobody asks how long they take
+LONG_WAIT = 0.05  # of a step, for cells from files, that is said
 TIMED_STEPS, TIMED_SECONDS = 3, 2.0  # steps by which the others are reckoned, or as many as took that long
 
 
@@ -199,28 +200,33 @@ class FirstSteps:
     """
 
     def __init__(self, trainer: Trainer, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._trainer, self._clock, self._began = trainer, clock, 0.0
-        self._seconds: list[float] = []
+        self._trainer, self._clock = trainer, clock
+        self._began = self._waited = 0.0
+        self._steps: list[tuple[float, float]] = []  # s each took, and of which it waited for its batches
         left = trainer.config.max_steps - trainer.state.step
         self._done = not trainer.team.leads or trainer.compiled or left < FEW_STEPS
 
     def __enter__(self) -> None:
-        self._began = self._clock()
+        self._began, self._waited = self._clock(), self._trainer.batches.waited
 
     def __exit__(self, failed: type[BaseException] | None, *rest: object) -> None:
         if self._done or failed:
             return
         if self._trainer.device.type == "cuda":
             torch.cuda.synchronize(self._trainer.device)
-        self._seconds.append(self._clock() - self._began)
-        _, *counted = self._seconds
-        if len(counted) == TIMED_STEPS or sum(counted) > TIMED_SECONDS:
+        self._steps.append((self._clock() - self._began, self._trainer.batches.waited - self._waited))
+        _, *counted = self._steps
+        if len(counted) == TIMED_STEPS or sum(seconds for seconds, _ in counted) > TIMED_SECONDS:
             self._done = True
-            say_time(self._trainer, min(counted))
+            say_time(self._trainer, *min(counted))
 
 
-def say_time(trainer: Trainer, seconds: float) -> None:
-    """Say how long the steps to come will take if each takes these seconds, what fits an hour, and what is faster."""
+def say_time(trainer: Trainer, seconds: float, waited: float) -> None:
+    """Say how long the steps to come will take if each takes these seconds, what fits an hour, and what is faster.
+
+    Args:
+        waited: s of them for which a step waits for its batches.
+    """
     config, step = trainer.config, trainer.state.step
     left, an_hour = config.max_steps - step, int(progress.HOUR / seconds)
     fits = (
@@ -232,6 +238,10 @@ def say_time(trainer: Trainer, seconds: float) -> None:
         f"{left:,} more steps will take about {progress.duration(left * seconds)} here, validations aside "
         f"({seconds:.2g} s a step); {fits}."
     )
+    if (folder := trainer.data.targets.folder) and waited > LONG_WAIT * seconds:
+        logger.info(
+            f"{waited / seconds:.0%} of that is waiting for cells from {folder}; --scratch puts them on another disk."
+        )
     precision = choose_precision(config.precision, trainer.device, training=True)
     for hint in filter(None, (faster_precision(precision, trainer.device), slow_pages(trainer.device))):
         logger.info(hint)

@@ -549,7 +549,8 @@ def trainer_of(max_steps: int, **changes: Any) -> Any:
     """What `FirstSteps` asks of a trainer."""
     state, config = SimpleNamespace(step=0), small_config(max_steps=max_steps)
     parts = {"team": ALONE, "compiled": False, "device": torch.device("cpu"), "config": config, "state": state}
-    return SimpleNamespace(**parts | changes)
+    read = {"batches": SimpleNamespace(waited=0.0), "data": SimpleNamespace(targets=SimpleNamespace(folder=None))}
+    return SimpleNamespace(**parts | read | changes)
 
 
 @pytest.mark.parametrize(
@@ -578,6 +579,20 @@ def test_how_long_it_will_take_is_said_after_the_first_steps(took: list[float], 
         with first:
             pass
     assert re.fullmatch(said, text) and len(notes.notes) == n_said
+
+
+@pytest.mark.parametrize(("waited", "folder"), [(0.04, "files"), (0.06, "files"), (0.9, None)])
+def test_waiting_for_cells_from_files_is_said(waited: float, folder: str | None) -> None:
+    trainer, now, notes = trainer_of(60), [0.0], Notes()
+    trainer.data.targets.folder = folder
+    first = FirstSteps(trainer, clock=lambda: now[0])
+    with reporting(notes):
+        for _ in range(4):
+            with first:
+                now[0] += 1
+                trainer.batches.waited += waited
+    said = "6% of that is waiting for cells from files; --scratch puts them on another disk."
+    assert [text for text in notes.notes if "waiting" in text] == ([said] if waited == 0.06 else [])
 
 
 @pytest.mark.parametrize("changes", [{"compiled": True}, {"max_steps": 19}, {"team": mock.Mock(leads=False)}])
