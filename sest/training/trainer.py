@@ -181,7 +181,9 @@ class Trainer:
                 return loss
             except torch.OutOfMemoryError as error:
                 self._halve(error)  # the same batch and, to rounding, the same gradient
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except Exception as error:
+                if not (self.compiled and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+                    raise
                 if self.config.compile:
                     raise InputError(f"--compile does not work here: {one_line(error)}. Leave it out.") from error
                 logger.info(f"Steps are not compiled, as that does not work here ({one_line(error)}).")
