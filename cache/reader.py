@@ -69,6 +69,19 @@ class Group:
             self._check_names(*(f"obs/{name}/categories" for name in columns))
             return pd.DataFrame({name: anndata.io.read_elem(table[name]) for name in columns}, range(self.n_cells))
 
+    def names(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) str: names of the cells (n,), ascending; of those of others a chunk at a time is in memory."""
+        with reading(self.storage, f"{self.path}/obs"):
+            index = f"obs/{self._zarr['obs'].attrs['_index']}"
+            self._check_names(index)
+            names = self._array(index)
+            chunk, parts = rows // names.chunks[0], [np.zeros(0, str)]
+            for number in np.unique(chunk).tolist():
+                first = number * names.chunks[0]
+                part = np.asarray(names[first : first + names.chunks[0]])
+                parts.append(np.array(part[rows[chunk == number] - first].tolist(), str))
+            return np.concatenate(parts)
+
     @cached_property
     def genes(self) -> list[str]:
         """(n_genes,) gene names, in the order of the columns of the targets."""

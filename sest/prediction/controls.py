@@ -6,7 +6,7 @@ Shapes: n control cells of one cell type, E embedding width, G genes of the run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import scipy.sparse
 
 from sest import progress
@@ -98,19 +97,13 @@ def pool_of(pools: Mapping[str, Pool], cell_type: str | None) -> Pool:
 def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
     """Control cells of the cache, by row number (n,), ascending."""
     files = np.searchsorted(data.labels.first, rows, side="right") - 1
-    obs = pd.concat(
-        [
-            group.obs.iloc[rows[files == i] - data.labels.first[i]]
-            for i, group in enumerate(data.cache.groups.values())
-            if (files == i).any()
-        ]
-    )
+    parts = [([*data.cache.groups.values()][i], rows[files == i] - data.labels.first[i]) for i in np.unique(files)]
     return Pool(
         cell_type,
         data.embeddings[place_of(data.control_rows, rows)],
         _cut(data.targets.log1p(rows)),
-        obs.index.to_numpy(str),
-        obs["batch"].astype(str).to_numpy(str),
+        np.concatenate([group.names(mine) for group, mine in parts]),
+        np.concatenate([group.read_labels()["batch"].iloc[mine].astype(str).to_numpy(str) for group, mine in parts]),
         files,
         context_name(data, int(np.bincount(data.labels.context[rows]).argmax())),
         measured=None if data.targets.measured is None else np.all(data.targets.measured[np.unique(files)], axis=0),
@@ -118,16 +111,26 @@ def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
     )
 
 
-def cached_pools(data: Dataset) -> dict[str, Pool]:
-    """All control cells of the cache by cell type."""
-    labels = data.labels
-    pools = {}
-    for name in sorted({cell_type for _, cell_type in labels.contexts}):
-        codes = [i for i, (_, cell_type) in enumerate(labels.contexts) if cell_type == name]
-        rows = np.flatnonzero(labels.is_control & np.isin(labels.context, codes))
-        if len(rows):
-            pools[name] = cached_pool(data, rows, name)
-    return pools
+class CachedPools(Mapping[str, Pool]):
+    """All control cells of the cache by cell type; those of a cell type are read when they are asked for."""
+
+    def __init__(self, data: Dataset) -> None:
+        self._data, self._made, labels = data, dict[str, Pool](), data.labels
+        kinds = np.array([cell_type for _, cell_type in labels.contexts])
+        codes = {name: np.flatnonzero(kinds == name) for name in np.unique(kinds).tolist()}
+        rows = {name: np.flatnonzero(labels.is_control & np.isin(labels.context, of)) for name, of in codes.items()}
+        self._rows = {name: of for name, of in rows.items() if len(of)}
+
+    def __getitem__(self, name: str) -> Pool:
+        if name not in self._made:
+            self._made[name] = cached_pool(self._data, self._rows[name], name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Pool] | None:

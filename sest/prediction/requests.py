@@ -21,7 +21,7 @@ from sest.config import VCC2025, VCC2026, PredictConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError, nearest, shown
 from sest.files.cell_file import CellFile
-from sest.prediction.controls import Pool, cached_pool, cached_pools, pool_of
+from sest.prediction.controls import CachedPools, Pool, cached_pool, pool_of
 from sest.runs.known import Known
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def make_requests(
     known = [*run.perturbations[1:], *run.features.vectors.names]
     if config.template is not None:
         obs, columns = _template(Path(config.template), made, config.pert_col, config.cell_type_col, config.control)
-        requests = _of_template(obs, columns, new or cached_pools(_cells_of(run)), config.cell_type, known)
+        requests = _of_template(obs, columns, new or CachedPools(_cells_of(run)), config.cell_type, known)
         return [*requests, *_controls_of(requests, columns)], columns
     perturbation, cell_type, batch = (made[key] or key for key in ("perturbation", "cell_type", "batch"))
     columns = Columns(perturbation, cell_type, batch, control, (), rule=rule)
@@ -199,7 +199,7 @@ def _cells_of(run: Known) -> Dataset:
 def _wanted_pools(new: Mapping[str, Pool] | None, run: Known, cell_types: Names) -> list[Pool]:
     """The controls of the cell types that are asked for; without one, of every cell type of `new` controls."""
     if new is None or cell_types is not None:
-        pools = new or cached_pools(_cells_of(run))
+        pools = new or CachedPools(_cells_of(run))
         return [pool_of(pools, name) for name in _each(cell_types)] or [pool_of(pools, None)]
     if len(new) > 1:
         logger.info(f"Predicting in each cell type of --controls: {shown(new)}. Choose one with --cell-type.")

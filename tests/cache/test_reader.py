@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numcodecs
 import numpy as np
@@ -54,6 +55,25 @@ def test_groups_read_back_what_was_written(finished: Path) -> None:
 def test_labels_are_the_columns_of_obs_without_the_names_of_cells(finished: Path) -> None:
     for group in open_cache(finished).groups.values():
         pd.testing.assert_frame_equal(group.read_labels(), group.obs.reset_index(drop=True), check_index_type=False)
+
+
+def test_names_of_some_cells_are_those_of_obs(finished: Path) -> None:
+    for group in open_cache(finished).groups.values():
+        every = np.arange(group.n_cells)
+        for rows in (every, every[:0], every[-1:], every[1::3]):
+            found = group.names(rows)
+            assert found.dtype.kind == "U" and found.tolist() == group.obs.index[rows].tolist()
+
+
+def test_names_are_read_a_chunk_at_a_time(finished: Path) -> None:
+    """Of names in several chunks, as a cache of many cells has them."""
+    group = next(iter(open_cache(finished).groups.values()))
+    names = np.array([f"cell {i}" * (i % 3) for i in range(25)], object)
+    index = zarr.create_array({}, shape=(25,), chunks=(10,), dtype=str)
+    index[:] = names
+    rows = np.array([0, 9, 10, 24])
+    with mock.patch.object(type(group), "_array", return_value=index), mock.patch.object(type(group), "_check_names"):
+        assert group.names(rows).tolist() == names[rows].tolist()
 
 
 def test_the_hash_of_a_cache_is_that_of_how_it_was_made_wherever_it_lies(finished: Path, path: Path) -> None:

@@ -23,7 +23,7 @@ from sest.config import EmbedConfig, PredictConfig, TrainConfig
 from sest.data.dataset import read_dataset
 from sest.embedding.embed import embed
 from sest.errors import InputError
-from sest.prediction.controls import Pool, cached_pool, cached_pools, new_pools, pool_of
+from sest.prediction.controls import CachedPools, Pool, cached_pool, new_pools, pool_of
 from sest.prediction.predict import predict
 from sest.runs.checkpoint import open_checkpoint
 from sest.runs.known import known_with_cells, known_without_cells
@@ -43,7 +43,7 @@ def controls_of(run: Path, **options: Any) -> tuple[dict[str, Pool], dict[str, P
     for name, pool in pools.items():
         assert np.array_equal(pool.embeddings, same[name].embeddings)
         assert not (pool.expression != same[name].expression).nnz
-    return cached_pools(data), pools
+    return dict(CachedPools(data)), pools
 
 
 def assert_same_cells(stored: dict[str, Pool], new: dict[str, Pool]) -> None:
@@ -171,7 +171,7 @@ def test_a_pool_of_the_cache_holds_what_the_cache_says_of_its_rows(tmp_path: Pat
 
 def test_pools_of_the_cache_join_the_files_of_a_cell_type(tmp_path: Path) -> None:
     groups = [small_screen("a", cell_types=("x", "y")), small_screen("b", cell_types=("y", "z"), n_controls=3, seed=1)]
-    pools = cached_pools(read_dataset(write_cache(tmp_path / "c.zarr", groups), small_config()))
+    pools = CachedPools(read_dataset(write_cache(tmp_path / "c.zarr", groups), small_config()))
     assert {name: np.bincount(pool.files, minlength=2).tolist() for name, pool in pools.items()} == {
         "x": [7, 0],
         "y": [7, 3],

@@ -19,7 +19,7 @@ from sest.config import EmbedConfig, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset
 from sest.embedding.embed import embed
 from sest.evaluation.record import DRAW
-from sest.prediction.controls import cached_pools
+from sest.prediction.controls import CachedPools
 from sest.prediction.predict import predict_cells
 from sest.prediction.record import labels_of
 from sest.prediction.requests import Request
@@ -43,7 +43,7 @@ def effects(
 
 
 def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: Dataset) -> None:
-    pool = cached_pools(tiny_data)["x"]
+    pool = CachedPools(tiny_data)["x"]
     columns = Columns("gene", "kind", "plate", "ctrl", ())
     real, draws = [np.array([4, 0])], [np.array([2, 1]), np.array([3])]
     given = pd.DataFrame({"any": [1, 2, 3]}, index=["a", "b", "c"])

@@ -21,7 +21,7 @@ from sest.config import EvaluateConfig, PredictConfig
 from sest.data.dataset import Dataset
 from sest.errors import InputError
 from sest.evaluation.evaluate import evaluate
-from sest.prediction.controls import cached_pools
+from sest.prediction.controls import CachedPools
 from sest.prediction.predict import predict
 from sest.prediction.requests import Request, make_requests, named, read_wanted
 from sest.runs.checkpoint import Checkpoint
@@ -197,7 +197,7 @@ def test_the_test_split_is_asked_for_context_by_context_with_all_its_controls(ti
 def test_a_list_is_asked_for_in_its_order_from_the_controls_of_one_cell_type(tiny_data: Dataset) -> None:
     requests, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5, "A": 300}, known(tiny_data), None)
     assert summary(requests) == [("y", "S", False, 5, 7), ("y", "A", False, 300, 7), ("y", "ctrl", True, 7, 7)]
-    new = cached_pools(tiny_data)["x"]
+    new = CachedPools(tiny_data)["x"]
     requests, _ = make_requests(
         PredictConfig(), {"S": 5}, known(tiny_data), {"x": new}
     )  # new controls replace the cache's
@@ -241,10 +241,10 @@ def test_a_template_without_controls_gets_them_under_the_label_that_is_given(
 
 
 def test_new_controls_of_several_cell_types_start_the_predictions_of_each(tiny_data: Dataset) -> None:
-    requests, _ = make_requests(PredictConfig(), {"S": 5}, known(tiny_data), cached_pools(tiny_data))
+    requests, _ = make_requests(PredictConfig(), {"S": 5}, known(tiny_data), CachedPools(tiny_data))
     assert summary(requests)[:2] == [("x", "S", False, 5, 7), ("x", "ctrl", True, 7, 7)]
     assert [r.pool.cell_type for r in requests] == ["x", "x", "y", "y"]
-    one, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5}, known(tiny_data), cached_pools(tiny_data))
+    one, _ = make_requests(PredictConfig(cell_type="y"), {"S": 5}, known(tiny_data), CachedPools(tiny_data))
     assert [r.pool.cell_type for r in one] == ["y", "y"]
 
 
