@@ -33,18 +33,18 @@ class AdamW:
         self.state = defaultdict[Tensor, dict[str, Tensor]](dict)  # empty until `new_moments`
 
     def new_moments(self) -> None:
-        """Make the state that the first step needs, where there is none: zeros for all that trains."""
-        if self.state:
-            return
-        self.state |= {  # all of it or none, where memory runs out
+        """Make the state that a first step needs: zeros for all that trains and has none."""
+        made = {  # all of it or none, where memory runs out
             parameter: {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
             for parameter in self.parameters
-            if parameter.requires_grad
+            if parameter.requires_grad and "step" not in self.state.get(parameter, {})
         }
+        for parameter, state in made.items():
+            self.state[parameter] |= state
 
     @torch.no_grad()
     def step(self) -> None:

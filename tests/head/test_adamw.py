@@ -119,6 +119,26 @@ def test_parameters_that_do_not_train_have_no_state() -> None:
     assert optimizer.to_tensors(names).keys() == tensors.keys()
 
 
+def test_parameters_that_train_later_begin_then() -> None:
+    """As with PyTorch's own: each has steps of its own, and an average that is there stays."""
+    model, other = new_model(SIZES, 0), new_model(SIZES, 0)
+    ours = AdamW(model.parameters(), LR, DECAY)
+    theirs = torch.optim.AdamW(other.parameters(), LR, weight_decay=DECAY, fused=True)
+    for step, _ in zip(gradients(model, 5), gradients(other, 5), strict=True):
+        for head in (model, other):
+            for p in head.basal_encoder.parameters():
+                p.requires_grad_(step >= 2)
+                p.grad = p.grad if step >= 2 else None
+        ours.step()
+        theirs.step()
+        if step == 1:
+            ours.load_tensors(ours.to_tensors(names_of(model)), names_of(model))
+            WeightAverage(model, ours, 0.9).update(1)
+    assert equal(ours, model, theirs, other)
+    late = next(model.basal_encoder.parameters())
+    assert float(ours.state[late]["step"]) == 3 and len(ours.state[late]) == 4
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_bytes_of_the_state_are_known_before_the_first_step(averaged: bool, frozen: bool) -> None:
