@@ -205,7 +205,8 @@ class StateTransition(nn.Module):
         assert isinstance(last, nn.Linear)
         at_once = max(VALUES_AT_ONCE // cells.shape[:-1].numel(), 1) if cells.device.type == "cpu" else len(last.bias)
         genes = zip(last.weight.split(at_once), last.bias.split(at_once), strict=True)
-        return torch.cat([F.relu(F.linear(cells, *some)).float().mean(-2) for some in genes], -1)
+        alone = not torch.is_grad_enabled()
+        return torch.cat([F.relu(F.linear(cells, *some), inplace=alone).float().mean(-2) for some in genes], -1)
 
 
 def new_model(sizes: HeadSizes, seed: int) -> StateTransition:
