@@ -179,5 +179,8 @@ def gene_blocks(n_genes: int, size: int = 1024) -> Iterator[slice]:
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(m, G) float64 of (m, n) a @ (n, G) b in the type of b, as float32 effects are known no better."""
-    return (a.astype(b.dtype) @ b).astype(np.float64)
+    """(m, G) a @ b in float64, of (m, n) and (n, G): in float32 a row's last digits would depend on the other rows."""
+    result = np.empty((len(a), b.shape[1]))
+    for genes in gene_blocks(b.shape[1]):
+        result[:, genes] = a @ b[:, genes].astype(np.float64)
+    return result
