@@ -49,9 +49,10 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Move the parameters against their gradients."""
-        self.new_moments()
         moved: list[Tensor] = [p for p in self.parameters if p.grad is not None]
         states = [self.state[p] for p in moved]
+        if not all("step" in state for state in states):
+            self.new_moments()
         adamw(
             moved,
             [p.grad for p in moved if p.grad is not None],
