@@ -8,6 +8,8 @@ and values are such as sest writes.
 from __future__ import annotations
 
 import json
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,14 +74,12 @@ class Group:
     def names(self, rows: np.ndarray) -> np.ndarray:
         """(n,) str: names of the cells (n,), ascending; of those of others a chunk at a time is in memory."""
         with reading(self.storage, f"{self.path}/obs"):
-            index = f"obs/{self._zarr['obs'].attrs['_index']}"
-            self._check_names(index)
-            names = self._array(index)
-            chunk, parts = rows // names.chunks[0], [np.zeros(0, str)]
-            for number in np.unique(chunk).tolist():
-                first = number * names.chunks[0]
-                part = np.asarray(names[first : first + names.chunks[0]])
-                parts.append(np.array(part[rows[chunk == number] - first].tolist(), str))
+            parts = [np.zeros(0, str)]
+            for first, last, data in self._chunks_of_names(f"obs/{self._zarr['obs'].attrs['_index']}"):
+                mine = rows[slice(*np.searchsorted(rows, (first, last)))] - first
+                if len(mine):
+                    part = numcodecs.VLenUTF8().decode(data)[mine] if data else np.full(len(mine), "", object)
+                    parts.append(part.astype(str))
             return np.concatenate(parts)
 
     @cached_property
@@ -91,19 +91,29 @@ class Group:
             return [str(name) for name in anndata.io.read_elem(table).index]
 
     def _check_names(self, *arrays: str) -> None:
-        """Raise ValueError where a chunk says that it holds other than as many names: room is made for what it says."""
+        """Raise ValueError where a chunk is not of as many names as its array says."""
         for name in arrays:
-            about = schema.parsed(self.storage.read(f"{self.path}/{name}/{schema.ROOT}"))
-            (length,), (per_chunk,) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
-            for chunk in range(-(-length // per_chunk)):
-                try:
-                    data = self.storage.read(f"{self.path}/{name}/c/{chunk}")
-                except FileNotFoundError:
-                    continue  # of empty names alone
+            deque(self._chunks_of_names(name), maxlen=0)
+
+    def _chunks_of_names(self, name: str) -> Iterator[tuple[int, int, bytes]]:
+        """Of every chunk the entries [first, last) that it has, and its bytes; b"": of empty names alone.
+
+        Raises:
+            ValueError: a chunk says that it holds more or fewer names: room is made for what it says.
+        """
+        about = schema.parsed(self.storage.read(f"{self.path}/{name}/{schema.ROOT}"))
+        (length,), (per_chunk,) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+        for chunk, first in enumerate(range(0, length, per_chunk)):
+            try:
+                data = self.storage.read(f"{self.path}/{name}/c/{chunk}")
+            except FileNotFoundError:
+                data = b""
+            else:
                 if len(about["codecs"]) > 1:
                     data = numcodecs.Zstd().decode(data)
                 if int.from_bytes(data[:COUNT], "little") != per_chunk:
                     raise ValueError(f"{name}/c/{chunk} holds more or fewer names than its array says")
+            yield first, first + per_chunk, data
 
     @cached_property
     def indptr(self) -> np.ndarray:

@@ -65,8 +65,9 @@ class Kernel:
         self._to_y = scipy.linalg.solve_triangular(lower, u, lower=True, trans="T")  # (n, n): L^-T U
         variance = d[:, None] * SIZES + 1.0  # (n, A)
         y, log_likelihood = np.empty_like(effects.delta), np.empty((effects.delta.shape[1], len(SIZES)))
+        to_y = self._to_y.astype(y.dtype)  # of many effects in float32, as they are and as y is kept
         for genes in gene_blocks(y.shape[1]):
-            block = self._to_y.T @ self._z(genes)
+            block = to_y.T @ self._z(genes).astype(y.dtype)
             y[:, genes] = block
             log_likelihood[genes] = -0.5 * ((block**2).T @ (1.0 / variance) + np.log(variance).sum(0))
         share = _shares_of_sizes(log_likelihood)  # (G, A)

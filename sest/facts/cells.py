@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 
 from sest import progress
-from sest.cells.scale import log1p_rows
+from sest.cells.scale import gene_moments, log1p_rows
 from sest.cells.split_file import TEST, VAL
 from sest.config import TrainConfig
 from sest.data.control_values import columns_of, spread
@@ -127,11 +127,10 @@ def _laid_out(
     predicted: list[scipy.sparse.csr_matrix],
 ) -> CellMap:
     """Components of the genes that vary most, from the controls and the real cells."""
-    fitted = scipy.sparse.vstack([controls, *real], format="csr").astype(np.float64)
-    mean = np.asarray(fitted.mean(0)).ravel()
-    variance = np.asarray(fitted.power(2).mean(0)).ravel() - mean**2
+    fitted = scipy.sparse.vstack([controls, *real], format="csr")
+    mean, variance = gene_moments(fitted)
     genes = np.sort(np.argsort(-variance, kind="stable")[:MOST_GENES])
-    basis, explained = principal_axes(fitted[:, genes].toarray())
+    basis, explained = principal_axes(fitted[:, genes].astype(np.float64).toarray())
 
     def places(cells: scipy.sparse.csr_matrix) -> np.ndarray:
         found: np.ndarray = (scipy.sparse.csr_matrix(cells)[:, genes].toarray() - mean[genes]) @ basis.T

@@ -20,7 +20,7 @@ from sest import progress
 from sest.cells.columns import CONTEXT, detect_columns, labels, perturbations, usual_columns
 from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
-from sest.cells.scale import LARGEST_PREDICTED_LOG1P, Normalisation, factors_to, log1p_rows, total_counts
+from sest.cells.scale import LARGEST_PREDICTED_LOG1P, Normalisation, factors_to, gene_moments, log1p_rows, total_counts
 from sest.config import VCC2026, EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import place_of
@@ -63,9 +63,7 @@ class Pool:
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance over the cells, both (G,) float64."""
-        values = self.expression.astype(np.float64)
-        mean = np.asarray(values.mean(0)).ravel()
-        return mean, np.maximum(np.asarray(values.power(2).mean(0)).ravel() - mean**2, 0.0)
+        return gene_moments(self.expression)
 
     def __len__(self) -> int:
         return len(self.names)
