@@ -74,6 +74,9 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     out.print(drawn)
 
 
-def figure(value: float, decimals: int = 4) -> str:
-    """A score; "-" where it is none."""
-    return f"{value:.{decimals}f}" if math.isfinite(value) else "-"
+def figure(value: float, decimals: int = 4, width: int = 99) -> str:
+    """A score, with fewer decimals where it would be wider than `width`; "-" where it is none."""
+    if not math.isfinite(value):
+        return "-"
+    too_wide = max(len(f"{value:.{decimals}f}") - width, 0)
+    return f"{value:.{max(decimals - too_wide, 0)}f}"

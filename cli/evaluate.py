@@ -105,7 +105,7 @@ def _suite(predicted: Path, real: Path, suite: str, out: Path, force: bool, conf
 
 
 def show_ceilings(ceilings: Sequence[Ceiling]) -> None:
-    """What halves of the real cells show of each other: no prediction can do better."""
+    """What halves of the real cells show of each other: where that is nothing, there is nothing to predict."""
     rows = [
         [
             c.cell_type,

@@ -21,7 +21,7 @@ MOST_LABELS = 20  # perturbations shown; --json has all
 
 
 @help_page("sest info cells.h5ad --pert-col guide", "sest info cache.zarr --splits splits.toml")
-@options(EmbedConfig, {"Of a file of cells": "layer modality pert_col cell_type_col batch_col control labels"})
+@options(EmbedConfig, {"Of a file of cells": "layer modality pert_col cell_type_col batch_col gene_col control labels"})
 def info(
     path: Annotated[
         Path,

@@ -11,7 +11,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from sest.config import TrainConfig
 from sest.errors import InputError
+from sest.head.preset import OPTIONS
 from sest.options import RENAMED, Config
 
 Force = Annotated[
@@ -72,22 +74,29 @@ def opt(
     return typer.Option(*flags, help=text, show_default=False, parser=parser, rich_help_panel=heading)
 
 
-def help_of(config: type[Config], name: str) -> str:
-    """The line that a field's option has in the help: what it is, what it takes, and its default."""
+def help_of(config: type[Config], name: str, *, preset: bool = True) -> str:
+    """The line that a field's option has in the help: what it is, what it takes, and its default.
+
+    `preset`: whether a preset chooses where nothing is given.
+    """
     field = next(f for f in dataclasses.fields(config) if f.name == name)
     default, choices, text = field.default, field.metadata["choices"], str(field.metadata["help"])
     if choices:
         number = ["N"] if {int, float} & set(config.kinds()[name]) else []
         text += f" ({' | '.join([*number, *choices])})"
+    if default is None and "default: " in text:
+        return text
     if isinstance(default, bool):
-        return f"{text} [default: {'on' if default else 'off'}]"
-    if isinstance(default, float):
-        return f"{text} [default: {default:g}]"
-    if isinstance(default, tuple):
-        return f"{text} [default: {','.join(default)}]"
-    if default is None and "default: " not in text:
-        return f"{text} [default: none]"
-    return text if default in (None, "") else f"{text} [default: {default}]"
+        said = "on" if default else "off"
+    elif isinstance(default, float):
+        said = f"{default:g}"
+    elif isinstance(default, tuple):
+        said = ",".join(default)
+    else:
+        said = "none" if default is None else str(default)
+    if preset and config is TrainConfig and name in OPTIONS:
+        said = f"by --preset; full: {said}"
+    return f"{text} [default: {said}]" if said else text
 
 
 def _kind(config: type[Config], name: str) -> type:

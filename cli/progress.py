@@ -134,7 +134,7 @@ class ConsoleProgress:
             return
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, n)
-        if self._done >= self._total:
+        if self._done >= self._total and self._detail is str:  # a detail may change after what is counted
             self._finish()
         elif not self._is_live and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._line()

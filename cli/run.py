@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from sest.pipeline.stages import Watcher
 
 GROUPS = {
-    "What is learned from": "splits perturbations pert_col cell_type_col batch_col control",
+    "What is learned from": "splits perturbations pert_col cell_type_col batch_col gene_col control",
+    "How cells are read": "layer modality counts labels",
     "How": "encoder head preset max_steps device seed",
 }
 
@@ -31,6 +32,8 @@ GROUPS = {
 @help_page(
     "sest run cells.h5ad --out results",
     "sest run cells.h5ad --out results --pert-col guide --control NT",
+    usual="cells out splits perturbations pert_col cell_type_col batch_col gene_col control layer encoder head preset "
+    "max_steps device",
 )
 @options(PipelineConfig, GROUPS)
 def run(

@@ -124,5 +124,5 @@ def _meaning(key: Key) -> str:
         return f"{' or '.join(key.words or ())} only: {key.note}"
     if key.note or key.kind == SIZE:
         return key.note
-    text = help_of(CONFIGS[key.kind][0], key.field)
+    text = help_of(CONFIGS[key.kind][0], key.field, preset=False)
     return f"{text}; here: {' | '.join(key.words)}" if key.words else text

@@ -209,7 +209,7 @@ def show_validation(title: str, metrics: dict[str, float]) -> None:
     beside = ("", *(f"_{name}" for name in VALIDATED_BESIDE))
     rows = []
     for name in METRICS:
-        values = (console.figure(metrics.get(f"{name}{of}", math.nan)) for of in beside)
+        values = (console.figure(metrics.get(f"{name}{of}", math.nan), width=6) for of in beside)
         said = name.replace("_independent", " indep.").replace("_", " ")
         rows.append([name if name == "val_loss" else said, *values])
     console.table(title, columns, rows)

@@ -105,7 +105,7 @@ def train(cache: PathLike | Cache, run: PathLike, *, resume: bool | PathLike = F
     Args:
         resume: True: go on from the run's furthest sound checkpoint; a path: from that checkpoint folder.
         **options: fields of `sest.config.TrainConfig`. A resumed run keeps its own; only those in
-            `sest.config.RESUMABLE` may differ.
+            `sest.runs.run_folder.RESUMABLE` may differ.
 
     Raises:
         sest.Error: bad input; nothing was trained.

@@ -378,9 +378,16 @@ class PipelineConfig(Config):
     perturbations: str | None = option(
         None, f"{FEATURES}: a file, or a word, as of `sest train`; default: chosen from the cells"
     )
+    layer: str | None = _of(EmbedConfig, "layer")
+    modality: str | None = _of(EmbedConfig, "modality")
+    counts: str = _of(EmbedConfig, "counts", "auto")
+    labels: str = _of(EmbedConfig, "labels", "auto")
     pert_col: str | None = _of(EmbedConfig, "pert_col")
     cell_type_col: str | None = _of(EmbedConfig, "cell_type_col")
     batch_col: str | None = _of(EmbedConfig, "batch_col")
+    gene_col: str | None = _of(
+        EmbedConfig, "gene_col", help=f"{GENE_COL}; default: the one that has the targets of the perturbations"
+    )
     control: str | tuple[str, ...] | None = _of(EmbedConfig, "control")
     head: str = _of(TrainConfig, "head", "st")
     preset: str | None = _of(TrainConfig, "preset", help=f"{PRESET}; default: auto")
@@ -389,10 +396,3 @@ class PipelineConfig(Config):
     )
     device: str = option("auto", DEVICE)
     seed: int = option(0, f"{SEED}: of all stages", least=0, most=LARGEST_SEED)
-
-
-RESUMABLE = (  # what a resumed run may change without becoming another run
-    "mixed_scales max_steps max_time val_every checkpoint_every keep_last log_every early_stopping patience "
-    "max_bad_steps num_workers data_device scratch compile gradients device precision lr schedule warmup weight_decay "
-    "clip tensorboard wandb"
-).split()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from sest.cache import journal, open_cache
 from sest.cache.derived import derived_bytes
 from sest.cache.schema import COMPLETE, ROOT
 from sest.cache.storage import Storage, is_url, storage_at
+from sest.cells.labels import AS_IS
 from sest.cells.split_file import SPLIT_NAMES, read_splits
 from sest.cells.splits import assign_splits, split_table
 from sest.config import EmbedConfig, TrainConfig
@@ -27,6 +29,7 @@ from sest.hub import fetched, repository_of
 from sest.runs.curves import read_lines
 
 if TYPE_CHECKING:
+    from sest.cells.inputs import Source
     from sest.cells.labels import DecidedLabels
 
 Facts = dict[str, Any]
@@ -132,25 +135,37 @@ def _splits_file(path: Path, config: EmbedConfig) -> Facts:
         InputError: it cannot be read, or names what the cells do not have.
     """
     from sest.cells.inputs import read_group, resolve_inputs
+    from sest.data.dataset import holds_out_in_one_context
+    from sest.data.features import automatic_source
 
     sources, file = resolve_inputs([path])
     assert file is not None, "a .toml was given"
-    usual = TrainConfig()
-    divided = assign_splits(
-        groups := [read_group(source, config) for source in sources],
-        file,
-        seed=usual.seed,
-        val_fraction=usual.val_fraction,
-    )
+    usual, groups = TrainConfig(), [read_group(source, config) for source in sources]
+    names = {name for group in groups for name in group.perturbations if name != group.control}
+    features, _ = automatic_source(names, _common_genes(sources, config), as_is=config.labels == AS_IS)
+    one = holds_out_in_one_context(usual.val_contexts, features)
+    divided = assign_splits(groups, file, seed=usual.seed, val_fraction=usual.val_fraction, one_context=one)
     return {
         "kind": "splits",
-        "datasets": [f"{name} ({len(files)} files)" for name, files in file.datasets.items()],
+        "datasets": [f"{name} ({len(files)} file{'s' * (len(files) != 1)})" for name, files in file.datasets.items()],
         "training": sorted(file.training),
         "zeroshot": [f"{'.'.join(context)}: {SPLIT_NAMES[bit]}" for context, bit in sorted(file.zeroshot.items())],
         "fewshot": [".".join(context) for context in sorted(file.fewshot)],
         "splits": [dataclasses.asdict(row) for row in split_table(groups, divided)],
         "split_notes": list(divided.notes),
     }
+
+
+def _common_genes(sources: Sequence[Source], config: EmbedConfig) -> set[str]:
+    """The genes that all files name alike."""
+    from sest.cells.genes import agreeing_names
+
+    tables = []
+    for source in sources:
+        with CellFile(source.path, config.layer, config.modality) as file:
+            tables.append(file.var)
+    first, *others = agreeing_names(tables, config.gene_col)
+    return set(first.names).intersection(*(names.names for names in others))
 
 
 def _features(path: Path) -> Facts | None:
@@ -176,9 +191,14 @@ def _features(path: Path) -> Facts | None:
 def _splits(cache: str | Path, config: TrainConfig, splits: str | os.PathLike[str] | None) -> Facts:
     """What training with `config`, but these splits, would read: cells of a cache by dataset, cell type and split."""
     from sest.data.dataset import holds_out_in_one_context
+    from sest.data.features import with_sources
     from sest.data.labels import read_labels
+    from sest.data.vectors import AUTO
 
-    _, groups = read_labels(open_cache(cache))
+    opened = open_cache(cache)
+    _, groups = read_labels(opened)
+    if config.perturbations == AUTO:
+        config = with_sources(config, opened)
     file = read_splits(Path(splits), resolve_files=False) if splits else None
     one = holds_out_in_one_context(config.val_contexts, config.perturbations)
     divided = assign_splits(groups, file, seed=config.seed, val_fraction=config.val_fraction, one_context=one)
@@ -313,7 +333,7 @@ def _cells(path: Path, config: EmbedConfig) -> Facts:
             if found.cell_type is not None:
                 facts["cell_types"] = list(labels(file.obs, found.cell_type)[1])
         facts["values"], facts["scale"] = _values(file), _scale(file)
-        genes = gene_names(file.var)
+        genes = gene_names(file.var, config.gene_col)
         facts["gene_names"] = f"{genes.column}: {shown(genes.names[:3])}"
         if genes.are_numbers:
             facts["gene_names"] += " (numbers: no column of var has the names)"

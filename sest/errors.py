@@ -49,6 +49,7 @@ _FOLDERS = (
     ("state.json", "a checkpoint folder, which `sest predict` takes"),
     ("config.toml", "a run folder, which `sest predict` takes"),
     ("pipeline.toml", "a folder of `sest run`; the run in it is {path}/run"),
+    ("results.csv", "a folder of `sest evaluate`, with its scores in results.csv"),
     ("protein_embeddings.pt", "an encoder folder, which `sest embed --encoder` takes"),
 )
 

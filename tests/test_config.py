@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sest.config import (
-    RESUMABLE,
     EmbedConfig,
     EvaluateConfig,
     PipelineConfig,
@@ -145,10 +144,6 @@ def test_every_field_has_a_line_of_help_and_a_default_that_passes_its_own_checks
     config()  # raises where a default is out of range
     for field in dataclasses.fields(config):
         assert field.metadata["help"] and "\n" not in field.metadata["help"], field.name
-
-
-def test_what_a_resumed_run_may_change_are_fields_of_the_configuration() -> None:
-    assert set(RESUMABLE) <= set(TrainConfig.names()) and len(set(RESUMABLE)) == len(RESUMABLE)
 
 
 @settings(deadline=None)  # a loaded machine is slow now and then

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import Demo
 
@@ -16,7 +20,10 @@ from helpers.runs import metrics
 from helpers.se_model import write_se
 from sest.cache import open_cache
 from sest.cache.schema import COMPLETE
+from sest.config import EmbedConfig, TrainConfig
+from sest.data.dataset import read_dataset
 from sest.describe import describe
+from sest.embedding.embed import embed
 from sest.errors import InputError
 from sest.runs.checkpoint import load_model, open_checkpoint
 
@@ -222,13 +229,29 @@ def test_cells_say_what_their_labels_and_values_are(demo: Demo) -> None:
 
 def test_a_splits_file_is_checked_against_its_cells_before_they_are_embedded(demo: Demo, tmp_path: Path) -> None:
     facts = strict(describe(demo.folder / "starter.toml")[0])
-    assert facts["kind"] == "splits" and facts["training"] == ["cells"] and facts["datasets"] == ["cells (1 files)"]
+    assert facts["kind"] == "splits" and facts["training"] == ["cells"] and facts["datasets"] == ["cells (1 file)"]
     assert facts["splits"] == strict(describe(demo.cache, splits=demo.folder / "starter.toml")[0])["splits"]
     text = (demo.folder / "starter.toml").read_text()
     shutil.copy(demo.cells, tmp_path / "cells.h5ad")
     (tmp_path / "s.toml").write_text(text.replace("cells.beta", "cells.betta"))
     with pytest.raises(InputError, match=r"has no cell type 'betta'.* Did you mean 'beta'"):
         describe(tmp_path / "s.toml")
+
+
+def test_the_division_that_is_shown_is_that_of_training_where_targets_are_no_genes(tmp_path: Path) -> None:
+    """Then features are one-hot, and what validates is held out in one cell type, as training does."""
+    kinds, names = np.repeat(["a", "b"], 60), np.tile(np.repeat(["ctrl", *(f"Drug{i}" for i in range(5))], 10), 2)
+    obs = pd.DataFrame({"perturbation": names, "cell_type": kinds}, index=[f"c{i}" for i in range(120)])
+    counts = np.random.default_rng(0).poisson(2.0, (120, 9)).astype(np.float32)
+    ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(9)])).write_h5ad(tmp_path / "c.h5ad")
+    splits = tmp_path / "s.toml"
+    splits.write_text('[datasets]\nd = "c.h5ad"\n[training]\nd = "train"\n')
+    embed([splits], tmp_path / "c.zarr", EmbedConfig(encoder="pca", dim=4, device="cpu"))
+    trained = read_dataset(str(tmp_path / "c.zarr"), TrainConfig(splits=str(splits)))
+    expected = [dataclasses.asdict(row) for row in trained.table]
+    assert len([row for row in expected if row["split"] == "val"]) == 1
+    for path, given in ((splits, None), (tmp_path / "c.zarr", splits)):
+        assert describe(path, splits=given)[0]["splits"] == expected
 
 
 def test_a_file_of_features_is_described_and_weights_are_not_taken_for_one(demo: Demo, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def choose_splits(
         seed: of what is drawn.
 
     Raises:
-        InputError: too little to train on, validate and test.
+        InputError: too little to train on, validate and test, or nothing that could be predicted where it is held out.
     """
     pairs = _Pairs.read(group, genes, everything_known)
     if not pairs.of:
@@ -138,20 +138,25 @@ def choose_splits(
             "train on some, validate on others and test the rest. It takes three perturbations, or one in three cell "
             "types."
         )
-    names, is_known = candidates[cell_type], True
-    if len(names) < 2:
-        names, is_known = sorted(pairs.of[cell_type]), False
-    held = _draw(pairs, cell_type, names, seed, check=is_known)
+    if len(candidates[cell_type]) < 2:
+        targets = sorted(set().union(*(pairs.targets[name] for name in pairs.of[cell_type])) - pairs.known)
+        raise InputError(
+            f"Of {len(pairs.of[cell_type])} perturbations {len(candidates[cell_type])} could be predicted where they "
+            "are held out: no other cell type has them, and their targets are no measured genes "
+            f"({shown(targets, 3)}). Pass --perturbations with a file of features of them, or, where a column of var "
+            "has these genes, --gene-col."
+        )
+    held = _draw(pairs, cell_type, candidates[cell_type], seed)
     return ChosenSplits(
         {cell_type: held},
         {},
-        _why(pairs, cell_type, held, is_known),
-        by_genes=is_known and not everything_known and _by_genes(pairs, cell_type, held),
+        _why(pairs, cell_type, held),
+        by_genes=not everything_known and _by_genes(pairs, cell_type, held),
     )
 
 
-def _draw(pairs: _Pairs, cell_type: str, names: list[str], seed: int, *, check: bool) -> Held:
-    """Draw test, then validation perturbations; with `check` such that all of them stay known."""
+def _draw(pairs: _Pairs, cell_type: str, names: list[str], seed: int) -> Held:
+    """Draw test, then validation perturbations, such that all of them stay known."""
     n = len(names)
     wanted = {TEST: max(1, min(round(n / 5), MOST_HELD)), VAL: max(1, min(n // 4, max(ENOUGH, n // 10), MOST_HELD))}
     drawn: list[str] = []
@@ -160,7 +165,7 @@ def _draw(pairs: _Pairs, cell_type: str, names: list[str], seed: int, *, check: 
         alone = len(pairs.of) == 1 and len(chosen) >= len(pairs.of[cell_type])  # something has to train
         if len(drawn) == sum(wanted.values()) or alone:
             break
-        if not check or all(pairs.is_known(cell_type, name, chosen) for name in chosen):
+        if all(pairs.is_known(cell_type, name, chosen) for name in chosen):
             drawn = chosen
     n_test = min(wanted[TEST], max(len(drawn) - 1, 1))
     return {TEST: tuple(sorted(drawn[:n_test])), VAL: tuple(sorted(drawn[n_test:]))}
@@ -184,17 +189,12 @@ def _by_genes(pairs: _Pairs, cell_type: str, held: Held) -> bool:
     return needed and not all(targets <= pairs.known for targets in pairs.targets.values())
 
 
-def _why(pairs: _Pairs, cell_type: str, held: Held, is_known: bool) -> str:
+def _why(pairs: _Pairs, cell_type: str, held: Held) -> str:
     test, val = held[TEST], held[VAL]
     where = f" in {cell_type}" if len(pairs.of) > 1 else ""
     n = len(pairs.of[cell_type])
     said = f"Of {n} perturbations{where} {len(test)} test ({shown(test)}) and {len(val)} validate ({shown(val)})"
     others = any(pairs.is_elsewhere(cell_type, name) for name in test)
-    if not is_known:
-        return (
-            f"{said}. Nothing else is known of them, as no other cell type and no feature has them: --perturbations "
-            "with a file of features makes them predictable."
-        )
     if others:
         return f"{said}; other cell types train these too, or features say what they are like."
     return f"{said}; what is known of them is in their features, or in what trains of their targets."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,6 +118,17 @@ def names_as_known(var: pd.DataFrame, known: Sequence[str], given: str | None = 
     options = [own, *(n for n in _namings(var, own, given) if n != own)]
     options += [n.without_versions(bare) for n in options if "version" not in n.column]
     return max(options, key=lambda n: len(wanted.intersection(n.names)))
+
+
+def column_of_targets(var: pd.DataFrame, targets: Collection[str]) -> GeneNames | None:
+    """The text column of var that has at least half of the targets of perturbations, where the file's own names do not.
+
+    So it is with Ensembl ids in the index and symbols beside them. None: there is none.
+    """
+    own, wanted = gene_names(var), set(targets)
+    found = max(_text_columns(var), key=lambda names: len(wanted.intersection(names.names)), default=own)
+    n_own, n_found = (len(wanted.intersection(names.names)) for names in (own, found))
+    return found if 2 * n_own < len(wanted) <= 2 * n_found and _may_name_genes(found) else None
 
 
 def unnamed_genes(path: object) -> InputError:

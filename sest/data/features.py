@@ -100,17 +100,41 @@ def with_sources(config: TrainConfig, cache: Cache) -> TrainConfig:
 
 
 def _automatic(cache: Cache, gene_axis: str) -> str:
-    """Vectors of genes, which say something of new perturbations too, where all targets have one; else columns."""
+    """The source that `auto` stands for, which is said."""
     labels, groups = read_labels(cache)[0], list(cache.groups.values())
     genes = set(groups[0].genes).intersection(*(group.genes for group in groups[1:]))
-    targets = {target for name in labels.perturbations[1:] for target in targets_of(name)}
-    if labels.as_is or gene_axis != "common" or not targets <= genes:
-        return ONE_HOT
-    logger.info(
-        f"Perturbation features: {GENES}, their loadings in the control cells, as all {len(targets):,} targets are "
-        f"measured genes. --perturbations {ONE_HOT} has a column of each instead."
+    source, why = automatic_source(labels.perturbations[1:], genes, as_is=labels.as_is, gene_axis=gene_axis)
+    logger.info(why)
+    return source
+
+
+def automatic_source(
+    perturbations: Iterable[str], genes: Set[str], *, as_is: bool = False, gene_axis: str = "common"
+) -> tuple[str, str]:
+    """What `auto` stands for, and why: vectors of genes where all targets have one, as they speak of new ones too.
+
+    Args:
+        perturbations: their names, without the control.
+        genes: those that all files measure.
+        as_is: labels stand for themselves, and name no targets.
+        gene_axis: as in TrainConfig.
+    """
+    targets = {target for name in perturbations for target in targets_of(name)}
+    if as_is:
+        why = "labels are taken as they are"
+    elif gene_axis != "common":
+        why = "files have genes of their own"
+    elif others := sorted(targets - genes):
+        why = f"{len(others):,} of {len(targets):,} targets are no measured genes ({shown(others, 3)})"
+    else:
+        return GENES, (
+            f"Perturbation features: {GENES}, their loadings in the control cells, as all {len(targets):,} targets are "
+            f"measured genes. --perturbations {ONE_HOT} has a column of each instead."
+        )
+    return ONE_HOT, (
+        f"Perturbation features: {ONE_HOT}, a column of each, as {why}. That says nothing of perturbations that do not "
+        "train; --perturbations takes a file that does."
     )
-    return GENES
 
 
 def _encoder_of(cache: Cache) -> str:

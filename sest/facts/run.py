@@ -128,8 +128,12 @@ def read_runs(folders: Iterable[Path], *, cache: str | None = None, perturbation
         raise InputError("No run is given. Name one run folder at least.")
     if twice := [folder for folder in given if given.count(folder) > 1]:
         raise InputError(f"{twice[0]} is given twice. Name every run once.")
-    names = [folder.name for folder in given]
-    names = [f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in given]
+    names = [
+        (f.parent if (f.parent / "pipeline.toml").is_file() else f).name for f in given
+    ]  # of `sest run`: its folder's
+    names = [
+        name if names.count(name) == 1 else f"{f.parent.name}/{f.name}" for f, name in zip(given, names, strict=True)
+    ]
     return [_read_run(f, name, cache, perturbations) for f, name in zip(given, names, strict=True)]
 
 

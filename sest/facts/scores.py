@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -92,6 +92,11 @@ class Scoreboard:
     def predictors(self) -> list[str]:
         """The model and the baselines that have scores."""
         return [MODEL, *dict.fromkeys(name for score in self.scores for name in score.known)]
+
+    def without(self, baseline: str) -> Scoreboard:
+        """The same beside other baselines, where the model itself is this one."""
+        left = (replace(s, baselines={n: v for n, v in s.baselines.items() if n != baseline}) for s in self.scores)
+        return replace(self, scores=tuple(left))
 
     @property
     def judged(self) -> list[Score]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import h5py
 
-from sest.errors import shown
+from sest.errors import shown, what_it_is
 from sest.files.nodes import Group
 
 HEAD = 512  # bytes that tell what a file is
@@ -91,6 +91,8 @@ def of_folder(path: Path) -> str:
         return ": it is a 10x Genomics matrix; convert it with scanpy.read_10x_mtx(FOLDER).write_h5ad(...)"
     if any(name.endswith(".parquet") for name in names):
         return ": it holds Parquet files; docs/data.md has a recipe that makes .h5ad files of them"
+    if known := what_it_is(path):
+        return f":{known.removesuffix('.').replace(' It', ' it')}"
     return f"; it has {shown(sorted(names))}" if names else ": it is empty"
 
 
@@ -149,6 +151,8 @@ def _text(head: bytes) -> str:
         first = head.decode().partition("\n")[0]
     except UnicodeDecodeError:
         return ""
+    if first.startswith("{") and first.endswith("}"):
+        return ": it is JSON, a line each; read it with pandas.read_json(..., lines=True)"
     for separator, name in (("\t", "tab-separated"), (",", "comma-separated")):
         if first.count(separator) > 1:
             return f": it is {name} text; read it with pandas.read_csv and build an AnnData of it"

@@ -27,6 +27,10 @@ HEADS: dict[str, dict[str, Any]] = {  # options of sest.config.TrainConfig; full
     SMALL: {"hidden": 128, "n_layers": 1, "n_heads": 4, "ffn": 256, "lr": 1e-3},
     MEDIUM: {"hidden": 256, "n_layers": 2, "n_heads": 4, "ffn": 512, "lr": 5e-4},
 }
+OPTIONS = frozenset(  # whose values a preset chooses, unless they are given
+    "max_steps batch_size set_size lr ema hidden n_layers n_heads ffn n_encoder_layers n_decoder_layers dropout "
+    "control_targets val_every checkpoint_every log_every".split()
+)
 CELLS_A_STEP, LARGEST_SET = {SMALL: 256, MEDIUM: 1024}, {SMALL: 32, MEDIUM: 64}  # more sets of fewer cells did better
 
 

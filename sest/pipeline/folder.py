@@ -7,18 +7,21 @@ the same call again goes on, and another is refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sest.cache.disk import write_durably
 from sest.cells.choose_splits import ChosenSplits, choose_splits
-from sest.cells.genes import gene_names
+from sest.cells.genes import column_of_targets, gene_names
 from sest.cells.inputs import Source, read_group
+from sest.cells.labels import targets_of
 from sest.cells.split_file import TEST, read_splits
+from sest.cells.splits import GroupCells
 from sest.config import EmbedConfig, EvaluateConfig, PipelineConfig, PredictConfig, TrainConfig
 from sest.describe import describe
+from sest.encoder.choose import needs_weights
 from sest.errors import InputError, nearest_file, shown
 from sest.files.cell_file import CellFile
 from sest.files.containers import stem_of
@@ -63,18 +66,21 @@ def run_pipeline(
     columns = EmbedConfig.from_values(_columns(config), "the options")
     if "perturbations" not in ledger.begun_with:
         _look(cells, columns, watcher)
-        out.mkdir(parents=True, exist_ok=True)
-        ledger.save()
+        columns, genes, group = _genes(cells, columns, config, watcher)
+        ledger.begun_with["gene_col"] = columns.gene_col or ""
+        ledger.begun_with["perturbations"] = config.perturbations or "auto"
         if config.splits is None:
-            chosen = _chosen(cells, columns, config)
+            chosen = _chosen(group, genes, config)
+            if chosen.by_genes and config.perturbations is None:
+                ledger.begun_with["perturbations"] = "genes+onehot"
+            out.mkdir(parents=True, exist_ok=True)
             write_durably(out / "splits.toml", chosen.toml(stem_of(cells), Path(os.path.abspath(cells))).encode())
             watcher.note(f"{chosen.why} Written to {out / 'splits.toml'}; --splits takes another file.")
-            by_genes = chosen.by_genes and config.perturbations is None
-            ledger.begun_with["perturbations"] = "genes+onehot" if by_genes else config.perturbations or "auto"
         else:
             _check_splits(Path(config.splits), cells)
-            ledger.begun_with["perturbations"] = config.perturbations or "auto"
+            out.mkdir(parents=True, exist_ok=True)
         ledger.save()
+    columns = replace(columns, gene_col=ledger.begun_with.get("gene_col") or columns.gene_col)
     plan = _plan(cells, out, config, columns, str(ledger.begun_with["perturbations"]))
     return carry_out(plan, watcher, ledger)
 
@@ -98,6 +104,7 @@ def _begun(cells: Path, out: Path, options: Mapping[str, Any]) -> tuple[Ledger, 
         return Ledger(out / STATE, {"options": config.to_values(), **now}), config
     kept = read_toml(out / STATE)
     done = [stage for stage in kept.pop("done", []) if stage in STAGES]
+    predicted_from = str(kept.pop("predicted_from", ""))
     before = PipelineConfig.from_values(kept["options"], str(out / STATE))
     config = PipelineConfig.from_values({**kept["options"], **options}, "the options")
     for name in PipelineConfig.names():
@@ -111,16 +118,21 @@ def _begun(cells: Path, out: Path, options: Mapping[str, Any]) -> tuple[Ledger, 
         raise InputError(f"{out} was begun with other cells than {cells} holds now. Choose another --out.")
     if config.max_steps != before.max_steps:
         done = [stage for stage in done if stage == EMBED]
-    return Ledger(out / STATE, {**kept, "options": config.to_values()}, done), config
+    return Ledger(out / STATE, {**kept, "options": config.to_values()}, done, predicted_from), config
+
+
+READING = "layer modality counts labels pert_col cell_type_col batch_col gene_col control".split()
 
 
 def _columns(config: PipelineConfig) -> dict[str, Any]:
-    names = ("pert_col", "cell_type_col", "batch_col", "control")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    """How the cells are to be read, as far as it was said."""
+    usual = PipelineConfig()
+    return {name: value for name in READING if (value := getattr(config, name)) != getattr(usual, name)}
 
 
 def _look(cells: Path, columns: EmbedConfig, watcher: Watcher) -> None:
     """Tell what `sest info` says of the cells, and refuse what cannot be trained on."""
+    columns = replace(columns, counts=EmbedConfig().counts)  # which `sest info` finds out
     watcher.command(command_line("info", cells, *changed(columns)))
     facts, _ = describe(cells, columns=columns)
     if facts["kind"] != "cells":
@@ -135,12 +147,30 @@ def _look(cells: Path, columns: EmbedConfig, watcher: Watcher) -> None:
         )
 
 
-def _chosen(cells: Path, columns: EmbedConfig, config: PipelineConfig) -> ChosenSplits:
-    """What to hold out of the cells."""
+def _genes(
+    cells: Path, columns: EmbedConfig, config: PipelineConfig, watcher: Watcher
+) -> tuple[EmbedConfig, Sequence[str], GroupCells]:
+    """The same with the column of var that names genes as the perturbations do; these names; and the cells' labels."""
     name = stem_of(cells)
     group = read_group(Source(name, name, cells), columns)
-    with CellFile(cells) as file:
-        genes = gene_names(file.var).names
+    targets = {target for label in group.perturbations if label != group.control for target in targets_of(label)}
+    with CellFile(cells, columns.layer, columns.modality) as file:
+        own = gene_names(file.var, columns.gene_col)
+        found = None if columns.gene_col else column_of_targets(file.var, targets)
+    if found is None:
+        return columns, own.names, group
+    if needs_weights(config.encoder):  # which finds the column that it knows
+        return columns, found.names, group
+    of_own, of_found = (len(targets.intersection(names.names)) for names in (own, found))
+    watcher.note(
+        f"Genes are named by column {found.column!r} of var, which has {of_found:,} of the {len(targets):,} targets of "
+        f"perturbations, not by {own.column}, which has {of_own:,}; --gene-col index takes the index."
+    )
+    return replace(columns, gene_col=found.column), found.names, group
+
+
+def _chosen(group: GroupCells, genes: Sequence[str], config: PipelineConfig) -> ChosenSplits:
+    """What to hold out of the cells."""
     known = config.perturbations not in (None, "auto", "onehot", "genes", "genes+onehot", "onehot+genes")
     use_genes = config.perturbations != "onehot"
     return choose_splits(group, genes if use_genes else (), everything_known=known, seed=config.seed)

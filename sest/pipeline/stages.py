@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from sest.cache.disk import write_durably
+from sest.cache.disk import sha256, write_durably
 from sest.config import EmbedConfig, EvaluateConfig, PredictConfig
 from sest.embedding.embed import embed
 from sest.evaluation.evaluate import evaluate
@@ -25,6 +25,8 @@ from sest.options import Config
 from sest.prediction.predict import predict
 from sest.report.write import Report, refuse_without_plotly, write_report
 from sest.runs.run_folder import CONFIG, config_of
+from sest.runs.schema import BEST, LAST
+from sest.runs.schema import STATE as CHECKPOINT
 from sest.training.train import TrainResult, train
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Ledger:
     path: Path | None = None
     begun_with: dict[str, Any] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    predicted_from: str = ""  # `identity` of the run that what follows it was made from
 
     def begin(self, stage: str) -> None:
         """Forget that this stage and those behind it were finished."""
@@ -81,7 +84,10 @@ class Ledger:
 
     def save(self) -> None:
         if self.path is not None:
-            write_durably(self.path, tomli_w.dumps({**self.begun_with, "done": self.done}).encode())
+            write_durably(self.path, tomli_w.dumps(self._values()).encode())
+
+    def _values(self) -> dict[str, Any]:
+        return {**self.begun_with, "done": self.done, "predicted_from": self.predicted_from}
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,11 @@ def carry_out(plan: Plan, watcher: Watcher, ledger: Ledger) -> PipelineResult:
         EMBED: plan.cache, TRAIN: plan.run, PREDICT: plan.predicted, EVALUATE: plan.evaluation, REPORT: plan.report,
     }  # fmt: skip
     for stage, carry in stages.items():
+        if stage == PREDICT and ledger.predicted_from != (trained := identity(plan.run)):
+            if stage in ledger.done:
+                watcher.note(f"{plan.run} is another than when it predicted: what follows it is made again.")
+            ledger.begin(stage)
+            ledger.predicted_from = trained
         if stage in ledger.done and made[stage].exists():
             watcher.passed_over(stage, made[stage])
             continue
@@ -154,6 +165,12 @@ def carry_out(plan: Plan, watcher: Watcher, ledger: Ledger) -> PipelineResult:
         ledger.finish(stage)
         watcher.finished(stage, results[stage])
     return PipelineResult(plan, results.get(TRAIN), results.get(EVALUATE), results.get(REPORT))
+
+
+def identity(run: Path) -> str:
+    """What its checkpoints say of themselves, hashed: another after more steps, also by `sest train`."""
+    said = [path.read_bytes() for name in (BEST, LAST) if (path := run / name / CHECKPOINT).is_file()]
+    return sha256(b"".join(said))
 
 
 def command_line(*words: object) -> str:

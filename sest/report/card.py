@@ -113,7 +113,7 @@ def _use(checkpoint: Checkpoint, repository: str) -> str:
     name = shlex.quote(visible(next(iter(known.get("trained", [])), "GENE")))
     with_encoder = "" if checkpoint.state["encoder"]["name"] in ("pca", "genes") else " --encoder ENCODER"
     return (
-        "## Use\n\n```bash\npip install 'sest[hub]'\n"
+        "## Use\n\nWith `sest` and its extra `hub` installed:\n\n```bash\n"
         f"sest predict hf://{repository} --controls controls.h5ad{with_encoder} --only {name} --out predicted.h5ad\n"
         f"sest embed new.h5ad --like hf://{repository}{with_encoder} --cache new.zarr\n"
         f"sest train new.zarr --run adapted --init-from hf://{repository}\n```\n"

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sest import __version__
+from sest.blend.blend import STACK
 from sest.cache.disk import write_durably
 from sest.config import ReportConfig
 from sest.errors import InputError
@@ -138,14 +139,21 @@ def _found(run: RunFacts) -> Evaluation | None:
 
 
 def _boards(run: RunFacts, cache: CacheFacts | None, evaluation: Evaluation | None) -> list[Scoreboard]:
-    """What is scored pair by pair: evaluated cells, else the test split as it is predicted here; then the val split."""
+    """What is scored: evaluated cells, else the test split as it is predicted here; then the val split; the validation.
+
+    A run without a head is not held against the stack, which it is.
+    """
+    has_head = run.config.head != "none"
     boards = [of_evaluation(evaluation)] if evaluation is not None else []
     for result in reversed(cache.pairs or []) if cache is not None else ():
         if result.split == "val" or evaluation is None:
             assert run.checkpoint is not None
             by = "head and baselines together" if run.checkpoint.has_blend else "the head"
+            by = by if has_head else "the baselines"
             boards.append(of_pairs(result.scores, of=f"{result.split} split", by=f"{by}, as predicted for this page"))
-    return boards
+    if (validation := run.validation()) is not None:
+        boards.append(validation)
+    return boards if has_head else [board.without(STACK) for board in boards]
 
 
 def _is_report(path: Path) -> bool:
@@ -175,13 +183,9 @@ def _page(
     else:
         title = runs[0].name
     for number, (run, cache, evaluation) in enumerate(zip(runs, caches, evaluations, strict=True), 1):
-        prefix, boards, validation = (
-            f"run-{number}-" if several else "",
-            _boards(run, cache, evaluation),
-            run.validation(),
-        )
-        top = header(run, cache, [*boards, *([validation] if validation is not None else [])])
-        sections = run_sections(page, run, cache, boards, prefix)
+        prefix, boards = f"run-{number}-" if several else "", _boards(run, cache, evaluation)
+        top = header(run, cache, boards)
+        sections = run_sections(page, run, cache, [board for board in boards if board.pairs is not None], prefix)
         made = join(section(identity, name, body, level=3 if several else 2) for identity, name, body in sections)
         date = element("p", f"Last step logged {run.written:%d %B %Y, %H:%M} UTC.", class_="quiet")
         if several:

@@ -30,7 +30,7 @@ from sest.blend.blend import Blend, from_stored, to_stored
 from sest.cache.disk import GONE, NEW, OLD, folder_aside, sha256, sha256_file, write_flushed
 from sest.cache.schema import ROOT
 from sest.config import upgraded
-from sest.errors import InputError, nearest_file, one_line, shown
+from sest.errors import InputError, nearest_file, one_line, shown, what_it_is
 from sest.head.model import HeadSizes, StateTransition
 from sest.hub import fetched
 from sest.runs.schema import (
@@ -355,7 +355,8 @@ def find_checkpoint(path: Path, which: str | None = None) -> Path:
     if which is None and there:
         return there[0]
     wanted = f"checkpoint '{which}'" if which else "checkpoint"
-    raise InputError(f"{path} has no {wanted}. It has: {shown(_meant(folder.name) for folder in there)}.")
+    listed = f"It has: {shown(_meant(folder.name) for folder in there)}."
+    raise InputError(f"{path} has no {wanted}. {listed if there else what_it_is(path).strip() or listed}")
 
 
 def load_model(folder: str | Path) -> StateTransition:

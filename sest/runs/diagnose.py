@@ -7,6 +7,7 @@ are rules of thumb, not tests: a finding says what was seen, and the advice what
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +35,8 @@ ROUGH = 0.06  # mean jump between neighbouring windows of the training loss, rel
 ROUGH_VALIDATION = 0.08  # the same between validations
 WINDOWS, STEPS_A_WINDOW = 10, 20  # of the second half of the training loss, and the least steps each must hold
 SPIKE = 20.0  # a gradient norm this many times the median
-SKIPPED = 0.01  # share of steps skipped for a non-finite loss or gradient
-DATA_WAIT = 0.05  # share of the time waiting for batches
-SLOW = 0.4  # share of the limit below which a GPU is slow
+SKIPPED, DATA_WAIT = 0.01, 0.05  # shares: of steps skipped as not finite, of the time waiting for batches
+SLOW, NEARLY = 0.4, 0.7  # shares of the limit: below one a GPU is slow, above the other waiting costs little
 AUTO = ("auto", "fp16")  # precisions that may be fp16
 HOST_STEPS = 0.5  # at a log line, a GPU that is done within this many steps' time was waiting for the host
 
@@ -310,7 +310,7 @@ def _speed(curves: Curves, config: TrainConfig) -> Iterator[Finding]:
     wait, device_wait = _tail(curves.log, "data_wait"), _tail(curves.log, "device_wait")
     share = f", {found.share:.0%} of the limit of this device" if math.isfinite(limit) else ""
     text = f"{speed:.3g} it/s{share}"
-    if wait > DATA_WAIT:
+    if wait > DATA_WAIT and not found.share > NEARLY:
         yield Finding(
             "too slow: waits for data",
             WARNING,
@@ -344,7 +344,7 @@ def _speed(curves: Curves, config: TrainConfig) -> Iterator[Finding]:
 def _for_data(config: TrainConfig, *, is_gpu: bool) -> str:
     """What helps a loop that waits for batches, on this device."""
     helps = {
-        "more threads prepare them with --num-workers": True,
+        "more threads prepare them with --num-workers": config.num_workers < (os.cpu_count() or 1),
         "--data-device gpu keeps the cells in the GPU's memory": is_gpu and config.data_device != "gpu",
         "a faster disk for --scratch": config.data_device == "disk",
     }

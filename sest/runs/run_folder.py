@@ -21,7 +21,7 @@ import torch
 from sest import __version__
 from sest.cache.disk import naming, sha256, write_durably
 from sest.cache.storage import is_url
-from sest.config import RESUMABLE, TrainConfig, upgraded
+from sest.config import TrainConfig, upgraded
 from sest.data.dataset import Dataset
 from sest.data.features import StoredFeatures
 from sest.data.vectors import GENES, Source, resolved
@@ -45,6 +45,11 @@ logger = logging.getLogger(__name__)
 METRICS, CONFIG, SPLITS = "metrics.jsonl", "config.toml", "splits.toml"
 SEED = "seed-"  # and its number: a run of several that differ in nothing else
 PATHS = ("perturbations", "splits", "init_from")  # where files lie is no part of a run's identity; their content is
+RESUMABLE = (  # what a resumed run may change without becoming another run
+    "mixed_scales max_steps max_time val_every checkpoint_every keep_last log_every early_stopping patience "
+    "max_bad_steps num_workers data_device scratch compile gradients device precision lr schedule warmup weight_decay "
+    "clip tensorboard wandb"
+).split()
 # RESUMABLE, but with others the steps are other ones
 SAME_STEPS = ("lr", "schedule", "warmup", "weight_decay", "clip", "precision")
 

@@ -102,6 +102,8 @@ def blend_of(
 def say_blend(blend: Blend, data: Dataset, held: HeldOut) -> list[str]:
     """What the parts count in the contexts of the validation pairs, a sentence each, and how sure that is."""
     weights = blend.weights
+    if not weights.n_pairs:
+        return [*blend.said(query_of(data, held.pairs)), "Not fitted: there is no validation pair to fit them on."]
     spread = ", ".join(f"{name} ± {sd:.2f}" for name, sd in weights.spread.items())
     fitted = f"Fitted on {weights.n_pairs:,} validation pairs (spread over resamples: {spread})."
     if HEAD in weights.means and weights.n_pairs < FEW_PAIRS:

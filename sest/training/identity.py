@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sest.config import RESUMABLE, TrainConfig
+from sest.config import TrainConfig
 from sest.data.dataset import Dataset
 from sest.data.features import Features
 from sest.data.vectors import ONE_HOT
 from sest.errors import InputError, brief
 from sest.head.model import HeadSizes
 from sest.runs.checkpoint import Checkpoint
-from sest.runs.run_folder import PATHS
+from sest.runs.run_folder import PATHS, RESUMABLE
 
 OTHER = {  # what differs, where the values are hashes
     "cache_sha256": "another cache",

@@ -10,7 +10,19 @@ import torch
 
 from sest.config import TrainConfig
 from sest.head.model import HeadSizes, StateTransition, n_parameters
-from sest.head.preset import AUTO, FULL, HEADS, MEDIUM, SHAPE, SMALL, TrainingData, level_of, preset_values, why
+from sest.head.preset import (
+    AUTO,
+    FULL,
+    HEADS,
+    MEDIUM,
+    OPTIONS,
+    SHAPE,
+    SMALL,
+    TrainingData,
+    level_of,
+    preset_values,
+    why,
+)
 
 CHALLENGE = TrainingData(150_000, 150, 18_080, 128, unseen=False, on_gpu=True)
 SCREEN = TrainingData(14_000, 25, 299, 128, unseen=False, on_gpu=False)
@@ -82,6 +94,10 @@ def test_steps_that_were_given_are_validated_as_often_and_kept_four_times() -> N
 def test_a_cell_type_held_out_whole_is_learned_from_its_controls() -> None:
     assert preset_values(SMALL, replace(SCREEN, unseen=True))["control_targets"]
     assert "control_targets" not in preset_values(AUTO, replace(CHALLENGE, unseen=True))
+
+
+def test_what_the_help_says_a_preset_chooses_is_what_it_chooses() -> None:
+    assert set(preset_values(SMALL, SCREEN)) == set(preset_values(MEDIUM, SCREEN)) == OPTIONS
 
 
 def test_every_value_is_an_option_of_training_and_heads_divide_the_width() -> None:

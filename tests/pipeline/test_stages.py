@@ -23,7 +23,9 @@ def test_a_stage_that_begins_makes_what_follows_unfinished(tmp_path: Path) -> No
     for stage in ("embed", "train", "predict"):
         ledger.begin(stage)
         ledger.finish(stage)
-    assert read_toml(tmp_path / "pipeline.toml") == {"seed": 3, "done": ["embed", "train", "predict"]}
+    assert read_toml(tmp_path / "pipeline.toml") == {
+        "seed": 3, "done": ["embed", "train", "predict"], "predicted_from": "",
+    }  # fmt: skip
     ledger.begin("train")
     assert read_toml(tmp_path / "pipeline.toml")["done"] == ["embed"]
     Ledger().begin("embed")  # keeps nothing anywhere

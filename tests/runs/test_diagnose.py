@@ -97,9 +97,17 @@ def test_a_run_that_stopped_early_is_called_so() -> None:
     assert "stopped early" not in names(found_in("stops_early", max_steps=4000))  # it might have been interrupted
 
 
-def test_a_run_that_waits_for_its_data_is_too_slow() -> None:
-    waits = next(f for f in found_in("waits") if f.name == "too slow: waits for data")
-    assert "--num-workers" in waits.advice
+def test_a_run_that_waits_for_its_data_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, advised in ((16, True), (2, False)):  # as many threads as cores already
+        monkeypatch.setattr("os.cpu_count", lambda n=cores: n)
+        waits = next(f for f in found_in("waits") if f.name == "too slow: waits for data")
+        assert ("--num-workers" in waits.advice) == advised
+
+
+def test_a_run_near_its_limit_is_not_too_slow_whatever_it_waits_for() -> None:
+    for speed, found in ((100.0, True), (180.0, False)):  # of 200
+        waiting = diagnose(drawn(FALLING, data_wait=0.2, it_per_s=speed, limit_it_per_s=200.0))
+        assert ("too slow: waits for data" in names(waiting)) == found
 
 
 def test_a_run_that_moves_no_more_has_converged() -> None:

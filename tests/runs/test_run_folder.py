@@ -20,7 +20,7 @@ from sest.machine.signals import Interrupted
 from sest.progress import reporting
 from sest.runs.checkpoint import open_checkpoint, save_checkpoint, step_folder
 from sest.runs.curves import read_lines
-from sest.runs.run_folder import CONFIG, METRICS, SPLITS, config_of, read_run_config, resumed_config
+from sest.runs.run_folder import CONFIG, METRICS, RESUMABLE, SPLITS, config_of, read_run_config, resumed_config
 from sest.runs.schema import BEST, LAST, MODEL, OPTIMIZER, STATE
 from sest.training.train import train
 
@@ -291,3 +291,7 @@ def test_a_line_of_metrics_that_is_not_as_it_was_written_is_refused(whole: Path,
     (tmp_path / METRICS).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     with pytest.raises(InputError, match=r"metrics.jsonl, line 1: it is damaged, not as it was written"):
         read_lines(tmp_path / METRICS)
+
+
+def test_what_a_resumed_run_may_change_are_fields_of_the_configuration() -> None:
+    assert set(RESUMABLE) <= set(TrainConfig.names()) and len(set(RESUMABLE)) == len(RESUMABLE)
