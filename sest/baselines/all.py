@@ -43,24 +43,19 @@ class Baselines:
         return {name: found[name] for name in BASELINES}
 
 
-def pseudobulk_parts(
-    fitted: Baselines, query: Query, means: np.ndarray | None = None
-) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
-    """Stretches of pairs, and name -> (n, G) float32 means of their cells: controls and effect, cut at 0.
-
-    `means`: (C, G) of other control cells of the query's contexts, to which the effects are added instead.
-    """
+def pseudobulk_parts(fitted: Baselines, query: Query) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+    """Stretches of pairs, and name -> (n, G) float32 means of their cells: controls and effect, cut at 0."""
     for rows, part in query.parts(AT_ONCE):
-        added_to = part.control_means if means is None else means[part.context]
+        added_to = part.control_means
         mean, found = np.empty(added_to.shape), {}
         for name, effect in fitted.predict(part).items():
             found[name] = np.maximum(np.add(added_to, effect, out=mean), 0.0, out=mean).astype(np.float32)
         yield rows, found
 
 
-def baseline_pseudobulks(fitted: Baselines, query: Query, means: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def baseline_pseudobulks(fitted: Baselines, query: Query) -> dict[str, np.ndarray]:
     """Name -> (N, G) of all pairs; see `pseudobulk_parts`."""
-    return joined(pseudobulk_parts(fitted, query, means), len(query), fitted.effects.delta.shape[1])
+    return joined(pseudobulk_parts(fitted, query), len(query), fitted.effects.delta.shape[1])
 
 
 def joined(parts: Iterable[tuple[slice, dict[str, np.ndarray]]], n_pairs: int, n_genes: int) -> dict[str, np.ndarray]:

@@ -370,6 +370,12 @@ def factors_to(target_sum: float, totals: np.ndarray, out: np.ndarray | None = N
     return np.divide(target_sum, totals, out=out, where=totals > 0, casting="same_kind")
 
 
+def totals_of(target_sum: float, factor: np.ndarray) -> np.ndarray:
+    """(n,) float64 total counts of cells of counts, by what `factors_to` made of them; 0 of one that has none."""
+    factor = factor.astype(np.float64)
+    return np.divide(target_sum, factor, out=np.zeros_like(factor), where=factor > 0)
+
+
 def log1p_rows(values: sp.csr_matrix, factor: np.ndarray) -> sp.csr_matrix:
     """log1p(count * factor) of CSR rows as float32, computed in the type of `factor` (n,) if that is float64.
 
@@ -380,3 +386,9 @@ def log1p_rows(values: sp.csr_matrix, factor: np.ndarray) -> sp.csr_matrix:
     logs = data * per_value
     np.copyto(data, np.log1p(logs, out=logs), where=per_value > 0)  # rounds what was computed in float64
     return sp.csr_matrix((data, values.indices, values.indptr), shape=values.shape)
+
+
+def cut_log1p(values: sp.csr_matrix) -> sp.csr_matrix:
+    """Values within [0, 14], in their place; log1p values of counts are far below that anyway."""
+    values.data = values.data.clip(0.0, LARGEST_PREDICTED_LOG1P)
+    return values

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ def evaluate(
             notes.append(NOT_TOLD.format(p.path) + ("" if record is None else " Run `sest predict` again."))
         scored = _pairs_with_energy(task, config.seed, notes)
         say_slow_loops()
-        one, other, draws = _read(task, scored, record, config, notes)
+        task, one, other, draws = _read(task, scored, record, config, notes)
         read = one, other
         table, predictors = _own_scores(task, scored, read, draws, record, config.seed, notes)
         ceilings = _ceilings(task, read[1].cells, notes)
@@ -144,8 +145,10 @@ def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
 
 def _read(
     task: Comparison, scored: np.ndarray, record: Record | None, config: EvaluateConfig, notes: list[str]
-) -> tuple[Reading, Reading, np.ndarray | None]:
+) -> tuple[Comparison, Reading, Reading, np.ndarray | None]:
     """The cells of both sides, the real ones in folds, and the draws of those of the prediction's sample.
+
+    Counts of a prediction that has fewer genes than the real file can only be normalised over these: then both are.
 
     Nothing is scored before both are known to be sound.
     """
@@ -153,9 +156,19 @@ def _read(
     wanted = [*range(n_types), *(n_types + scored)]
     keep = {side: sampled(side.group, wanted, config.seed) for side in (task.predicted, task.real)}
     predicted = task.predicted.read(n_groups, n_types, keep=keep[task.predicted])
-    real = task.real.read(n_groups, n_types, n_folds(n_groups, len(task.genes)), config.seed, keep[task.real])
-    check_scales(predicted, real, task.real.file.path, record, config, notes)
-    return predicted, real, None if record is None or record.draw is None else record.draw[keep[task.predicted]]
+    by_genes = predicted.target_sum is not None and task.real.file.n_genes > len(task.genes)
+    of_real = replace(task.real, by_genes=by_genes)
+    real = of_real.read(n_groups, n_types, n_folds(n_groups, len(task.genes)), config.seed, keep[task.real])
+    check_scales(predicted, real, of_real.file.path, record, config, notes)
+    if by_genes:
+        notes.append(
+            "Counts of both files are normalised over the genes of the prediction, which has not all of the real ones."
+            if real.target_sum is not None
+            else "The prediction's counts are normalised over its genes, and the real log1p values were over more of "
+            "them, so that mae means nothing. Give the real cells as counts (often a --layer)."
+        )
+    task = replace(task, real=of_real)
+    return task, predicted, real, None if record is None or record.draw is None else record.draw[keep[task.predicted]]
 
 
 def _own_scores(
@@ -180,8 +193,11 @@ def _own_scores(
     ):
         notes.append(differing)
     without = np.flatnonzero(n_predicted[:n_types] == 0)
+    added_to = None if record is None else record.control_means(task.cell_types, len(task.genes))
     if len(without):
         predicted[without] = real[without]
+    from_controls = predicted[:n_types] if added_to is None else added_to
+    if len(without) and added_to is None:
         names = shown(task.cell_types[i] for i in without)
         notes.append(f"The prediction has no control cells of {names}: its effects are from the real ones.")
     predictors = {"model": predicted[n_types:], "controls": real[own_type]}
@@ -193,7 +209,7 @@ def _own_scores(
     distances = _energy(task, predictors, scored, *read, predicted[:n_types], draws, seed, notes)
     parts = []
     for name, means in predictors.items():
-        own_control = control if name == "controls" else predicted[own_type]
+        own_control = control if name == "controls" else from_controls[own_type]
         pds, independent = np.empty((2, len(means)))
         for i in range(n_types):
             at = np.flatnonzero(own_type == i)

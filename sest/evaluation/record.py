@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class Record:
     made_by: dict[str, Any] = field(default_factory=dict)  # run, checkpoint, step, model_sha256, cache_sha256
     draw: np.ndarray | None = None  # (N,) what each cell was predicted in, see sest.prediction.draws
     followed: float | None = None  # how much of a change in the controls' mean predicted means follow
+    controls: dict[str, Any] = field(default_factory=dict)  # cell_type; mean (cell types, G) that effects are added to
     is_mixed: bool = False  # the run was trained, as asked, on files that were normalised differently
 
     def baselines_of(self, pairs: list[tuple[str, str]], n_genes: int) -> dict[str, np.ndarray]:
@@ -58,6 +60,21 @@ class Record:
         order = sorted(self.baselines, key=lambda name: (BASELINES.index(name) if name in BASELINES else -1, name))
         return {name: self.baselines[name][at].astype(np.float64) for name in order}
 
+    def control_means(self, cell_types: Sequence[str], n_genes: int) -> np.ndarray | None:
+        """(cell types, G) float64 that the predicted effects are added to; None where it does not say.
+
+        Raises:
+            InputError: a cell type that lacks, or no finite table of that width.
+        """
+        if not self.controls:
+            return None
+        names = np.asarray(self.controls["cell_type"], str).tolist()
+        mean = np.asarray(self.controls["mean"])
+        is_table = mean.shape == (len(names), n_genes) and mean.dtype.kind == "f" and np.isfinite(mean).all()
+        if not is_table or not set(cell_types) <= set(names):
+            raise InputError("The prediction's stored means of controls are damaged. Run `sest predict` again.")
+        return mean[[names.index(name) for name in cell_types]].astype(np.float64)
+
 
 def read_record(file: CellFile) -> Record | None:
     """Read uns["sest"]; None for a file that `sest predict` did not write.
@@ -77,6 +94,8 @@ def read_record(file: CellFile) -> Record | None:
     needed: dict[str, tuple[str, ...]] = {"columns": ("perturbation", "cell_type", "control")}
     if "baselines" in told:
         needed["pairs"] = ("cell_type", "perturbation")
+    if "controls" in told:
+        needed["controls"] = ("cell_type", "mean")
     absent = [f"{group}/{key}" for group, keys in needed.items() for key in keys if key not in told.get(group, {})]
     if absent:
         raise InputError(f"{file.path}: uns['sest'] has no {shown(absent)}. Run `sest predict` again.")
@@ -91,6 +110,7 @@ def read_record(file: CellFile) -> Record | None:
         made_by=_made_by(told.get("provenance", {})),
         draw=_draws(file),
         followed=_followed(told, file),
+        controls=told.get("controls", {}),
         is_mixed=told.get("scale") == "mixed",
     )
 

@@ -69,13 +69,15 @@ class Side:
     genes: np.ndarray  # (G,) columns of the file, in the prediction's order
     is_predicted: bool
     counts: str | None  # auto, raw or log1p, see decide_scale; None: log1p, as the prediction's record says
-    target_sum: float  # what counts are normalised to, over all genes of the file
+    target_sum: float  # what counts are normalised to
+    by_genes: bool = False  # over the G genes alone, as the other file has no others; else over all of the file
 
     def log1p_rows(self, rows: sp.csr_matrix, target_sum: float | None) -> sp.csr_matrix:
         """Rows of the file (n, all genes) as log1p over the G genes, float32."""
+        rows = rows[:, self.genes] if self.by_genes else rows
         if target_sum is not None:
             rows = log1p_rows(rows, factors_to(target_sum, total_counts(rows)))
-        return rows[:, self.genes]
+        return rows if self.by_genes else rows[:, self.genes]
 
     def read(
         self, n_groups: int, n_types: int, folds: int = 1, seed: int = 0, keep: np.ndarray | None = None
@@ -145,7 +147,8 @@ class Side:
                         scale = COUNTS if scanner.n_fractional == 0 and scanner.max_value > 1 else LOG1P
                 target_sum = self.target_sum if scale == COUNTS else None
                 by_sum = used[np.argsort(into[start:stop][used], kind="stable")]  # each is in the cache once
-                add_log1p(by_sum, into[start:stop][by_sum], stored, column, target_sum, sums)
+                read, of = (stored[:, self.genes], column[self.genes]) if self.by_genes else (stored, column)
+                add_log1p(by_sum, into[start:stop][by_sum], read, of, target_sum, sums)
                 with np.errstate(divide="ignore", invalid="ignore"):  # of counts below zero, which are refused later
                     kept.append(self.log1p_rows(stored[np.flatnonzero(keep[start:stop])], target_sum))
                 if target_sum is None and n_sampled < SAMPLED_CELLS:

@@ -20,7 +20,15 @@ from sest import progress
 from sest.cells.columns import CONTEXT, detect_columns, labels, perturbations, usual_columns
 from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
-from sest.cells.scale import LARGEST_PREDICTED_LOG1P, Normalisation, factors_to, gene_moments, log1p_rows, total_counts
+from sest.cells.scale import (
+    Normalisation,
+    cut_log1p,
+    factors_to,
+    gene_moments,
+    log1p_rows,
+    total_counts,
+    totals_of,
+)
 from sest.config import VCC2026, EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
 from sest.data.resident import place_of
@@ -96,16 +104,17 @@ def cached_pool(data: Dataset, rows: np.ndarray, cell_type: str) -> Pool:
     """Control cells of the cache, by row number (n,), ascending."""
     files = np.searchsorted(data.labels.first, rows, side="right") - 1
     parts = [([*data.cache.groups.values()][i], rows[files == i] - data.labels.first[i]) for i in np.unique(files)]
+    counted = all(group.attributes["scale"] == "counts" for group, _ in parts)
     return Pool(
         cell_type,
         data.embeddings[place_of(data.control_rows, rows)],
-        _cut(data.targets.log1p(rows)),
+        cut_log1p(data.targets.log1p(rows)),
         np.concatenate([group.names(mine) for group, mine in parts]),
         np.concatenate([group.read_labels()["batch"].iloc[mine].astype(str).to_numpy(str) for group, mine in parts]),
         files,
         context_name(data, int(np.bincount(data.labels.context[rows]).argmax())),
         measured=None if data.targets.measured is None else np.all(data.targets.measured[np.unique(files)], axis=0),
-        totals=data.targets.target_sum / data.targets.factor[rows] if (data.targets.factor[rows] > 0).all() else None,
+        totals=totals_of(data.targets.target_sum, data.targets.factor[rows]) if counted else None,
     )
 
 
@@ -146,7 +155,7 @@ def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Po
             raise InputError("--missing-genes is for genes that new cells lack. Pass --controls too.")
         return None
     _check_encoder(config, checkpoint)
-    path = _controls_file(config)
+    path = located(str(config.controls))
     with CellFile(path, config.layer, config.modality) as file:
         columns = detect_columns(file.obs, **_columns(file, checkpoint, config), genes=all_names(file.var))
         if columns.perturbation is None and not config.all_controls:
@@ -216,10 +225,6 @@ def made_of(checkpoint: Checkpoint) -> Made:
     )
 
 
-def _controls_file(config: PredictConfig) -> Path:
-    return located(str(config.controls))
-
-
 def _columns(file: CellFile, checkpoint: Checkpoint, config: PredictConfig) -> dict[str, Any]:
     """How the obs of new controls is to be read (see `usual_columns`)."""
     is_submission = config.format == VCC2026
@@ -244,7 +249,7 @@ def new_pools(
             lacks, or values of another kind (counts, log1p) than the run was trained on.
     """
     _check_encoder(config, checkpoint)
-    state, made, path = checkpoint.state, made_of(checkpoint), _controls_file(config)
+    state, made, path = checkpoint.state, made_of(checkpoint), located(str(config.controls))
     with CellFile(path, config.layer, config.modality) as file:
         columns = _columns(file, checkpoint, config)
         columns["labels"] = columns.pop("rule")
@@ -363,8 +368,8 @@ def _embed(
             encoded = projection.apply(encoded[:, : encoder.native_dim])
         embeddings.append(encoded[:, : known.dim].astype(known.dtype))
         progress.advance(len(part))
-    embedded, values = np.concatenate(embeddings), _cut(scipy.sparse.vstack(expression, format="csr"))
-    beside, counted = _cut(scipy.sparse.vstack(others, format="csr")), np.concatenate(totals) if totals else None
+    embedded, values = np.concatenate(embeddings), cut_log1p(scipy.sparse.vstack(expression, format="csr"))
+    beside, counted = cut_log1p(scipy.sparse.vstack(others, format="csr")), np.concatenate(totals) if totals else None
     obs = cells.obs.iloc[rows]
     batches, cell_types = (obs[name].astype(str).to_numpy(str) for name in ("batch", "cell_type"))
     pools = {}
@@ -390,9 +395,3 @@ def _filled(rows: scipy.sparse.csr_matrix, columns: np.ndarray, fill: np.ndarray
     whole = np.tile(np.where(columns < 0, fill, 0), (rows.shape[0], 1)).astype(np.float32)
     whole[:, columns >= 0] = rows.toarray()
     return scipy.sparse.csr_matrix(whole)
-
-
-def _cut(values: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-    """Values within [0, 14]; log1p values of counts are far below that anyway."""
-    values.data = values.data.clip(0.0, LARGEST_PREDICTED_LOG1P)
-    return values

@@ -117,8 +117,9 @@ class CountedControls:
 
     def __init__(self, pool: Pool, places: np.ndarray | None, target_sum: float) -> None:
         assert pool.totals is not None
-        self._pool, self._places, self._factor = pool, places, target_sum / pool.totals
-        self._typical = float(np.median(self._factor))
+        self._pool, self._places, some = pool, places, pool.totals > 0  # a cell without counts has no values either
+        self._factor = np.divide(target_sum, pool.totals, out=np.ones_like(pool.totals), where=some)
+        self._typical = float(np.median(self._factor[some]))
         parts = np.array_split(np.arange(len(pool)), -(-len(pool) // ROWS_AT_ONCE))
         sums, stored, self.most = np.zeros(len(pool.moments[0]) if places is None else len(places)), 0, 0.0
         for counts in map(self.counts, parts):

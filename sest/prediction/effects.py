@@ -54,6 +54,10 @@ def write_effects(path: Path, prediction: Path, columns: Columns, target_sum: fl
     """
     if find_spec("pdex") is None:
         logger.info("pdex is not installed, so the table has no p_value and fdr: pip install 'sest[challenge]'.")
+    if target_sum is not None:
+        logger.info(
+            f"The table's counts are normalised to {target_sum:,.0f} a cell over the genes of {prediction.name}."
+        )
     tables = list(_tables(prediction, columns, target_sum))
     table = pd.concat(tables, ignore_index=True)
     with file_aside(path) as aside:

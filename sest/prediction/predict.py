@@ -60,7 +60,7 @@ from sest.prediction.requests import (
 from sest.prediction.submission import all_controls, copies_of, refuse_options, refuse_too_many, write_submission
 from sest.runs.checkpoint import Checkpoint, find_checkpoint, sound_checkpoint
 from sest.runs.known import Known, known_with_cells, known_without_cells
-from sest.runs.provenance import check_data, files_of, find_data
+from sest.runs.provenance import check_data, files_of, find_data, first_of_alike
 from sest.runs.run_folder import seeds_of, stored_features
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def predict(
             check_output(beside, inputs=[*inputs, out], force=force)
     listed = read_wanted(wanted, config)
     checkpoints = [sound_checkpoint(find_checkpoint(one, config.checkpoint)) for one in runs]
-    checkpoint = _first_of_alike(checkpoints)
+    by_split = listed is None and config.template is None and not config.all_perturbations
+    checkpoint = first_of_alike(checkpoints, by_split=by_split)
     planned = planned_pools(config, checkpoint)
     known = _known(checkpoint, config, out)
     genes, places, extra = read_genes(config, known.genes)
@@ -202,10 +203,11 @@ class _What:
         if own is None:
             raise InputError("The run's log1p values are of no known target sum, so --target-sum cannot change it.")
         if isinstance(asked, str):
-            totals = [pool.totals for pool in {id(r.pool): r.pool for r in self.requests}.values()]
-            if any(of_pool is None for of_pool in totals):
+            pools = {id(r.pool): r.pool for r in self.requests}.values()
+            if any(pool.totals is None for pool in pools):
                 raise InputError("Control cells of log1p values have no counts, so --target-sum must be a number.")
-            asked = float(np.median(np.concatenate([of_pool for of_pool in totals if of_pool is not None])))
+            totals = np.concatenate([pool.totals for pool in pools if pool.totals is not None])
+            asked = float(np.median(totals[totals > 0]))
             logger.info(f"Values are of counts normalised to {asked:,.0f}, the median of the control cells.")
         return asked / own
 
@@ -226,7 +228,8 @@ class _What:
         if fitted is None:
             logger.info("What the run was trained on is not known here, so no baselines are stored.")
             return record
-        return record | baselines(fitted, self.requests, self.config.seed, self.query, self.places)
+        asked = asked_of(self.requests)
+        return record | baselines(fitted, asked, query_of(asked, self.members[0].vectors), self.places)
 
     def effects(self, real: Callable[[Request], Blocks]) -> Iterator[tuple[Request, np.ndarray, Any]]:
         """In blocks which control cells are moved, and how far; `real` says which are written as they are."""
@@ -310,20 +313,6 @@ def runs_of(run: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
     if not runs or len({one.resolve() for one in runs}) < len(runs):
         raise InputError(f"Name at least one run, and each once; given: {shown(map(str, runs))}.")
     return runs
-
-
-def _first_of_alike(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """The first; averages of different cells, genes or scales are refused."""
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        for key, what in (
-            ("cache_sha256", "on another cache"),
-            ("genes", "with other genes"),
-            ("target_sum", "with another --target-sum"),
-        ):
-            if first.state[key] != other.state[key] or first.state["cache_sha256"] is None:
-                raise InputError(f"{other.folder} was trained {what} than {first.folder}: they cannot be averaged.")
-    return first
 
 
 def _member(checkpoint: Checkpoint, names: Sequence[str], config: PredictConfig, known: Known) -> Member:

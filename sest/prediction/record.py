@@ -5,12 +5,14 @@ G genes of the run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from sest import __version__
 from sest.baselines.all import Baselines, baseline_pseudobulks
@@ -22,7 +24,6 @@ from sest.errors import InputError
 from sest.evaluation.record import BASELINES_VERSION, DRAW
 from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool
-from sest.prediction.draws import control_rows
 from sest.prediction.requests import Request
 from sest.runs.checkpoint import Checkpoint
 from sest.runs.known import Known
@@ -51,14 +52,20 @@ def labels_of(chosen: Sequence[tuple[Request, Sequence[np.ndarray]]], columns: C
 
     `chosen`: the control cells (n,) that each draw of a request starts from. The draw is -1 of real controls.
     """
-    return join_tables([_labels(request, draws, columns) for request, draws in chosen])
+    tables, n_draws = [], Counter[tuple[str, str]]()
+    for request, draws in chosen:  # of a pair in several files the draws are counted on
+        pair = request.pool.cell_type, request.perturbation
+        tables.append(_labels(request, draws, columns, n_draws[pair]))
+        n_draws[pair] += len(draws)
+    return join_tables(tables)
 
 
-def _labels(request: Request, draws: Sequence[np.ndarray], columns: Columns) -> pd.DataFrame:
+def _labels(request: Request, draws: Sequence[np.ndarray], columns: Columns, first: int) -> pd.DataFrame:
+    """Of one request; `first`: the number of its first draw."""
     chosen = np.concatenate(draws)
     of_draw = np.full(len(chosen), -1)
     if not request.is_control:
-        of_draw = np.repeat(np.arange(len(draws)), [len(rows) for rows in draws])
+        of_draw = first + np.repeat(np.arange(len(draws)), [len(rows) for rows in draws])
     if request.obs is not None:
         return request.obs.assign(**{DRAW: of_draw})
     pool = request.pool
@@ -143,39 +150,56 @@ def _blend(weights: Sequence[Weights | None]) -> dict[str, Any]:
     return {"blend": mean | {"controls": max(1.0 - sum(mean.values()), 0.0)}}
 
 
-def baselines(
-    fitted: Baselines, requests: Sequence[Request], seed: int, query: Query, places: np.ndarray | None
-) -> dict[str, Any]:
-    """Pseudobulks of the baselines, (pairs, genes of the file), around the mean of the controls in this file.
+def baselines(fitted: Baselines, asked: Sequence[Request], query: Query, places: np.ndarray | None) -> dict[str, Any]:
+    """Pseudobulks of the baselines, (pairs, genes of the file), and the control means that effects are added to.
 
-    `sest evaluate` subtracts that mean again: a baseline's effect is then what it learned, whichever controls a
-    template asks for.
+    Those are of all controls of a pool, as for the model, whichever of them are written: `sest evaluate` subtracts them
+    again. A pair that is predicted from the controls of several files has the mean over its cells.
 
     Args:
         fitted: on the training split.
-        requests: all that is written.
-        seed: of the choice of control cells.
-        query: the pairs, each once (see `pairs_of`).
+        asked: all that is predicted.
+        query: the same.
         places: where the file's genes stand among the run's; None: all, in its order.
     """
-    control, pairs = _control_means(requests, seed), pairs_of(requests)
-    means = np.empty_like(query.controls.mean)
-    for context, request in zip(query.context.tolist(), pairs, strict=True):
-        means[context] = control[request.pool.cell_type][: means.shape[1]]
-    found = baseline_pseudobulks(fitted, query, means)
+    found = baseline_pseudobulks(fitted, query)
     del found["controls"]  # `sest evaluate` has the real ones
+    pools = list({id(request.pool): request.pool for request in asked}.values())
     if places is not None:
-        extra = np.stack([control[request.pool.cell_type][means.shape[1] :] for request in pairs])
+        beside = {id(pool): _extra_mean(pool) for pool in pools}
+        extra = np.stack([beside[id(request.pool)] for request in asked])
         found = {name: np.hstack([values, extra])[:, places] for name, values in found.items()}
-    labels = [(request.pool.cell_type, request.perturbation) for request in pairs]
+    labels = pd.MultiIndex.from_tuples([(request.pool.cell_type, request.perturbation) for request in asked])
+    codes, pairs = labels.factorize()
+    if len(pairs) < len(asked):
+        n_cells = np.array([request.n_cells for request in asked], np.float64)
+        share = scipy.sparse.csr_matrix((n_cells, (codes, np.arange(len(asked)))))
+        share = scipy.sparse.diags(1 / np.asarray(share.sum(1)).ravel()) @ share
+        found = {name: (share @ values).astype(np.float32) for name, values in found.items()}
+    cell_types = sorted({pool.cell_type for pool in pools})
+    means = np.stack([_mean_of([pool for pool in pools if pool.cell_type == name]) for name in cell_types])
     return {
         "baselines": found,
         "baselines_version": BASELINES_VERSION,
         "pairs": {
-            key: np.array([label[i] for label in labels], dtype=object)
-            for i, key in enumerate(("cell_type", "perturbation"))
+            key: pairs.get_level_values(i).to_numpy(object) for i, key in enumerate(("cell_type", "perturbation"))
+        },
+        "controls": {
+            "cell_type": np.array(cell_types, dtype=object),
+            "mean": means if places is None else means[:, places],
         },
     }
+
+
+def _extra_mean(pool: Pool) -> np.ndarray:
+    """(genes,) float64 of those that the run does not have."""
+    return np.zeros(0) if pool.extra is None else np.asarray(pool.extra.mean(0, dtype=np.float64)).ravel()
+
+
+def _mean_of(pools: Sequence[Pool]) -> np.ndarray:
+    """(G and extra genes,) float64 of all cells of some pools."""
+    means = [np.concatenate([pool.moments[0], _extra_mean(pool)]) for pool in pools]
+    return np.average(means, axis=0, weights=[len(pool) for pool in pools])
 
 
 def pairs_of(requests: Sequence[Request]) -> list[Request]:
@@ -185,24 +209,3 @@ def pairs_of(requests: Sequence[Request]) -> list[Request]:
         if not request.is_control:
             first.setdefault((request.pool.cell_type, request.perturbation), request)
     return list(first.values())
-
-
-def _control_means(requests: Sequence[Request], seed: int) -> dict[str, np.ndarray]:
-    """Mean (G, and extra genes) float64 of each cell type's controls that are written; of its pool where none are."""
-    parts: dict[str, list[tuple[Pool, np.ndarray]]] = {}
-    for request in requests:
-        if request.is_control:
-            parts.setdefault(request.pool.cell_type, []).append((request.pool, control_rows(request, seed)))
-    for request in requests:
-        pool = request.pool
-        parts.setdefault(pool.cell_type, [(pool, np.arange(len(pool)))])
-    means = {}
-    for cell_type, chosen in parts.items():
-        sums = np.stack(
-            [
-                np.asarray(pool.whole(rows, pool.expression[rows]).sum(0, dtype=np.float64)).ravel()
-                for pool, rows in chosen
-            ]
-        )
-        means[cell_type] = sums.sum(0) / sum(len(rows) for _, rows in chosen)
-    return means

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,23 @@ def saw_the_same_split(checkpoint: Checkpoint, data: Dataset) -> bool:
     """Whether `data` says which cells the checkpoint was trained on: same cache, same splits."""
     splits = data.split_file.sha256 if data.split_file is not None else None
     return bool(checkpoint.state["cache_sha256"] == data.cache.sha256 and checkpoint.state["splits_sha256"] == splits)
+
+
+def first_of_alike(checkpoints: Sequence[Checkpoint], *, by_split: bool) -> Checkpoint:
+    """The first; averages of different cells, genes or scales are refused.
+
+    Args:
+        by_split: the test split is predicted: one run must not have trained on what another one tests.
+    """
+    first, differ = checkpoints[0], {"cache_sha256": "on another cache", "genes": "with other genes"}
+    differ["target_sum"] = "with another --target-sum"
+    for other in checkpoints[1:]:
+        for key, what in differ.items():
+            if first.state[key] != other.state[key] or first.state["cache_sha256"] is None:
+                raise InputError(f"{other.folder} was trained {what} than {first.folder}: they cannot be averaged.")
+        if by_split and first.state["splits_sha256"] != other.state["splits_sha256"]:
+            raise InputError(
+                f"{other.folder} was trained with other --splits than {first.folder}: what one tests the other may "
+                "have trained on. Name what to predict with --only, --list or --template."
+            )
+    return first

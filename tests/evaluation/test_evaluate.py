@@ -248,3 +248,17 @@ def test_a_cell_type_of_one_perturbation_has_no_pds_which_is_said(
     assert model.loc[alone, "pds"].isna().tolist() == [True]
     assert scored.summary["pds"]["model"] == pytest.approx(model.loc[~alone, "pds"].mean())
     assert [note for note in scored.notes if "rpe1: no pds" in note]
+
+
+def test_counts_of_fewer_genes_are_compared_over_these(written: Callable[..., Written], tmp_path: Path) -> None:
+    """Their totals are of these genes, so those of the real cells must be too; log1p values cannot be made so."""
+    _, real = written()
+    some = ad.read_h5ad(real)[:, GENES[:-3]].copy()
+    some.write_h5ad(tmp_path / "some.h5ad")
+    found = evaluate(tmp_path / "some.h5ad", real, EvaluateConfig(cell_eval=False))
+    assert found.summary["mae"]["model"] == 0 and any("over the genes of the prediction" in n for n in found.notes)
+    logged = ad.read_h5ad(real)
+    logged.X = sp.csr_matrix(log1p(logged.X.toarray(), 1000.0).astype(np.float32))
+    logged.write_h5ad(tmp_path / "logged.h5ad")
+    found = evaluate(tmp_path / "some.h5ad", tmp_path / "logged.h5ad", EvaluateConfig(cell_eval=False))
+    assert any("were over more of them, so that mae means nothing" in note for note in found.notes)

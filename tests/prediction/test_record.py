@@ -15,9 +15,10 @@ from conftest import Demo
 from helpers.demo_cells import CONTROL, SMALL, Predict, rows_of
 from sest.baselines.effects import BASELINES
 from sest.cells.columns import Columns
-from sest.config import EmbedConfig, PredictConfig, TrainConfig
+from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset
 from sest.embedding.embed import embed
+from sest.evaluation.evaluate import evaluate
 from sest.evaluation.record import DRAW
 from sest.prediction.controls import CachedPools
 from sest.prediction.predict import predict_cells
@@ -50,7 +51,7 @@ def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: D
     controls, cells = Request(pool, "ctrl", True, 2), Request(pool, "P", False, 3)
     table = labels_of([(controls, real), (cells, draws), (cells, draws)], columns)
     assert list(table.columns) == ["gene", "kind", "plate", DRAW] and table.index.is_unique
-    assert table[DRAW].tolist() == [-1, -1, 0, 0, 1, 0, 0, 1]
+    assert table[DRAW].tolist() == [-1, -1, 0, 0, 1, 2, 2, 3]  # counted on, as of a pair in two files
     assert table.index[:5].tolist() == [*pool.names[real[0]], "x_P_0", "x_P_1", "x_P_2"]
     assert table["plate"].tolist() == [*pool.batches[real[0]], *[*pool.batches[np.concatenate(draws)]] * 2]
     assert table["gene"].tolist() == ["ctrl", "ctrl", *["P"] * 6] and set(table["kind"]) == {"x"}
@@ -72,7 +73,7 @@ def test_a_prediction_says_which_cells_were_predicted_together_and_how_far_they_
 
 
 @pytest.mark.parametrize("of_template", [False, True])
-def test_a_stored_baseline_has_its_learned_effect_around_the_controls_of_the_file(
+def test_a_stored_baseline_has_its_learned_effect_around_all_controls(
     predicted: Predict,
     template: ad.AnnData,
     whole: ad.AnnData,
@@ -83,15 +84,15 @@ def test_a_stored_baseline_has_its_learned_effect_around_the_controls_of_the_fil
     tmp_path: Path,
     of_template: bool,
 ) -> None:
-    """`sest evaluate` subtracts the controls it finds: all 80, or the 12 a template asks for, leave the same effect."""
+    """`sest evaluate` subtracts these means again: of all 80, also where a template asks for 12."""
     cells = predicted(template=str(tmp_path / "template.h5ad")) if of_template else whole
     told, learned = cells.uns["sest"], effects(real, values, held_out, names)
     pairs = list(zip(*(told["pairs"][key] for key in ("cell_type", "perturbation")), strict=True))
     assert len(pairs) == (4 if of_template else 3)
     for i, (cell_type, name) in enumerate(pairs):
-        label = cells.obs[told["columns"]["perturbation"]]
-        of_type = (label == told["columns"]["control"]) & (cells.obs["cell_type"] == cell_type)
-        control = np.asarray(cells[of_type].X.mean(0, dtype=np.float64)).ravel()
+        control = values[rows_of(real, CONTROL, cell_type)].mean(0)
+        stored = told["controls"]["mean"][list(told["controls"]["cell_type"]).index(cell_type)]
+        np.testing.assert_allclose(stored, control, atol=1e-6)
         expected = np.maximum(control + learned[name], 0)
         np.testing.assert_allclose(told["baselines"]["perturbation_mean"][i], expected, atol=1e-5)  # float32
 
@@ -110,25 +111,21 @@ def test_evaluate_scores_the_stored_baselines(
     assert summary["pearson_delta"]["controls"] == 0.0
 
 
-def test_another_seed_writes_other_controls_for_a_template_and_baselines_around_those(
-    predicted: Predict, template: ad.AnnData, tmp_path: Path
+def test_another_seed_writes_other_controls_for_a_template_and_scores_stay(
+    predicted: Predict, template: ad.AnnData, demo: Demo, tmp_path: Path
 ) -> None:
-    written, deltas = [], []
+    """Effects are from all controls, whichever are written: those of the model and of the baselines alike."""
+    written, scores = [], []
     for seed in (0, 1):
-        cells = predicted(template=str(tmp_path / "template.h5ad"), seed=seed)
-        controls = cells[cells.obs["gene"] == "ctrl"]
-        written.append(controls.X.toarray())
-        told = cells.uns["sest"]
-        means = np.stack(
-            [
-                np.asarray(controls[controls.obs["cell_type"] == cell_type].X.mean(0)).ravel()
-                for cell_type in told["pairs"]["cell_type"]
-            ]
-        )
-        deltas.append(told["baselines"]["perturbation_mean"] - means)
-    above = (deltas[0] > -0.1) & (deltas[1] > -0.1)  # where neither was cut at zero, the effect is the same
-    np.testing.assert_allclose(deltas[0][above], deltas[1][above], atol=0.2)
+        cells = predicted(template=str(tmp_path / "template.h5ad"), seed=seed, blend="stack")
+        written.append(cells[cells.obs["gene"] == "ctrl"].X.toarray())
+        cells.write_h5ad(tmp_path / "cells.h5ad")
+        scores.append(evaluate(tmp_path / "cells.h5ad", demo.cells, EvaluateConfig(cell_eval=False)).summary)
     assert written[0].shape == written[1].shape and (written[0] != written[1]).any()
+    for metric in ("pearson_delta", "mae"):
+        for one in scores:
+            assert one[metric]["model"] == pytest.approx(one[metric]["stack"], abs=1e-5)
+        assert scores[0][metric] == pytest.approx(scores[1][metric], abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize(("total", "scale"), [(1e4, "counts"), (1e6, "mixed")])
