@@ -5,8 +5,9 @@ Shapes: n and m cells or pseudobulks, G genes. Space: log1p.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -64,15 +65,24 @@ def l1_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return out
 
 
-def sampled(group: np.ndarray, wanted: Sequence[int], seed: int) -> np.ndarray:
-    """(N,) whether a cell is among the at most CELLS drawn of each group in `wanted`; group: (N,) of every cell."""
-    chosen = np.zeros(len(group), bool)
+def random_of(seed: int, stream: int, *name: str) -> np.random.Generator:
+    """Randomness of what is called so, whatever else is evaluated."""
+    number = int.from_bytes(hashlib.sha256("\n".join(name).encode()).digest()[:8], "little")
+    return np.random.default_rng([seed, stream, number])
+
+
+def sampled(group: np.ndarray, wanted: Mapping[int, tuple[str, ...]], seed: int) -> np.ndarray:
+    """(N,) whether a cell is among the at most CELLS drawn of each group in `wanted`, which has the names of groups.
+
+    group: (N,) of every cell.
+    """
+    chosen, codes = np.zeros(len(group), bool), list(wanted)
     order = np.argsort(group, kind="stable")
-    first, last = np.searchsorted(group[order], wanted), np.searchsorted(group[order], wanted, side="right")
-    for code, a, b in zip(wanted, first, last, strict=True):
+    first, last = np.searchsorted(group[order], codes), np.searchsorted(group[order], codes, side="right")
+    for code, a, b in zip(codes, first, last, strict=True):
         rows = order[a:b]
         if len(rows) > CELLS:
-            rows = np.random.default_rng([seed, 0xE4E, code]).choice(rows, CELLS, replace=False)
+            rows = random_of(seed, 0xE4E, *wanted[code]).choice(rows, CELLS, replace=False)
         chosen[rows] = True
     return chosen
 
@@ -90,8 +100,8 @@ class Cells:
         moved = np.subtract(cells, centre, dtype=np.float64)
         return cls(moved, np.einsum("ij,ij->i", moved, moved))
 
-    def within(self, draw: np.ndarray | None = None) -> float:
-        """Mean distance of two different cells, or of two of different draws (n,); NaN where there are none."""
+    def within(self, draw: np.ndarray | None = None, source: np.ndarray | None = None) -> float:
+        """Mean distance of two different cells, or of two of different draws (n,) and sources (n,); else NaN."""
         n = len(self.cells)
         if n < 2:
             return float("nan")
@@ -100,6 +110,8 @@ class Cells:
             np.fill_diagonal(distances, 0.0)
             return float(distances.sum() / (n * (n - 1)))
         apart = draw[:, None] != draw
+        if source is not None:
+            apart &= source[:, None] != source
         return float(distances[apart].mean()) if apart.any() else float("nan")
 
     def between(self, other: Cells) -> float:
@@ -156,6 +168,7 @@ def energy_distances(
     n_predicted: int,
     rng: np.random.Generator,
     draw: np.ndarray | None = None,
+    source: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Of one pair by predictor, all cells log1p (n, G).
 
@@ -168,6 +181,7 @@ def energy_distances(
         means: (G,) pseudobulk of every predictor.
         n_predicted: cells of the pair in the prediction.
         draw: (n,) of every predicted cell; None: they are taken for independent.
+        source: (n,) the control each is from, with `draw`: two of one control are not independent; None: not known.
     """
     if draw is not None and len(np.unique(draw)) < 2:
         return dict.fromkeys(means, float("nan"))
@@ -178,7 +192,7 @@ def energy_distances(
     for name, mean in means.items():
         if name == "model":
             cells = about(model.toarray())
-            within_cells = cells.within(draw)
+            within_cells = cells.within(draw, source)
         elif name == "controls":
             cells, within_cells = controls.real, controls.real_within
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ from sest.evaluation.cell_eval_scores import (
     overall_scores,
     stack,
 )
-from sest.evaluation.distances import PAIRS, Controls, energy_distances, sampled
+from sest.evaluation.distances import PAIRS, Controls, energy_distances, random_of, sampled
 from sest.evaluation.metrics import discrimination_score, mean_absolute_error, pearson_delta
 from sest.evaluation.record import Record, read_record
 from sest.evaluation.results import Evaluation, means_over_pairs
@@ -145,15 +146,16 @@ def _name(cells: str | os.PathLike[str] | AnnData, what: str) -> str:
 
 def _read(
     task: Comparison, scored: np.ndarray, record: Record | None, config: EvaluateConfig, notes: list[str]
-) -> tuple[Comparison, Reading, Reading, np.ndarray | None]:
-    """The cells of both sides, the real ones in folds, and the draws of those of the prediction's sample.
+) -> tuple[Comparison, Reading, Reading, list[np.ndarray | None]]:
+    """The cells of both sides, the real ones in folds; draws and controls of the prediction's sample, where known.
 
     Counts of a prediction that has fewer genes than the real file can only be normalised over these: then both are.
 
     Nothing is scored before both are known to be sound.
     """
     n_types, n_groups = len(task.cell_types), task.n_groups
-    wanted = [*range(n_types), *(n_types + scored)]
+    wanted = {i: (name,) for i, name in enumerate(task.cell_types)}
+    wanted |= {n_types + pair: task.pairs[pair] for pair in scored.tolist()}
     keep = {side: sampled(side.group, wanted, config.seed) for side in (task.predicted, task.real)}
     predicted = task.predicted.read(n_groups, n_types, keep=keep[task.predicted])
     by_genes = predicted.target_sum is not None and task.real.file.n_genes > len(task.genes)
@@ -168,14 +170,15 @@ def _read(
             "them, so that mae means nothing. Give the real cells as counts (often a --layer)."
         )
     task = replace(task, real=of_real)
-    return task, predicted, real, None if record is None or record.draw is None else record.draw[keep[task.predicted]]
+    made = (None, None) if record is None else (record.draw, record.source)
+    return task, predicted, real, [None if numbers is None else numbers[keep[task.predicted]] for numbers in made]
 
 
 def _own_scores(
     task: Comparison,
     scored: np.ndarray,
     read: tuple[Reading, Reading],
-    draws: np.ndarray | None,
+    draws: Sequence[np.ndarray | None],
     record: Record | None,
     seed: int,
     notes: list[str],
@@ -250,13 +253,13 @@ def _energy(
     predicted: Reading,
     real: Reading,
     control_means: np.ndarray,
-    draws: np.ndarray | None,
+    draws: Sequence[np.ndarray | None],
     seed: int,
     notes: list[str],
 ) -> dict[str, np.ndarray]:
     """Energy distances (n_pairs,) by predictor, NaN of pairs that are not `scored`.
 
-    `control_means`: (cell types, G) of the prediction's controls; `draws`: (n,) of its sample, if they are known.
+    `control_means`: (cell types, G) of the prediction's controls; `draws`: see `_read`.
     """
     n_types, own_type = len(task.cell_types), task.own_type
     found = {name: np.full(len(task.pairs), np.nan) for name in predictors}
@@ -267,7 +270,8 @@ def _energy(
         controls.append(Controls(of_real, own if own.shape[0] else of_real, control_means[kind]))
     for pair in scored.tolist():
         group = n_types + pair
-        draw = None if draws is None else draws[predicted.sampled == group]
+        mine = predicted.sampled == group
+        draw, source = (numbers if numbers is None else numbers[mine] for numbers in draws)
         together += draw is not None and len(np.unique(draw)) < 2
         distances = energy_distances(
             real.sample_of(group),
@@ -275,8 +279,9 @@ def _energy(
             controls[own_type[pair]],
             {name: means[pair] for name, means in predictors.items()},
             int(predicted.cells.counts[group]),
-            np.random.default_rng([seed, 0x305E, pair]),
+            random_of(seed, 0x305E, *task.pairs[pair]),
             draw,
+            source,
         )
         for name, distance in distances.items():
             found[name][pair] = distance

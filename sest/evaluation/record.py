@@ -18,6 +18,7 @@ from sest.files.nodes import check_below, child, damage_is_bad_input
 MAX_STORED = 2**32  # bytes of one array of uns that is read
 NOT_STORED = ("model", "controls")  # predictors that are always computed from the cells
 DRAW = "sest_draw"  # in obs: what was predicted together, see sest.prediction.draws; -1 of real cells
+SOURCE = "sest_control"  # in obs: which control cell each was predicted from, within its cell type; -1 of real cells
 FOLLOWED = "follows_controls"  # in the record: see `Record.followed`
 MOST_FOLLOWED = 100.0  # a share; more is no prediction's
 BASELINES_VERSION = 2  # before, context_mean was the name of the controls
@@ -34,6 +35,7 @@ class Record:
     pairs: dict[str, Any]  # cell_type, perturbation: of those rows
     made_by: dict[str, Any] = field(default_factory=dict)  # run, checkpoint, step, model_sha256, cache_sha256
     draw: np.ndarray | None = None  # (N,) what each cell was predicted in, see sest.prediction.draws
+    source: np.ndarray | None = None  # (N,) which control each cell is from
     followed: float | None = None  # how much of a change in the controls' mean predicted means follow
     controls: dict[str, Any] = field(default_factory=dict)  # cell_type; mean (cell types, G) that effects are added to
     is_mixed: bool = False  # the run was trained, as asked, on files that were normalised differently
@@ -108,20 +110,21 @@ def read_record(file: CellFile) -> Record | None:
         baselines={k: np.asarray(v) for k, v in told.get("baselines", {}).items() if k not in not_stored},
         pairs=told.get("pairs", {}),
         made_by=_made_by(told.get("provenance", {})),
-        draw=_draws(file),
+        draw=_numbers(file, DRAW),
+        source=_numbers(file, SOURCE),
         followed=_followed(told, file),
         controls=told.get("controls", {}),
         is_mixed=told.get("scale") == "mixed",
     )
 
 
-def _draws(file: CellFile) -> np.ndarray | None:
-    if DRAW not in file.obs:
+def _numbers(file: CellFile, name: str) -> np.ndarray | None:
+    if name not in file.obs:
         return None
-    draws = file.obs[DRAW].to_numpy()
-    if draws.dtype.kind not in "iu":
-        raise InputError(f"{file.path}: {DRAW} in obs is no column of whole numbers. Run `sest predict` again.")
-    return draws
+    numbers = file.obs[name].to_numpy()
+    if numbers.dtype.kind not in "iu":
+        raise InputError(f"{file.path}: {name} in obs is no column of whole numbers. Run `sest predict` again.")
+    return numbers
 
 
 def _followed(told: dict[str, Any], file: CellFile) -> float | None:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -207,9 +208,15 @@ class ObservedSets:
     Distances do not change when both sets are moved: all are computed around the mean of the observed cells.
     """
 
-    def __init__(self, target: Tensor, *, within: Tensor | None = None) -> None:
-        """target: (B, T, G) observed cells, log1p. within: `within` of the same sets, where that is known."""
-        self._target = target
+    def __init__(self, target: Tensor, *, numbers: np.ndarray | None = None, within: Tensor | None = None) -> None:
+        """Sets of observed cells.
+
+        Args:
+            target: (B, T, G) log1p.
+            numbers: (B, T) which cell each is, as small sets are filled with copies; None: all are different.
+            within: `within` of the same sets, where that is known.
+        """
+        self._target, self._numbers = target, numbers
         self._centre = target.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, G)
         if within is not None:
             self.within = within
@@ -220,14 +227,29 @@ class ObservedSets:
         placed = (self._placed(self._target, part) for part in self._parts())
         return torch.cat([self._mean_distance(cells, cells) for cells in placed])
 
-    def energy_distances(self, predicted: Tensor, *, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`energy_distance` and `unbiased_energy_distance` of every set, (B,) float32 both, at the cost of one.
+    def energy_distances(
+        self,
+        predicted: Tensor,
+        *,
+        other: Tensor | None = None,
+        controls: tuple[np.ndarray, np.ndarray] | tuple[np.ndarray] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`energy_distance` of every set, and the same of different cells, (B,) float32 both, at the cost of one.
 
-        predicted, other: (B, S, G), as of `unbiased_energy_distance`.
+        The other is E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| where x and x' are different cells, and y and y' (else NaN): the
+        U-statistic, whose mean over sets of one distribution is 0. `energy_distance` counts each cell's zero distance
+        to itself, which takes a part 1 / S off the spread of a set: a prediction of too little spread earns by it.
+
+        Args:
+            predicted: (B, S, G).
+            other: (B, S, G) cells predicted from other controls, to take x' from. That mean holds for independent
+                cells; a head that sees all cells of a set can set them further apart than independent ones are.
+            controls: (B, S) which control each predicted cell is from, and each other one: cells from one control are
+                not independent, so they are no x and x'. None: all are from different ones.
         """
-        found = [self._distances(predicted, other, part) for part in self._parts()]
+        found = [self._distances(predicted, other, controls, part) for part in self._parts()]
         between, within, apart = (torch.cat(mean) for mean in zip(*found, strict=True))
-        observed = _of_different(self.within, self._target.shape[1])
+        observed = _of_different(self.within, self._target.shape[1], self._numbers)
         return between - 0.5 * within - 0.5 * self.within, between - 0.5 * apart - 0.5 * observed
 
     def _parts(self) -> list[slice]:
@@ -235,13 +257,16 @@ class ObservedSets:
         n, alone = len(self._target), self._target.device.type == "cpu"
         return [slice(i, i + 1) for i in range(n)] if alone else [slice(0, n)]
 
-    def _distances(self, predicted: Tensor, other: Tensor | None, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _distances(
+        self, predicted: Tensor, other: Tensor | None, controls: tuple[np.ndarray, ...] | None, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the sets of a part: mean distances between the sides, within the prediction, and of different cells."""
         x, y = self._placed(predicted, part), self._placed(self._target, part)
-        within = self._mean_distance(x, x)
-        apart = _of_different(within, x.shape[1])
-        if other is not None:
-            apart = self._mean_distance(x, self._placed(other, part))
+        within, numbers = self._mean_distance(x, x), [rows[part] for rows in controls or ()]
+        if other is None:
+            apart = _of_different(within, x.shape[1], *numbers)
+        else:
+            apart = self._mean_distance(x, self._placed(other, part), *numbers)
         return self._mean_distance(x, y), within, apart
 
     def _placed(self, cells: Tensor, part: slice) -> Tensor:
@@ -249,34 +274,35 @@ class ObservedSets:
             return cells[part].float() - self._centre[part]
 
     @staticmethod
-    def _mean_distance(a: Tensor, b: Tensor) -> Tensor:
-        """(B, S, G), (B, T, G) -> (B,) mean over all pairs."""
+    def _mean_distance(a: Tensor, b: Tensor, *numbers: np.ndarray) -> Tensor:
+        """(B, S, G), (B, T, G) -> (B,) mean over all pairs; with `numbers` (B, S), (B, T) over those that differ."""
         one = torch.ones(len(a), 1, 1, device=a.device)
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             gram = _product(a, b.mT)
             norms = [gram.diagonal(dim1=1, dim2=2)] * 2 if a is b else [_squared_norms(cells) for cells in (a, b)]
-            return _distance(_squared(gram, norms[0], norms[1], one, GRAMS[a.dtype])).mean((1, 2))
+            distances = _distance(_squared(gram, norms[0], norms[1], one, GRAMS[a.dtype]))
+            if not numbers:
+                return distances.mean((1, 2))
+            differ = torch.from_numpy(~_same(*numbers)).to(a.device)
+            return (distances * differ).sum((1, 2)) / differ.sum((1, 2))  # 0 / 0 is NaN: there are none
 
 
-def _of_different(mean: Tensor, n: int) -> Tensor:
-    """Mean distance of different cells, from that of all pairs of n cells: a cell's own is the clamp's root, not 0."""
-    own = MIN_SQUARED_DISTANCE**0.5
-    return (mean * n - own) / (n - 1) if n > 1 else torch.full_like(mean, torch.nan)
+def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(B, S, T) bool: which of the cells with numbers (B, S) and (B, T) are one."""
+    same: np.ndarray = a[:, :, None] == b[:, None, :]
+    return same
 
 
-def unbiased_energy_distance(predicted: Tensor, target: Tensor, *, other: Tensor | None = None) -> Tensor:
-    """Energy distance without the distances of cells to themselves: (B, S, G), (B, T, G) -> (B,) float32.
+def _of_different(mean: Tensor, n: int, numbers: np.ndarray | None = None) -> Tensor:
+    """Mean distance of different cells, from that of all pairs of n cells: a cell's own is the clamp's root, not 0.
 
-    E|x-y| - 0.5 E|x-x'| - 0.5 E|y-y'| where x and x' are different cells (S, T >= 2; otherwise NaN): the U-statistic,
-    whose mean over sets of one distribution is 0. `energy_distance` counts each cell's zero distance to itself, which
-    takes a part 1 / S off the spread of a set, so that a prediction of too little spread earns by it. Not for training:
-    no gradient.
-
-    Args:
-        other: (B, S, G) cells predicted from other controls, to take x' from. That mean holds for independent cells; a
-            head that sees all cells of a set can set them further apart than independent ones are.
+    `numbers`: (B, n) which cell each is, as of two copies the distance is a cell's own too; None: all are different.
+    NaN where there are none.
     """
-    return ObservedSets(target).energy_distances(predicted, other=other)[1]
+    same = np.full(len(mean), n) if numbers is None else _same(numbers, numbers).sum((1, 2))
+    of_one = torch.from_numpy(same).to(mean.device, torch.float32)
+    found = (mean * n**2 - MIN_SQUARED_DISTANCE**0.5 * of_one) / (n**2 - of_one)
+    return torch.where(of_one < n**2, found, torch.nan)
 
 
 def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:

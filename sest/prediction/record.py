@@ -21,7 +21,7 @@ from sest.blend.weights import Weights
 from sest.cache import Cache
 from sest.cells.columns import Columns
 from sest.errors import InputError
-from sest.evaluation.record import BASELINES_VERSION, DRAW
+from sest.evaluation.record import BASELINES_VERSION, DRAW, SOURCE
 from sest.files.cell_file import CellFile
 from sest.prediction.controls import Pool
 from sest.prediction.requests import Request
@@ -48,26 +48,33 @@ def join_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def labels_of(chosen: Sequence[tuple[Request, Sequence[np.ndarray]]], columns: Columns) -> pd.DataFrame:
-    """Of all that is written: the template's, or perturbation, cell type and batch of the control cells; and the draw.
+    """Of all that is written: the template's, or perturbation, cell type and batch of the control cells; draw, control.
 
-    `chosen`: the control cells (n,) that each draw of a request starts from. The draw is -1 of real controls.
+    `chosen`: the control cells (n,) that each draw of a request starts from. Draw and control are -1 of real cells.
     """
     tables, n_draws = [], Counter[tuple[str, str]]()
-    for request, draws in chosen:  # of a pair in several files the draws are counted on
-        pair = request.pool.cell_type, request.perturbation
-        tables.append(_labels(request, draws, columns, n_draws[pair]))
+    n_controls, first_control = Counter[str](), dict[int, int]()
+    for request, draws in chosen:  # of a cell type in several files draws and controls are counted on
+        pool, pair = request.pool, (request.pool.cell_type, request.perturbation)
+        if id(pool) not in first_control:
+            first_control[id(pool)] = n_controls[pool.cell_type]
+            n_controls[pool.cell_type] += len(pool)
+        tables.append(_labels(request, draws, columns, n_draws[pair], first_control[id(pool)]))
         n_draws[pair] += len(draws)
     return join_tables(tables)
 
 
-def _labels(request: Request, draws: Sequence[np.ndarray], columns: Columns, first: int) -> pd.DataFrame:
-    """Of one request; `first`: the number of its first draw."""
+def _labels(
+    request: Request, draws: Sequence[np.ndarray], columns: Columns, first_draw: int, first_control: int
+) -> pd.DataFrame:
+    """Of one request; the numbers of its first draw, and of the first control of its pool."""
     chosen = np.concatenate(draws)
-    of_draw = np.full(len(chosen), -1)
+    numbers = dict.fromkeys((DRAW, SOURCE), np.full(len(chosen), -1))
     if not request.is_control:
-        of_draw = first + np.repeat(np.arange(len(draws)), [len(rows) for rows in draws])
+        of_draw = first_draw + np.repeat(np.arange(len(draws)), [len(rows) for rows in draws])
+        numbers = {DRAW: of_draw, SOURCE: first_control + chosen}
     if request.obs is not None:
-        return request.obs.assign(**{DRAW: of_draw})
+        return request.obs.assign(**numbers)
     pool = request.pool
     names = pool.names[chosen]
     if not request.is_control:
@@ -76,7 +83,7 @@ def _labels(request: Request, draws: Sequence[np.ndarray], columns: Columns, fir
         str(columns.perturbation): request.perturbation,
         str(columns.cell_type): pool.cell_type,
         str(columns.batch): pool.batches[chosen],
-        DRAW: of_draw,
+        **numbers,
     }
     return pd.DataFrame(table, index=pd.Index(names, dtype=str))
 

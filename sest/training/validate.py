@@ -99,6 +99,7 @@ class Validator:
         held = self.held
         n_sets = len(held.pair)
         losses, distances = dict.fromkeys(WITH_CELLS, 0.0), dict.fromkeys(WITH_CELLS, 0.0)
+        n_known = dict.fromkeys(WITH_CELLS, 0)
         shifts = {
             name: torch.from_numpy(held.baselines[name] - held.pairs.control).float().to(self._device)
             for name in WITH_CELLS
@@ -108,37 +109,41 @@ class Validator:
             part = slice(start, start + size)
             sets = some_sets(self.sets, part)
             target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
-            controls, observed = (
-                self.cells.expression(sets["controls"]),
-                self._observed(np.arange(n_sets)[part], target),
-            )
+            controls, observed = self.cells.expression(sets["controls"]), self._observed(sets, target)
             pair = torch.as_tensor(held.pair[part])
             for name, shift in shifts.items():
                 moved = controls if name == "controls" else (controls + shift[pair].unsqueeze(1)).clamp_min_(0)
                 moved = moved if measured is None else moved * measured
-                loss, distance = self._losses(observed, moved, target)
+                loss, distance = self._losses(observed, moved, target, (sets["controls"],))
                 losses[name] += float(loss.sum())
-                distances[name] += float(distance.sum())
+                distances[name] += float(distance.nansum())
+                n_known[name] += int(distance.isfinite().sum())
         result = {f"val_loss_{name}": total / n_sets for name, total in losses.items()}
-        result |= {f"energy_distance_{name}": total / n_sets for name, total in distances.items()}
+        result |= {f"energy_distance_{name}": _mean(total, n_known[name]) for name, total in distances.items()}
         for name, means in held.baselines.items():
             result |= {f"{metric}_{name}": value for metric, value in self._metrics(means, follows=1.0).items()}
         return result
 
-    def _observed(self, rows: np.ndarray, target: Tensor) -> ObservedSets:
-        """The real cells of these sets (B,)."""
+    def _observed(self, sets: SetRows, target: Tensor) -> ObservedSets:
+        """The real cells of some sets."""
+        rows, numbers = np.searchsorted(self.sets["number"], sets["number"]), sets["targets"]
         at = torch.as_tensor(rows, device=self._device)
         if self._known[rows].all():
-            return ObservedSets(target, within=self._within[at])
-        found = ObservedSets(target)
+            return ObservedSets(target, numbers=numbers, within=self._within[at])
+        found = ObservedSets(target, numbers=numbers)
         self._within[at], self._known[rows] = found.within, True
         return found
 
     def _losses(
-        self, observed: ObservedSets, predicted: Tensor, target: Tensor, other: Tensor | None = None
+        self,
+        observed: ObservedSets,
+        predicted: Tensor,
+        target: Tensor,
+        controls: tuple[np.ndarray] | tuple[np.ndarray, np.ndarray],
+        other: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The training loss and the unbiased energy distance of every set, (B,)."""
-        loss, distance = observed.energy_distances(predicted, other=other)
+        """The training loss and the energy distance of different cells of every set, (B,); NaN where it has none."""
+        loss, distance = observed.energy_distances(predicted, other=other, controls=controls)
         return (loss if is_energy_distance(self._criterion) else self._criterion(predicted, target)), distance
 
     def _metrics(self, predicted: np.ndarray, follows: float) -> dict[str, float]:
@@ -167,7 +172,7 @@ class Validator:
 
         Those of the baselines stand beside them.
         """
-        total = torch.zeros(4, dtype=torch.float64, device=self._device)
+        total = torch.zeros(5, dtype=torch.float64, device=self._device)
 
         def add_losses(sets: SetRows, predicted: Tensor) -> None:
             target, measured = self.cells.expression(sets["targets"]), self.cells.measured(sets["targets"])
@@ -177,12 +182,15 @@ class Validator:
                 other = model(self.cells.basal(self.held.other_controls[rows]), self._features[perturbation])
             if measured is not None:
                 predicted, other = predicted * measured, other * measured
-            loss, distance = self._losses(self._observed(rows, target), predicted, target, other)
+            controls = sets["controls"], self.held.other_controls[rows]
+            loss, distance = self._losses(self._observed(sets, target), predicted, target, controls, other)
             total[0] += loss.double().sum()
-            total[1] += distance.double().sum()
+            total[1] += distance.double().nansum()
+            total[4] += distance.isfinite().sum()
             if rows[0] < FOLLOWED_SETS:
-                controls = [self.cells.expression(s) for s in (sets["controls"], self.held.other_controls[rows])]
-                by, of = ((a.float().mean(1) - b.float().mean(1)).double() for a, b in ((predicted, other), controls))
+                mine = torch.from_numpy(rows < FOLLOWED_SETS).to(self._device)
+                before, after = (self.cells.expression(numbers).float().mean(1)[mine] for numbers in controls)
+                by, of = (predicted.float().mean(1) - other.float().mean(1))[mine].double(), (before - after).double()
                 total[2] += (by * of).sum()
                 total[3] += of.square().sum()
 
@@ -190,6 +198,12 @@ class Validator:
             model, self.cells, self.held, self._features, self._size, autocast, team=self._team, each=add_losses
         )
         self._team.sum(total)
-        loss, distance, product, square = (total / len(self.held.pair)).tolist()
+        loss, distance, product, square, n_known = total.tolist()
+        loss, distance = loss / len(self.held.pair), _mean(distance, n_known)
         follows = product / square if square > 0 else 0.0  # as in sest.prediction.cells.Followed, of the head alone
         return {"val_loss": loss, "energy_distance": distance, **self._metrics(means, follows), **self.baselines}
+
+
+def _mean(total: float, n: float) -> float:
+    """NaN of nothing."""
+    return total / n if n else float("nan")

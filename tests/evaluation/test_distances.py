@@ -11,6 +11,7 @@ import torch
 from sest.blend.transport import move_to_mean
 from sest.evaluation.distances import (
     CELLS,
+    Cells,
     Controls,
     energy_distances,
     l1_distances,
@@ -18,7 +19,10 @@ from sest.evaluation.distances import (
     unbiased_energy_distance,
 )
 from sest.head.loss import ObservedSets, energy_distance
-from sest.head.loss import unbiased_energy_distance as of_tensors
+
+
+def of_tensors(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return ObservedSets(y).energy_distances(x)[1]
 
 
 def cells(n: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -50,6 +54,26 @@ def test_predictions_of_the_same_sets_share_what_is_known_of_these() -> None:
             loss, unbiased = observed.energy_distances(x)
             np.testing.assert_allclose(loss, energy_distance(x, y), atol=2e-5)
             np.testing.assert_array_equal(unbiased, of_tensors(x, y))
+
+
+def test_copies_of_a_cell_and_cells_of_one_control_are_not_compared() -> None:
+    """As sets of few cells are filled with copies, and few controls are drawn again: mean 0 for one distribution."""
+    rng, found, of_sets = np.random.default_rng(0), [], []
+    for i in range(300):
+        few, pool = cells(6, 2 * i), cells(10, 2 * i + 1)
+        a, b, c = rng.choice(6, 16), rng.choice(10, 16), rng.choice(10, 16)
+        x, y = torch.from_numpy(pool[b])[None], torch.from_numpy(few[a])[None]
+        observed, other = ObservedSets(y, numbers=a[None]), torch.from_numpy(pool[c])[None]
+        found.append(float(observed.energy_distances(x, other=other, controls=(b[None], c[None]))[1]))
+        of_sets.append(float(observed.energy_distances(x, controls=(b[None],))[1]))
+    for values in (found, of_sets):
+        assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+    draw, source = np.repeat([0, 1], 8), np.arange(16) % 8
+    one = Cells.about(np.zeros(30), np.tile(cells(8, 0), (2, 1)))
+    assert one.within(draw, source) == pytest.approx(scipy.spatial.distance.pdist(cells(8, 0)).mean(), rel=1e-5)
+    assert np.isnan(one.within(draw, np.zeros(16, int)))
+    alone = ObservedSets(y, numbers=np.zeros((1, 16), int)).energy_distances(x)[1]
+    assert np.isnan(float(alone))
 
 
 def test_its_mean_over_samples_of_one_distribution_is_zero_where_the_loss_s_is_not() -> None:
@@ -107,11 +131,13 @@ def test_a_single_cell_has_no_distance_to_others_of_its_kind() -> None:
 
 
 def test_at_most_so_many_cells_of_each_group_are_drawn() -> None:
-    group = np.repeat([0, -1, 2, 1], [100, 50, 30, 200])
-    chosen = sampled(group, [0, 2], 0)
+    group, names = np.repeat([0, -1, 2, 1], [100, 50, 30, 200]), {0: ("a",), 2: ("a", "P")}
+    chosen = sampled(group, names, 0)
     assert chosen[:100].sum() == CELLS and not chosen[100:150].any() and chosen[150:180].all()
-    assert not chosen[180:].any() and (chosen == sampled(group, [0, 2], 0)).all()
-    assert (chosen != sampled(group, [0, 2], 1)).any()
+    assert not chosen[180:].any() and (chosen == sampled(group, names, 0)).all()
+    assert (chosen != sampled(group, names, 1)).any()
+    again = sampled(np.where(group == 0, 7, group), {7: ("a",)}, 0)  # the same cells, whatever else there is
+    assert (again[:100] == chosen[:100]).all()
 
 
 def test_baselines_are_controls_moved_to_their_mean() -> None:

@@ -46,7 +46,7 @@ def test_the_test_split_is_predicted_cell_for_cell_with_all_its_controls(
     sizes = [obs.astype(str).groupby(["cell_type", "target_gene"]).size() for obs in (whole.obs, expected)]
     pd.testing.assert_series_equal(*sizes)
     assert len(sizes[0]) == len(held_out["test"]) + 1 > 1
-    assert list(whole.obs.columns) == ["target_gene", "cell_type", "batch", "sest_draw"]
+    assert list(whole.obs.columns) == ["target_gene", "cell_type", "batch", "sest_draw", "sest_control"]
 
 
 def test_real_controls_are_those_of_the_cache_to_the_last_bit(

@@ -19,7 +19,7 @@ from sest.config import EmbedConfig, EvaluateConfig, PredictConfig, TrainConfig
 from sest.data.dataset import Dataset
 from sest.embedding.embed import embed
 from sest.evaluation.evaluate import evaluate
-from sest.evaluation.record import DRAW
+from sest.evaluation.record import DRAW, SOURCE
 from sest.prediction.controls import CachedPools
 from sest.prediction.predict import predict_cells
 from sest.prediction.record import labels_of
@@ -50,14 +50,15 @@ def test_written_rows_are_labelled_by_template_or_by_their_controls(tiny_data: D
     given = pd.DataFrame({"any": [1, 2, 3]}, index=["a", "b", "c"])
     controls, cells = Request(pool, "ctrl", True, 2), Request(pool, "P", False, 3)
     table = labels_of([(controls, real), (cells, draws), (cells, draws)], columns)
-    assert list(table.columns) == ["gene", "kind", "plate", DRAW] and table.index.is_unique
+    assert list(table.columns) == ["gene", "kind", "plate", DRAW, SOURCE] and table.index.is_unique
     assert table[DRAW].tolist() == [-1, -1, 0, 0, 1, 2, 2, 3]  # counted on, as of a pair in two files
+    assert table[SOURCE].tolist() == [-1, -1, *[2, 1, 3] * 2]
     assert table.index[:5].tolist() == [*pool.names[real[0]], "x_P_0", "x_P_1", "x_P_2"]
     assert table["plate"].tolist() == [*pool.batches[real[0]], *[*pool.batches[np.concatenate(draws)]] * 2]
     assert table["gene"].tolist() == ["ctrl", "ctrl", *["P"] * 6] and set(table["kind"]) == {"x"}
     assert list(table["gene"].cat.categories) == ["P", "ctrl"]
     table = labels_of([(replace(cells, obs=given), draws)], columns)
-    assert table.index.tolist() == ["a", "b", "c"] and list(table.columns) == ["any", DRAW]
+    assert table.index.tolist() == ["a", "b", "c"] and list(table.columns) == ["any", DRAW, SOURCE]
     assert table[DRAW].tolist() == [0, 0, 1] and list(given.columns) == ["any"]
 
 
