@@ -15,7 +15,7 @@ from typing import Any
 from sest.cache.disk import write_durably
 from sest.cells.choose_splits import ChosenSplits, choose_splits
 from sest.cells.genes import column_of_targets, gene_names
-from sest.cells.inputs import Source, read_group
+from sest.cells.inputs import Source, group_name, read_group
 from sest.cells.labels import targets_of
 from sest.cells.split_file import TEST, read_splits
 from sest.cells.splits import GroupCells
@@ -28,8 +28,10 @@ from sest.files.containers import stem_of
 from sest.options import read_toml
 from sest.outputs import check_output, is_same
 from sest.pipeline.stages import (
+    CACHE,
     EMBED,
     MAY_CHANGE,
+    RUN,
     STAGES,
     STATE,
     Ledger,
@@ -74,7 +76,8 @@ def run_pipeline(
             if chosen.by_genes and config.perturbations is None:
                 ledger.begun_with["perturbations"] = "genes+onehot"
             out.mkdir(parents=True, exist_ok=True)
-            write_durably(out / "splits.toml", chosen.toml(stem_of(cells), Path(os.path.abspath(cells))).encode())
+            dataset = group_name(stem_of(cells))
+            write_durably(out / "splits.toml", chosen.toml(dataset, Path(os.path.abspath(cells))).encode())
             watcher.note(f"{chosen.why} Written to {out / 'splits.toml'}; --splits takes another file.")
         else:
             _check_splits(Path(config.splits), cells)
@@ -87,6 +90,8 @@ def run_pipeline(
 
 def _begun(cells: Path, out: Path, options: Mapping[str, Any]) -> tuple[Ledger, PipelineConfig]:
     """The folder's ledger, and its options with those given now on top.
+
+    What was given before may change as long as nothing is kept that was made with it.
 
     Raises:
         InputError: no such cells, a folder of something else, or one that was begun with other cells or options.
@@ -107,20 +112,28 @@ def _begun(cells: Path, out: Path, options: Mapping[str, Any]) -> tuple[Ledger, 
     predicted_from = str(kept.pop("predicted_from", ""))
     before = PipelineConfig.from_values(kept["options"], str(out / STATE))
     config = PipelineConfig.from_values({**kept["options"], **options}, "the options")
+    if not done and not (out / CACHE).exists():  # nothing is kept that was made with other options
+        return Ledger(out / STATE, {"options": config.to_values(), **now}), config
+    may_change = MAY_CHANGE if (out / RUN).exists() else (*MAY_CHANGE, *OF_TRAINING)
     for name in PipelineConfig.names():
         old, new = getattr(before, name), getattr(config, name)
-        if old != new and name not in MAY_CHANGE:
+        if old != new and name not in may_change:
             raise InputError(
                 f"{out} was begun with --{name.replace('_', '-')} {'unset' if old is None else old}, not {new}. Choose "
                 "another --out."
             )
-    if {key: kept.get(key) for key in now} != now:
+    if any(kept.get(key) != now[key] for key in ("cells", "bytes")):
         raise InputError(f"{out} was begun with other cells than {cells} holds now. Choose another --out.")
+    if kept.get("mtime_ns") != now["mtime_ns"]:  # `sest embed` says whether what it holds is the same
+        done = []
+    if config.perturbations != before.perturbations:
+        kept["perturbations"] = config.perturbations
     if config.max_steps != before.max_steps:
         done = [stage for stage in done if stage == EMBED]
-    return Ledger(out / STATE, {**kept, "options": config.to_values()}, done, predicted_from), config
+    return Ledger(out / STATE, {**kept, **now, "options": config.to_values()}, done, predicted_from), config
 
 
+OF_TRAINING = ("perturbations", "head", "preset")  # options that may change before it has begun
 READING = "layer modality counts labels pert_col cell_type_col batch_col gene_col control".split()
 
 
@@ -151,7 +164,7 @@ def _genes(
     cells: Path, columns: EmbedConfig, config: PipelineConfig, watcher: Watcher
 ) -> tuple[EmbedConfig, Sequence[str], GroupCells]:
     """The same with the column of var that names genes as the perturbations do; these names; and the cells' labels."""
-    name = stem_of(cells)
+    name = group_name(stem_of(cells))
     group = read_group(Source(name, name, cells), columns)
     targets = {target for label in group.perturbations if label != group.control for target in targets_of(label)}
     with CellFile(cells, columns.layer, columns.modality) as file:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 EMBED, TRAIN, PREDICT, EVALUATE, REPORT = STAGES = ("embed", "train", "predict", "evaluate", "report")
 STATE = "pipeline.toml"  # what a folder was begun with, and which stages are finished
-MADE = (STATE, "splits.toml", "cache.zarr", "run", "predicted.h5ad", "evaluation", "report.html")
+CACHE, RUN = "cache.zarr", "run"
+MADE = (STATE, "splits.toml", CACHE, RUN, "predicted.h5ad", "evaluation", "report.html")
 MAY_CHANGE = ("max_steps", "device")  # options that another call may have
 
 
@@ -105,11 +106,11 @@ class Plan:
 
     @property
     def cache(self) -> Path:
-        return self.folder / "cache.zarr"
+        return self.folder / CACHE
 
     @property
     def run(self) -> Path:
-        return self.folder / "run"
+        return self.folder / RUN
 
     @property
     def predicted(self) -> Path:

@@ -23,6 +23,8 @@ from sest.pipeline import stages
 from sest.pipeline.folder import run_pipeline
 from sest.pipeline.stages import EMBED, EVALUATE, PREDICT, REPORT, STAGES, STATE, TRAIN
 from sest.runs.checkpoint import open_checkpoint
+from sest.runs.run_folder import resumed_config
+from sest.training.train import train
 
 OPTIONS = {"max_steps": 24, "preset": "small", "device": "cpu"}
 
@@ -137,6 +139,56 @@ def test_other_cells_and_folders_of_something_else_are_refused(
     with pytest.raises(InputError, match=r"takes one file of cells, with --splits for the TOML"):
         run_pipeline(demo.folder / "starter.toml", tmp_path / "new", {})
     assert not (tmp_path / "new").exists()
+
+
+def test_what_nothing_was_made_with_may_be_given_otherwise(demo: Demo, tmp_path: Path) -> None:
+    """As after an error that names an option: before the embedding all may change, before the training its own."""
+    cells, out, said = tmp_path / "my cells (1).h5ad", tmp_path / "out", Recorder()
+    shutil.copy(demo.cells, cells)
+    bad, options = tmp_path / "bad.npz", {"head": "none", "seed": 1}
+    bad.write_bytes(b"")
+    with pytest.raises(InputError, match="no cell has the label"):
+        run_pipeline(cells, out, {**options, "control": "no such"})
+    with pytest.raises(InputError, match=r"bad\.npz"):
+        run_pipeline(cells, out, {**options, "perturbations": bad})
+    run_pipeline(cells, out, {**options, "perturbations": demo.features}, said)
+    assert said.skipped == [EMBED] and said.ended == [TRAIN, PREDICT, EVALUATE, REPORT]
+    cells.touch()  # the same cells all the same
+    run_pipeline(cells, out, {})
+    with pytest.raises(InputError, match="was begun with --perturbations"):
+        run_pipeline(cells, out, {"perturbations": "onehot"})
+
+
+def test_more_training_by_hand_makes_what_follows_it_again(
+    begun: tuple[Path, Path, Recorder, Recorder], tmp_path: Path
+) -> None:
+    cells, done, *_ = begun
+    out, again = tmp_path / "out", Recorder()
+    shutil.copytree(done, out)
+    config = resumed_config(out / "run", "auto", {"max_steps": 26})
+    train(out / "cache.zarr", out / "run", config, resume="auto", given={"max_steps": 26})
+    run_pipeline(cells, out, OPTIONS | {"max_steps": 24}, again)
+    assert again.skipped == [EMBED, TRAIN] and again.ended == [PREDICT, EVALUATE, REPORT]
+    assert any("is another than when it predicted" in note for note in again.notes)
+    third = Recorder()
+    run_pipeline(cells, out, {}, third)
+    assert third.skipped == list(STAGES)
+
+
+def test_genes_are_named_by_the_column_that_has_the_targets(demo: Demo, tmp_path: Path) -> None:
+    """As in files with Ensembl ids in the index: without it nothing of one cell type could be predicted."""
+    cells = ad.read_h5ad(demo.cells)
+    cells = cells[cells.obs["cell_type"] == "alpha"].copy()
+    cells.var["symbol"] = cells.var_names.to_numpy()
+    cells.var_names = [f"ENSG{i:011d}" for i in range(cells.n_vars)]
+    cells.write_h5ad(tmp_path / "ids.h5ad")
+    with pytest.raises(InputError, match=r"could be predicted where they are held out.*--gene-col"):
+        run_pipeline(tmp_path / "ids.h5ad", tmp_path / "refused", {"gene_col": "index"})
+    assert not (tmp_path / "refused").exists()
+    said = Recorder()
+    run_pipeline(tmp_path / "ids.h5ad", tmp_path / "out", {"head": "none"}, said)
+    assert "by column 'symbol' of var" in said.notes[0] and "--gene-col symbol" in said.commands[1]
+    assert set(ad.read_h5ad(tmp_path / "out" / "predicted.h5ad").var_names) == set(cells.var["symbol"])
 
 
 def test_splits_of_other_cells_or_without_a_test_split_are_refused(demo: Demo, tmp_path: Path) -> None:
