@@ -47,8 +47,8 @@ def predict(
 ) -> None:
     """Predict perturbed cells with a trained head and the baselines beside it.
 
-    They are written, with real control cells, as an h5ad (log1p, at most 14),
-    or as a submission to the challenge (--format).
+    They are written with real control cells, as an .h5ad of log1p values, or
+    as a submission to the challenge (--format).
     Without --template, --list, --only or --all-perturbations: the run's test
     split.
     """

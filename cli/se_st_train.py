@@ -20,9 +20,9 @@ from sest.machine.signals import Interrupted
 USAGE = """\
 Usage: se-st-train ++KEY=VALUE ...
 
-The ancestor's command, with its keys: embeds the cells into <output_dir>/cache the first time, then trains the head
-from there into <output_dir>/<name>. The same command again goes on where it stopped. The commands of `sest` that it
-stands for are shown before they are carried out.
+The command of se-st-combined, with its keys: embeds the cells into <output_dir>/cache the first time, then trains the
+head from there into <output_dir>/<name>. The same command again goes on where it stopped. The commands of `sest` that
+it stands for are shown before they are carried out.
 """
 EXAMPLE = """\
 Example:

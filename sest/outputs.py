@@ -48,6 +48,7 @@ def check_output(
     for other in inputs:
         if other is not None:
             _refuse_input(path, other)
+    refuse_inside_store(path)
     if made is None:
         _check_file(path, force)
     else:
@@ -76,6 +77,17 @@ def is_same(path: Place, other: Place) -> bool:
         return os.path.realpath(path) == os.path.realpath(other)
     except ValueError:  # no path at all, such as text with a null in it
         return False
+
+
+def refuse_inside_store(path: Place) -> None:
+    """Refuse a place in a cache or another Zarr store: its folders are those of its arrays.
+
+    Raises:
+        InputError: it is in one.
+    """
+    for folder in Path(os.path.realpath(path)).parents:
+        if (folder / "zarr.json").is_file():
+            raise InputError(f"{path} would lie in {folder}, a Zarr store. Give a place outside of it.")
 
 
 def _refuse_input(path: Path, other: Place) -> None:

@@ -97,6 +97,16 @@ def test_a_name_ends_as_it_must(tmp_path: Path) -> None:
     check_output(tmp_path / "x.pt", suffixes=(".npz", ".pt"))
 
 
+def test_a_place_in_a_zarr_store_is_refused_whatever_the_command_reads(tmp_path: Path) -> None:
+    store = tmp_path / "c.zarr"
+    store.mkdir()
+    (store / "zarr.json").touch()
+    for place, made in ((store / "p.h5ad", None), (store / "new" / "run", ())):
+        with pytest.raises(InputError, match=r"would lie in .*c\.zarr, a Zarr store"):
+            check_output(place, made=made)
+    check_output(tmp_path / "p.h5ad")
+
+
 def test_places_where_nothing_can_be_made_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     assert "Create it first" in refused(tmp_path / "no" / "x.h5ad")

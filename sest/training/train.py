@@ -26,6 +26,7 @@ from sest.machine.ranks import SINGLE, Ranks
 from sest.machine.signals import Interrupted, StopRequest, TimeLimit, stop_requests
 from sest.machine.team import join_team
 from sest.options import seconds_of
+from sest.outputs import refuse_inside_store
 from sest.progress import STEPS
 from sest.runs.run_folder import CONFIG, METRICS, SEED, append_metrics, find_start, opened_run, run_is_there
 from sest.runs.schema import LAST
@@ -85,6 +86,7 @@ def train(
             checkpoint is kept.
         Interrupted: after a signal, or when `max_time` is over; the step was finished and saved to last/.
     """
+    refuse_inside_store(run)
     if config.head == "none":
         return _without_head(cache, run, config, resume, ranks, on_start, on_log)
     limit = TimeLimit(seconds_of(config.max_time), time.monotonic())

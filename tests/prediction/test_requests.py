@@ -257,3 +257,15 @@ def test_names_with_commas_are_one_where_one_is_called_so_and_sets_have_one_spel
     for wanted in ({"A,A": 1}, {" , ": 1}, {"A+C": 1, "C+A": 2}):
         with pytest.raises(InputError, match="each once"):
             named(wanted, known, split=True, as_is=False)
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    for given, said in (
+        ({"n_cells": 5}, "real cells of the test split. Leave --n-cells out"),
+        ({"n_cells": 5, "template": "t.h5ad"}, "rows of the template. Leave --n-cells out"),
+        ({"control": "x", "pert_col": "y", "only": "P"}, "--pert-col, --control: of a --template or a file of"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read_wanted(None, PredictConfig(**given))
+    assert read_wanted(None, PredictConfig(n_cells=5, all_perturbations=True)) is None
+    assert read_wanted(None, PredictConfig(control="x", controls="c.h5ad", only="P")) is not None
