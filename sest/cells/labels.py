@@ -125,10 +125,16 @@ def targets_of(name: str, genes: Collection[str] = ()) -> tuple[str, ...]:
     Args:
         genes: names that are targets whatever they look like.
     """
-    parts = [part.strip() for part in name.split("+")]
-    if len(parts) == 1 or name in genes or not all(_PART.fullmatch(part) for part in parts):
-        return (name.strip(),)
+    parts = _parts(name, genes)
+    if len(parts) == 1:
+        return parts
     return tuple(dict.fromkeys(part for part in parts if part in genes or not is_usual_control(part)))
+
+
+def _parts(name: str, genes: Collection[str]) -> tuple[str, ...]:
+    """What stands between "+" in a label; all of it where that are no targets."""
+    parts = tuple(part.strip() for part in name.split("+"))
+    return (name.strip(),) if name in genes or not all(_PART.fullmatch(part) for part in parts) else parts
 
 
 def same_targets(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
@@ -213,13 +219,18 @@ def decide(
 def _controls(
     labels: Mapping[str, int], given: Sequence[str], column: str, rule: str, genes: Collection[str]
 ) -> tuple[str, dict[str, str]]:
-    """The control's name, and label -> why it is the control ("" for the name itself)."""
+    """The control's name, and label -> why it is the control ("" for the name itself).
+
+    With the labels stand the parts of combinations that are guides of the control, as NT-3 in A+NT-3.
+    """
     likely = sorted(labels, key=lambda name: (not _looks_like_control(name), -labels[name], name))
     frequent = (
         f"Labels in {column!r} (cells): {shown(f'{name!r} ({labels[name]})' for name in likely)}. Pass --control."
     )
+    parts = {part for label in labels if "+" in label and rule != AS_IS for part in _parts(label, genes)}
+    others = [name for name in dict.fromkeys((*labels, *sorted(parts))) if name not in genes]  # what may be a guide
     if given:
-        found, control = _given(labels, given, frequent), ""
+        found = _given(labels, given, frequent)
         usual = [name for name in found if is_usual_control(name)]
         control = next((name for name in (*given, *usual) if name in labels), "") or _stem(found, labels)
         family = None if control[-1:].isdigit() or rule == AS_IS else control
@@ -227,14 +238,15 @@ def _controls(
             raise InputError(
                 "--labels as-is keeps labels apart, so that one of them is the control. Pass one --control."
             )
-        guides = [
-            name for name in labels if family and name not in found and name not in genes and _is_guide_of(name, family)
-        ]
+        meant = {name for one in given for name in _matching(one, parts) if name in others}
+        alike = _guides(others, found)
+        guides = [name for name in others if name in meant or (family and _is_guide_of(name, family, alike))]
         why = {name: "" if name == control else "given as control" for name in found}
-        return control, why | dict.fromkeys(guides, "guide of the control")
+        return control, dict.fromkeys(guides, "guide of the control") | why
     exact = [name for name in labels if is_usual_control(name)]
     exact = [name for name in exact if name not in genes] or exact  # CTRL is a gene
-    guides = [] if rule == AS_IS else _guides([n for n in labels if n not in exact and n not in genes], exact)
+    alike = [] if rule == AS_IS else _guides([name for name in others if name not in exact], exact)
+    guides = [name for name in alike if name in labels]
     families = {_family(name) for name in exact} | {_guide_family(name) for name in guides}
     if not families:
         raise NoControlError(f"No control cells: no label is a usual name for them. {frequent}")
@@ -245,6 +257,7 @@ def _controls(
             "given several times."
         )
     control = exact[0] if exact else _stem(guides, labels)
+    guides = [name for name in alike if _guide_family(name) in families]
     return control, dict.fromkeys(exact, "") | dict.fromkeys(guides, "guide of the control")
 
 
@@ -252,7 +265,8 @@ def _guides(names: Sequence[str], exact: Sequence[str]) -> list[str]:
     """Those of the names that are guides of controls. One NT-3 is a ligand, but not where NT, or NT-2 too, is there."""
     guides = [name for name in names if _guide_family(name)]
     short = [name for name in guides if len(re.sub(r"[^a-z]", "", name.lower())) < 4]
-    lonely = len(short) == 1 and not any(len(_plain(name)) < 4 for name in exact)
+    like_it = [name for name in guides if name not in short and short and short[0] in name]  # NT-3+NT-3
+    lonely = len(short) == 1 and not like_it and not any(len(_plain(name)) < 4 for name in exact)
     return [name for name in guides if not (lonely and name in short)]
 
 
@@ -272,7 +286,13 @@ def _matching(name: str, labels: Iterable[str]) -> list[str]:
     """The labels that a given one means: itself, itself but for spaces around it, or those that fit it as a pattern."""
     there = list(labels)
     exact = [name] if name in there else [label for label in there if label.strip() == name.strip()]
-    return exact or [label for label in there if label and fnmatchcase(label, name)]
+    return exact or [label for label in there if label and _fits(label, name)]
+
+
+def _fits(label: str, pattern: str) -> bool:
+    """Whether a label, or every part of a combination, fits a pattern: NT-1+TP53 does not fit NT-*."""
+    parts = (label,) if "+" in pattern else _parts(label, ())
+    return fnmatchcase(label, pattern) and all(fnmatchcase(part, pattern) for part in parts)
 
 
 def _underscored(labels: Iterable[str], controls: Collection[str], genes: Collection[str]) -> dict[str, str]:
@@ -342,12 +362,12 @@ def _one_guide(label: str) -> str | None:
     return FAMILIES.get(_plain(found[1])) if found else None
 
 
-def _is_guide_of(label: str, control: str) -> bool:
-    """Whether a label is the control's name and a number behind it, or a usual guide of its family."""
+def _is_guide_of(label: str, control: str, guides: Collection[str]) -> bool:
+    """Whether a label is the control's name and a number behind it, or one of the usual `guides` of its family."""
     rest = label[len(control) :]
     if label.startswith(control) and re.fullmatch(r"[\s_.#-]*(sg|s?grna|guide)?[\s_.#-]*\d+", rest, re.I):
         return True
-    return is_usual_control(control) and _guide_family(label) == _family(control)
+    return label in guides and is_usual_control(control) and _guide_family(label) == _family(control)
 
 
 def _looks_like_control(label: str) -> bool:

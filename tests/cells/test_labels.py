@@ -142,6 +142,35 @@ def test_a_given_control_has_its_own_guides_and_no_others() -> None:
     assert names("NT1", "NT11", given=("NT1",)) == {"NT1": "NT1", "NT11": "NT11"}  # a guide, not a stem
 
 
+@pytest.mark.parametrize(
+    ("labels", "given", "targets"),
+    [
+        (("NT", "TP53+NT-3"), (), {"TP53+NT-3": "TP53"}),
+        (("NT-1", "NT-2", "NT-3+TP53", "TP53"), (), {"NT-3+TP53": "TP53"}),
+        (("NT-1+NT-2", "TP53+NT-1", "NT-3+A"), (), {"TP53+NT-1": "TP53", "NT-3+A": "A"}),
+        (("NT-1+NT-1", "TP53+NT-1"), (), {"TP53+NT-1": "TP53"}),
+        (("non-targeting", "NegCtrl0+TP53", "A+NegCtrl1+B"), (), {"NegCtrl0+TP53": "TP53", "A+NegCtrl1+B": "A+B"}),
+        (("non-targeting", "NegCtrl0+TP53"), ("non-targeting",), {"NegCtrl0+TP53": "TP53"}),
+        (("PBS", "TP53+PBS_2"), ("PBS",), {"TP53+PBS_2": "TP53"}),
+        (("NT-1", "NT-2", "NT-1+TP53"), ("NT-*",), {"NT-1+TP53": "TP53"}),
+        (("safe_a", "safe_b+A"), ("safe_*",), {"safe_b+A": "A"}),
+        (("ctrl", "IL-6+NT-3", "NT-3"), (), {"IL-6+NT-3": "IL-6+NT-3", "NT-3": "NT-3"}),  # one: a ligand
+        (("ctrl", "IL-6+NT-3", "NT-3"), ("ctrl",), {"IL-6+NT-3": "IL-6+NT-3", "NT-3": "NT-3"}),
+        (("DMSO", "NT-1+A", "NT-2+A"), (), {"NT-1+A": "NT-1+A", "NT-2+A": "NT-2+A"}),  # of another control
+    ],
+)
+def test_a_guide_of_the_control_beside_a_target_is_no_target(
+    labels: tuple[str, ...], given: tuple[str, ...], targets: dict[str, str]
+) -> None:
+    found = names(*labels, given=given)
+    assert {label: found[label] for label in targets} == targets
+    assert all(d.name not in targets.values() for d in decided(*labels, given=given).of(CONTROL))
+
+
+def test_a_measured_gene_beside_a_target_is_no_guide() -> None:
+    assert names("NT", "A+NT3", "A", genes=("A", "NT3"))["A+NT3"] == "A+NT3"
+
+
 def test_genes_are_never_guides_or_controls() -> None:
     assert names("ctrl", "NT1", "NT2", genes=("NT1", "NT2")) == {"ctrl": "ctrl", "NT1": "NT1", "NT2": "NT2"}
     assert decided("non-targeting", "CTRL", "A+CTRL", genes=("CTRL", "A")).names["A+CTRL"] == "A+CTRL"
