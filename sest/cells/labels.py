@@ -6,12 +6,12 @@ known perturbation are left out. Whatever is decided is said, and `--labels as-i
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from sest.cells.treatments import treatments_of
 from sest.errors import InputError, nearest, shown
 
 AUTO, AS_IS = "auto", "as-is"
@@ -38,26 +38,10 @@ _GUIDE = re.compile(
     r"(?:sg|grna)?[\s_.#-]*([a-z][a-z\s_.-]*?)[\s_.#-]*(?:sg|s?grna|guide)?[\s_.#-]*\d+(?:[\s_.-]\d+)*", re.I
 )
 _PART = re.compile(r"[\w.:/ -]*\w[\w.:/ -]*")  # what stands for one target: no brackets, as in (+)-JQ1
-_DOSE = re.compile(
-    r"(.+?)[\s_@-]+(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([pnuµm]?M|[nuµm]?g/ml)"
-    r"(?:[\s_@-]+(\d+(?:\.\d+)?)\s*(min|h|hr|hrs|hours?|d|days?))?",
-    re.I,
-)
-_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}  # of a unit of time, by its first letter
 
 
 class NoControlError(InputError):
     """No cell of a file has the control's label."""
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """A drug, its dose and how long it was there, apart."""
-
-    drug: str
-    dose: float
-    unit: str
-    hours: float | None = None  # None: the label does not say
 
 
 @dataclass(frozen=True)
@@ -142,21 +126,6 @@ def same_targets(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     spelling = {frozenset(targets_of(name)): name for name in reversed(list(known))}
     there = set(spelling.values())
     return {name: name if name in there else spelling.get(frozenset(targets_of(name)), name) for name in names}
-
-
-def treatments_of(label: str) -> tuple[Treatment, ...]:
-    """Drugs, doses and times in a label: [('DMSO_TF', 0.0, 'uM')], Nutlin-3a_0.5uM, Nutlin-3a_0.5uM_48h; else ()."""
-    if len(label) < 1000 and label.startswith("[("):
-        try:
-            rows = ast.literal_eval(label)
-            return tuple(Treatment(str(drug), float(dose), str(unit)) for drug, dose, unit in rows)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return ()
-    found = _DOSE.fullmatch(label.strip())
-    if found is None:
-        return ()
-    hours = float(found[4]) * _HOURS[found[5][0].lower()] if found[4] else None
-    return (Treatment(found[1], float(found[2]), found[3], hours),)
 
 
 def is_usual_control(label: str) -> bool:

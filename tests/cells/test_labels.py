@@ -14,12 +14,10 @@ from sest.cells.labels import (
     UNASSIGNED,
     DecidedLabels,
     NoControlError,
-    Treatment,
     decide,
     is_usual_control,
     same_targets,
     targets_of,
-    treatments_of,
 )
 from sest.errors import InputError
 
@@ -196,13 +194,8 @@ def test_pairs_with_an_underscore_are_sets_where_a_control_stands_beside_single_
     assert names("ctrl", "AHR_FEV", "AHR")["AHR_FEV"] == "AHR_FEV"
 
 
-def test_drugs_and_doses_are_apart_and_never_split() -> None:
+def test_drugs_and_doses_are_never_split() -> None:
     label = "[('Trametinib', 0.05, 'uM'), ('(+)-JQ1', 1.0, 'uM')]"
-    assert treatments_of(label) == (Treatment("Trametinib", 0.05, "uM"), Treatment("(+)-JQ1", 1.0, "uM"))
-    assert treatments_of("Nutlin-3a_0.5uM") == (Treatment("Nutlin-3a", 0.5, "uM"),)
-    for time, hours in (("_48h", 48.0), (" 2 days", 48.0), ("@30min", 0.5), ("_6hr", 6.0)):
-        assert treatments_of(f"Nutlin-3a_0.5uM{time}") == (Treatment("Nutlin-3a", 0.5, "uM", hours),)
-    assert treatments_of("STAT1") == treatments_of("[('x', 'high', 'uM')]") == treatments_of("[(" * 300) == ()
     assert targets_of(label) == (label,) and targets_of("(+)-JQ1") == ("(+)-JQ1",) and targets_of("A+") == ("A+",)
     control = "[('DMSO_TF', 0.0, 'uM')]"
     assert names(control, label) == {control: control, label: label}
