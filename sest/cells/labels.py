@@ -145,7 +145,7 @@ def decide(
         given: labels of controls, and patterns such as non-targeting*; () to find the control.
         column: what errors call it.
         rule: "auto", or "as-is": every label stands for itself.
-        genes: names of the file's genes, which are never guides or control words.
+        genes: names of the file's genes, which are never guides or control words, nor what a pattern means.
 
     Raises:
         InputError: no label, several kinds of controls and none given, or labels that differ in case or spaces alone.
@@ -199,7 +199,7 @@ def _controls(
     parts = {part for label in labels if "+" in label and rule != AS_IS for part in _parts(label, genes)}
     others = [name for name in dict.fromkeys((*labels, *sorted(parts))) if name not in genes]  # what may be a guide
     if given:
-        found = _given(labels, given, frequent)
+        found = _given(labels, given, frequent, genes)
         usual = [name for name in found if is_usual_control(name)]
         control = next((name for name in (*given, *usual) if name in labels), "") or _stem(found, labels)
         family = None if control[-1:].isdigit() or rule == AS_IS else control
@@ -239,16 +239,31 @@ def _guides(names: Sequence[str], exact: Sequence[str]) -> list[str]:
     return [name for name in guides if not (lonely and name in short)]
 
 
-def _given(labels: Mapping[str, int], given: Sequence[str], frequent: str) -> list[str]:
-    """The labels that the given names and patterns mean."""
+def _given(labels: Mapping[str, int], given: Sequence[str], frequent: str, genes: Collection[str]) -> list[str]:
+    """The labels that the given names and patterns mean; a pattern means no measured gene."""
     found: list[str] = []
     for name in given:
-        found += _matching(name, labels)
+        meant = _matching(name, labels)
+        fitting = [one for one in meant if one.strip() != name.strip()]  # which fit it as a pattern
+        if measured := [one for one in fitting if any(part in genes for part in _parts(one, ()))]:
+            raise InputError(_takes_genes(name, measured, [one for one in fitting if one not in measured]))
+        found += meant
     if not found:
         raise NoControlError(
             f"No control cells: no cell has the label {shown(map(repr, given))}.{nearest(given[0], labels)} {frequent}"
         )
     return list(dict.fromkeys(found))
+
+
+def _takes_genes(pattern: str, measured: Sequence[str], others: Sequence[str]) -> str:
+    """What is wrong with a pattern of controls that takes measured genes for controls, and which would not."""
+    narrow = sorted({re.sub(r"\d.*", "", name) + "*" for name in others})
+    fits = not any(_fits(name, one) for name in measured for one in narrow)
+    given = " ".join(f"--control {one!r}" for one in (narrow if fits else others)[:8])
+    return (
+        f"--control {pattern!r} also takes measured genes for controls: {shown(map(repr, measured))}. "
+        f"Give the controls alone{f': {given}' if others else ''}."
+    )
 
 
 def _matching(name: str, labels: Iterable[str]) -> list[str]:

@@ -169,6 +169,22 @@ def test_a_measured_gene_beside_a_target_is_no_guide() -> None:
     assert names("NT", "A+NT3", "A", genes=("A", "NT3"))["A+NT3"] == "A+NT3"
 
 
+def test_a_pattern_of_controls_that_takes_measured_genes_is_refused() -> None:
+    labels, genes = ("NT-1", "NT-2", "NT-31", "NTRK1", "NT5E+NT-1", "A"), ("NTRK1", "NT5E", "A")
+    with pytest.raises(InputError) as error:
+        decided(*labels, given=("NT*",), genes=genes)
+    assert str(error.value) == (
+        "--control 'NT*' also takes measured genes for controls: 'NTRK1', 'NT5E+NT-1'. "
+        "Give the controls alone: --control 'NT-*'."
+    )
+    found = names(*labels, given=("NT-*",), genes=genes)
+    assert found["NTRK1"] == "NTRK1" and found["NT5E+NT-1"] == "NT5E" and found["NT-31"] == "NT"
+    with pytest.raises(InputError, match=r"alone: --control 'NT1' --control 'NT2'\.$"):
+        decided("NT1", "NT2", "NT5E", given=("NT*",), genes=genes)
+    assert names("NT5E", "NT5E2", given=("NT5E",), genes=("NT5E", "NT5E2"))["NT5E2"] == "NT5E2"  # a name, no pattern
+    assert [d.label for d in decided("NT1", "NTX", "A", given=("NT*",), genes=("A",)).of(CONTROL)] == ["NT1", "NTX"]
+
+
 def test_genes_are_never_guides_or_controls() -> None:
     assert names("ctrl", "NT1", "NT2", genes=("NT1", "NT2")) == {"ctrl": "ctrl", "NT1": "NT1", "NT2": "NT2"}
     assert decided("non-targeting", "CTRL", "A+CTRL", genes=("CTRL", "A")).names["A+CTRL"] == "A+CTRL"
