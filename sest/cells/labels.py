@@ -157,7 +157,8 @@ def decide(
             "these cells, or leave out --labels as-is."
         )
     labels = {label: n for label, n in counts.items() if label.strip() not in NOT_LABELS}
-    control, controls = _controls(labels, given, column, rule, genes)
+    unlabelled = sum(counts.values()) - sum(labels.values())
+    control, controls = _controls(labels, given, column, rule, genes, unlabelled)
     if rule == AS_IS:
         return DecidedLabels(control, tuple(_as_it_stands(label, n, control) for label, n in labels.items()))
     separated = _underscored(labels, controls, genes)
@@ -186,15 +187,17 @@ def decide(
 
 
 def _controls(
-    labels: Mapping[str, int], given: Sequence[str], column: str, rule: str, genes: Collection[str]
+    labels: Mapping[str, int], given: Sequence[str], column: str, rule: str, genes: Collection[str], unlabelled: int
 ) -> tuple[str, dict[str, str]]:
     """The control's name, and label -> why it is the control ("" for the name itself).
 
     With the labels stand the parts of combinations that are guides of the control, as NT-3 in A+NT-3.
     """
     likely = sorted(labels, key=lambda name: (not _looks_like_control(name), -labels[name], name))
-    frequent = (
-        f"Labels in {column!r} (cells): {shown(f'{name!r} ({labels[name]})' for name in likely)}. Pass --control."
+    frequent = f"Labels in {column!r} (cells): {shown(f'{name!r} ({labels[name]})' for name in likely)}. " + (
+        f"{unlabelled} cells have no label: give them one if they are the controls, or pass --control."
+        if unlabelled
+        else "Pass --control."
     )
     parts = {part for label in labels if "+" in label and rule != AS_IS for part in _parts(label, genes)}
     others = [name for name in dict.fromkeys((*labels, *sorted(parts))) if name not in genes]  # what may be a guide

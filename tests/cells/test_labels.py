@@ -91,6 +91,14 @@ def test_cells_without_a_label_are_left_out_and_refused_as_they_stand() -> None:
         decide({"": 3, "ctrl": 2, "A": 4}, (), column="gene", rule=AS_IS)
 
 
+@pytest.mark.parametrize("given", [(), ("nan",)])
+def test_where_no_label_is_the_controls_cells_without_a_label_are_counted(given: tuple[str, ...]) -> None:
+    with pytest.raises(NoControlError, match="3 cells have no label: give them one if they are the controls, or pass"):
+        decide({"": 3, "A": 4}, given, column="gene")
+    with pytest.raises(NoControlError, match=r"'A' \(4\)\. Pass --control\.$"):
+        decide({"A": 4}, (), column="gene")
+
+
 def test_as_is_takes_every_label_for_itself() -> None:
     labels = ["ctrl", "ctrl_1", "A+ctrl", "ctrl+A", "None", "a", "A ", "A"]
     assert decided(*labels, rule=AS_IS).names == {label: label for label in labels}
