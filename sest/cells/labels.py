@@ -305,17 +305,31 @@ def _underscored(labels: Iterable[str], controls: Collection[str], genes: Collec
 
 def _refuse_twins(decisions: Sequence[Decision], column: str) -> None:
     """Raise InputError for perturbations that differ in case or spaces alone."""
-    alike: dict[str, dict[str, None]] = {}
-    for decision in decisions:
-        if decision.kind == PERTURBATION:
-            key = "+".join(sorted(" ".join(part.split()).casefold() for part in targets_of(str(decision.name))))
-            same = alike.setdefault(key, {})
-            same[decision.label if decision.label.strip() != decision.label else str(decision.name)] = None
-    twins = [tuple(same) for same in alike.values() if len(same) > 1]
+    spelled = [
+        (str(d.name), d.label if d.label.strip() != d.label else str(d.name), "")
+        for d in decisions
+        if d.kind == PERTURBATION
+    ]
+    _refuse_alike(spelled, f"Labels in {column!r}")
+
+
+def refuse_twins_between(files: Mapping[str, Iterable[str]]) -> None:
+    """Raise InputError for perturbations that differ in case or spaces alone, of files by name, without controls."""
+    spelled = [(name, "+".join(sorted(targets_of(name))), f" ({file})") for file in files for name in files[file]]
+    _refuse_alike(spelled, "Perturbations of several files")
+
+
+def _refuse_alike(names: Iterable[tuple[str, str, str]], what: str) -> None:
+    """Refuse names that have several spellings: (name, spelling, where it is)."""
+    alike: dict[str, dict[str, str]] = {}
+    for name, spelling, where in names:
+        key = "+".join(sorted(" ".join(part.split()).casefold() for part in targets_of(name)))
+        alike.setdefault(key, {}).setdefault(spelling, f"{spelling!r}{where}")
+    twins = [tuple(same.values()) for same in alike.values() if len(same) > 1]
     if twins:
-        said = "; ".join(" and ".join(map(repr, same)) for same in twins[:5])
+        said = "; ".join(" and ".join(same) for same in twins[:5])
         raise InputError(
-            f"Labels in {column!r} that differ in case or spaces alone ({len(twins)}): {said}. Make them one, or keep "
+            f"{what} that differ in case or spaces alone ({len(twins)}): {said}. Make them one, or keep "
             "them apart with --labels as-is."
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 from sest import __version__
 from sest.cache import schema
 from sest.cache.layout import GroupPlan
-from sest.cache.reader import read_projection
+from sest.cache.reader import Group, read_projection
 from sest.cache.storage import Storage, open_group
-from sest.cells.inputs import Cells
+from sest.cells.inputs import Cells, perturbations_in
+from sest.cells.labels import AS_IS, refuse_twins_between
 from sest.cells.scale import differing_scales
 from sest.cells.split_file import TRAIN, SplitFile
 from sest.cells.splits import assign_splits
@@ -103,7 +104,18 @@ def plan_addition(
     Args:
         existing: the cache's attributes.
     """
-    return _planned(cells, config, made_of_cache(existing, storage), existing["projection_sample_sha256"])
+    made = made_of_cache(existing, storage)
+    joined = {c.group: c.perturbations for c in cells}
+    if config.labels != AS_IS:
+        refuse_twins_between(_perturbations_of(set(existing["groups"]) - set(joined), storage) | joined)
+    return _planned(cells, config, made, existing["projection_sample_sha256"])
+
+
+def _perturbations_of(groups: Collection[str], storage: Storage) -> dict[str, list[str]]:
+    """The names of the perturbations of groups of a cache."""
+    attributes: dict[str, Any] = {path: open_group(storage, path).attrs["sest"] for path in groups}
+    there = {path: Group(storage, path, about).read_labels() for path, about in attributes.items()}
+    return {path: perturbations_in(obs, attributes[path]["columns"]["control"]) for path, obs in there.items()}
 
 
 def plan_alike(cells: list[Cells], config: EmbedConfig, made: Made) -> EmbedPlan:

@@ -16,6 +16,7 @@ from sest.cells.labels import (
     NoControlError,
     decide,
     is_usual_control,
+    refuse_twins_between,
     same_targets,
     targets_of,
 )
@@ -120,6 +121,16 @@ def test_labels_that_differ_in_case_or_spaces_alone_are_refused(labels: tuple[st
         decided("ctrl", *labels)
     first, second = pair.split(" and ")
     assert first in str(error.value) and second in str(error.value) and "--labels as-is" in str(error.value)
+
+
+def test_perturbations_of_two_files_that_differ_in_case_alone_are_refused_and_an_order_is_no_difference() -> None:
+    refuse_twins_between({"one": ["A+B", "C"], "two": ["B+A", "C", "D"]})
+    with pytest.raises(InputError) as error:
+        refuse_twins_between({"one": ["A+B", "C"], "two": ["b+A", "C"], "three": ["c"]})
+    assert str(error.value).startswith(
+        "Perturbations of several files that differ in case or spaces alone (2): 'A+B' (one) and 'A+b' (two); "
+        "'C' (one) and 'c' (three). Make them one"
+    )
 
 
 def test_a_space_around_a_label_that_has_no_twin_is_no_part_of_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -158,3 +159,16 @@ def test_a_file_without_the_genes_of_the_caches_pca_is_refused(files: dict[str, 
     other = write_cells(tmp_path / "c.h5ad", counts(9), var=var)
     with pytest.raises(InputError, match=r"lacks 2 of the 30 genes of the PCA of .*: G28, G29. Make a cache of all"):
         embed([other], cache, config, add=True)
+
+
+def test_a_perturbation_that_differs_in_case_from_one_of_the_cache_does_not_join(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    config, cache = EmbedConfig(encoder="pca", dim="4", device="cpu"), tmp_path / "s.zarr"
+    embed([files["a"]], cache, config)
+    table = ad.read_h5ad(files["b"])
+    table.obs["target_gene"] = table.obs["target_gene"].astype(str).replace({"STAT1": "Stat1"})
+    table.write_h5ad(files["b"])
+    with pytest.raises(InputError, match=r"'STAT1' \(a\) and 'Stat1' \(b\)"):
+        embed([files["b"]], cache, config, add=True)
+    assert list(open_cache(cache).groups) == ["a"]
