@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from sest import __version__
 from sest.cache import schema
+from sest.cache.journal import root_attributes
 from sest.cache.layout import GroupPlan
 from sest.cache.reader import Group, read_projection
 from sest.cache.storage import Storage, open_group
@@ -105,17 +106,19 @@ def plan_addition(
         existing: the cache's attributes.
     """
     made = made_of_cache(existing, storage)
-    joined = {c.group: c.perturbations for c in cells}
     if config.labels != AS_IS:
-        refuse_twins_between(_perturbations_of(set(existing["groups"]) - set(joined), storage) | joined)
+        joined = {c.group: c.perturbations for c in cells}
+        refuse_twins_between(_perturbations_of([g for g in existing["groups"] if g not in joined], storage) | joined)
     return _planned(cells, config, made, existing["projection_sample_sha256"])
 
 
-def _perturbations_of(groups: Collection[str], storage: Storage) -> dict[str, list[str]]:
-    """The names of the perturbations of groups of a cache."""
-    attributes: dict[str, Any] = {path: open_group(storage, path).attrs["sest"] for path in groups}
-    there = {path: Group(storage, path, about).read_labels() for path, about in attributes.items()}
-    return {path: perturbations_in(obs, attributes[path]["columns"]["control"]) for path, obs in there.items()}
+def _perturbations_of(groups: Sequence[str], storage: Storage) -> dict[str, list[str]]:
+    """The names of the perturbations of groups of a cache; none where it is unfinished, which is refused later."""
+    found = dict[str, list[str]]()
+    for path in groups if schema.COMPLETE in storage.here() else ():
+        about = root_attributes(storage, path) or {}
+        found[path] = perturbations_in(Group(storage, path, about).read_labels(), about["columns"]["control"])
+    return found
 
 
 def plan_alike(cells: list[Cells], config: EmbedConfig, made: Made) -> EmbedPlan:
