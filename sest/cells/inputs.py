@@ -295,7 +295,10 @@ def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
         ("batch", columns.batch),
     ):
         if column is not None:
-            codes, names = perturbations(file.obs, columns) if name == "perturbation" else labels(file.obs, column)
+            if name == "perturbation":
+                codes, names = perturbations(file.obs, columns)
+            else:
+                codes, names = labels(file.obs, column, twins=name == "batch")
             table[name] = pd.Categorical.from_codes(codes, categories=list(names))
         elif name != "perturbation":
             table[name] = pd.Categorical.from_codes(np.zeros(file.n_cells, np.int32), categories=["unknown"])
