@@ -77,7 +77,7 @@ def detect_columns(
     cell_type = cell_type or _find(obs, "cell type", "--cell-type-col", None, CONTEXT, notes)
     batch = _find(obs, "batch", "--batch-col", batch_col, BATCH_COLUMNS, notes)
     for column in filter(None, (cell_type, batch)):
-        if spaced := [name for name in raw_labels(obs, column)[1] if name != name.strip()]:
+        if spaced := [name for name in obs[column].dropna().unique() if str(name) != str(name).strip()]:
             notes.append(f"Labels of {column!r} are read without the spaces around them: {shown(map(repr, spaced))}.")
     given = [control] if isinstance(control, str) else list(control or ())
     if perturbation is not None:
