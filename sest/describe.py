@@ -342,7 +342,8 @@ def _cells(path: Path, config: EmbedConfig) -> Facts:
 
 def _labels(decided: DecidedLabels) -> Facts:
     """What the labels of the perturbation column are taken for."""
-    from sest.cells.labels import CONTROL, PERTURBATION, UNASSIGNED, treatments_of
+    from sest.cells.labels import CONTROL, PERTURBATION, UNASSIGNED
+    from sest.cells.treatments import treatments_of
 
     decisions = [decision for kind in (CONTROL, UNASSIGNED, PERTURBATION) for decision in decided.of(kind)]
     return {

@@ -39,7 +39,7 @@ SEED = "seed of random numbers"
 PERT_COL = "obs column with the perturbation"
 CELL_TYPE_COL = "obs column with the cell type"
 GENE_COL = "var column with the names of the genes, or index"
-CONTROL = "label of control cells, or a pattern such as 'NT*'"
+CONTROL = "label of control cells, or a pattern such as 'NT-*'"
 LABELS = (
     "what labels are; auto: guides of controls are controls, A+ctrl is A, cells without a perturbation are left out"
 )

@@ -76,6 +76,9 @@ def detect_columns(
     cell_type = _find(obs, "cell type", "--cell-type-col", cell_type_col, CELL_TYPE_COLUMNS, notes)
     cell_type = cell_type or _find(obs, "cell type", "--cell-type-col", None, CONTEXT, notes)
     batch = _find(obs, "batch", "--batch-col", batch_col, BATCH_COLUMNS, notes)
+    for column in filter(None, (cell_type, batch)):
+        if spaced := [name for name in obs[column].dropna().unique() if str(name) != str(name).strip()]:
+            notes.append(f"Labels of {column!r} are read without the spaces around them: {shown(map(repr, spaced))}.")
     given = [control] if isinstance(control, str) else list(control or ())
     if perturbation is not None:
         codes, there = raw_labels(obs, perturbation)
@@ -118,7 +121,7 @@ def usual_columns(
 def perturbations(obs: pd.DataFrame, columns: Columns) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return (codes (N,) int32, names sorted): cell i is of names[codes[i]], the control among them; -1: left out."""
     if columns.decided is None:
-        return labels(obs, str(columns.perturbation))
+        return _of_all(obs, str(columns.perturbation))
     codes, there = raw_labels(obs, str(columns.perturbation))
     taken_for = columns.decided.names
     meant = [*(taken_for[label] for label in there), taken_for.get("")]  # code -1 is the last
@@ -127,12 +130,33 @@ def perturbations(obs: pd.DataFrame, columns: Columns) -> tuple[np.ndarray, tupl
     return np.array([-1 if name is None else place[name] for name in meant], np.int32)[codes], tuple(names)
 
 
-def labels(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return (codes (N,) int32, names sorted): the label of cell i is names[codes[i]].
+def labels(obs: pd.DataFrame, column: str, *, twins: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return (codes (N,) int32, names sorted): the label of cell i is names[codes[i]], without spaces around it.
 
-    Categories, text, booleans and whole numbers are labels. Raises InputError for missing values (also "", "nan" and
-    "<NA>" as text) and for fractional numbers.
+    Categories, text, booleans and whole numbers are labels.
+
+    Args:
+        twins: whether labels may differ in case or spaces alone; those that do in spaces around them are one then.
+
+    Raises:
+        InputError: missing values (also "", "nan" and "<NA>" as text), fractional numbers, or twins.
     """
+    codes, there = _of_all(obs, column)
+    alike: dict[str, list[str]] = {}
+    for name in there:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    if not twins and (same := [names for names in alike.values() if len(names) > 1]):
+        said = "; ".join(" and ".join(map(repr, names)) for names in same[:5])
+        raise InputError(
+            f"Labels in {column!r} that differ in case or spaces alone ({len(same)}): {said}. Make them one."
+        )
+    names = sorted({name.strip() for name in there})
+    place = {name: i for i, name in enumerate(names)}
+    return np.array([place[name.strip()] for name in there], np.int32)[codes], tuple(names)
+
+
+def _of_all(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The same, with labels as they stand."""
     codes, names = raw_labels(obs, column)
     if missing := int((codes < 0).sum()):
         raise InputError(
@@ -143,7 +167,7 @@ def labels(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]
 
 
 def raw_labels(obs: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The same, with code -1 for cells without a label.
+    """The same, with labels as they stand, and code -1 for cells without one.
 
     Raises:
         InputError: fractional numbers.

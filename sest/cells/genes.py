@@ -17,6 +17,7 @@ GENE_COLUMNS = (
     "gene_name gene_names gene_symbol gene_symbols symbol symbols feature_name feature_names hgnc_symbol "
     "gene_short_name gene genes gene_id gene_ids ensembl_id ensembl_ids ensembl ensembl_gene_id feature_id"
 ).split()
+FEATURE_TYPES, GENES = ("feature_types", "feature_type"), "gene expression"  # 10x's columns of var, and what genes are
 INDEX = "var index"  # as messages call it; --gene-col takes "index"
 VERSION = re.compile(r"(ENS[A-Z]*[GTP]\d{6,})\.\d+")
 MIN_GENES = 4  # slot 0 of a sentence carries the weight of kept gene number 3 (upstream's cls_token_idx)
@@ -79,8 +80,26 @@ def gene_names(var: pd.DataFrame, given: str | None = None) -> GeneNames:
 
 
 def all_names(var: pd.DataFrame) -> frozenset[str]:
-    """Whatever a file may call its genes: the var index and all text columns."""
-    return frozenset(name for names in (gene_names(var, "index"), *_text_columns(var)) for name in names.names)
+    """Whatever a file may call its genes: the var index and the text columns that may name genes.
+
+    Rows that say that they are no gene, as 10x's guides and antibodies do, are left out.
+    """
+    texts = [names for names in _text_columns(var) if names.column not in FEATURE_TYPES and _may_name_genes(names)]
+    columns = [gene_names(var, "index"), *texts]
+    is_gene = _are_genes(var)
+    return frozenset(
+        name for names in columns for name, gene in zip(names.names, is_gene, strict=True) if gene and name
+    )
+
+
+def _are_genes(var: pd.DataFrame) -> list[bool]:
+    """Of each row (G), whether its type of feature, where it has one, is that of genes."""
+    for column in FEATURE_TYPES:
+        if column in var:
+            kinds = [name.strip().casefold() for name in _names(var[column])]
+            if GENES in kinds:  # else the column says something else, such as protein_coding
+                return [kind in ("", GENES) for kind in kinds]
+    return [True] * len(var)
 
 
 def agreeing_names(tables: Sequence[pd.DataFrame], given: str | None = None) -> list[GeneNames]:

@@ -21,6 +21,7 @@ from sest import progress
 from sest.cache.schema import RESERVED
 from sest.cells.columns import Columns, detect_columns, labels, perturbations
 from sest.cells.genes import INDEX, GeneNames, all_names, gene_names
+from sest.cells.labels import AS_IS, refuse_twins_between
 from sest.cells.scale import Normalisation, Scan, decide_scale, scan_file
 from sest.cells.split_file import SplitFile, read_splits
 from sest.cells.splits import GroupCells, group_cells
@@ -79,8 +80,7 @@ class Cells:
     @property
     def perturbations(self) -> list[str]:
         """The names of its perturbations, without the control."""
-        names = self.obs["perturbation"].cat.categories if "perturbation" in self.obs else ()
-        return [name for name in names if name != self.columns.control]
+        return perturbations_in(self.obs, self.columns.control)
 
     def read(self, rows: np.ndarray) -> scipy.sparse.csr_matrix:
         """Read chosen cells (sorted row numbers), never more than ROWS_PER_READ neighbours at once."""
@@ -106,6 +106,12 @@ class Cells:
     def as_group(self) -> GroupCells:
         """The labels as `sest.cells.splits` reads them."""
         return group_cells(self.group, self.source.dataset, self.obs, str(self.columns.control))
+
+
+def perturbations_in(obs: pd.DataFrame, control: str | None) -> list[str]:
+    """The names of the perturbations of a table as the cache keeps it, without the control."""
+    names = obs["perturbation"].cat.categories if "perturbation" in obs else ()
+    return [name for name in names if name != control]
 
 
 def chosen_rows(read: Callable[[int, int], Any], rows: np.ndarray) -> list[Any]:
@@ -202,6 +208,9 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     files = [stack.enter_context(CellFile(source.path, config.layer, config.modality)) for source in sources]
     columns = [columns_of(file, config) for file in files]
     tables = [_obs(source, file, found) for source, file, found in zip(sources, files, columns, strict=True)]
+    if config.labels != AS_IS:
+        there = zip(sources, tables, columns, strict=True)
+        refuse_twins_between({str(s.path): perturbations_in(obs, found.control) for s, obs, found in there})
     result = []
     say_slow_loops()
     progress.begin("Reading", sum(file.n_cells for file in files), "cells")
@@ -286,7 +295,10 @@ def _obs(source: Source, file: CellFile, columns: Columns) -> pd.DataFrame:
         ("batch", columns.batch),
     ):
         if column is not None:
-            codes, names = perturbations(file.obs, columns) if name == "perturbation" else labels(file.obs, column)
+            if name == "perturbation":
+                codes, names = perturbations(file.obs, columns)
+            else:
+                codes, names = labels(file.obs, column, twins=name == "batch")
             table[name] = pd.Categorical.from_codes(codes, categories=list(names))
         elif name != "perturbation":
             table[name] = pd.Categorical.from_codes(np.zeros(file.n_cells, np.int32), categories=["unknown"])

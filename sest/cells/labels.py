@@ -6,12 +6,12 @@ known perturbation are left out. Whatever is decided is said, and `--labels as-i
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from sest.cells.treatments import treatments_of
 from sest.errors import InputError, nearest, shown
 
 AUTO, AS_IS = "auto", "as-is"
@@ -38,26 +38,10 @@ _GUIDE = re.compile(
     r"(?:sg|grna)?[\s_.#-]*([a-z][a-z\s_.-]*?)[\s_.#-]*(?:sg|s?grna|guide)?[\s_.#-]*\d+(?:[\s_.-]\d+)*", re.I
 )
 _PART = re.compile(r"[\w.:/ -]*\w[\w.:/ -]*")  # what stands for one target: no brackets, as in (+)-JQ1
-_DOSE = re.compile(
-    r"(.+?)[\s_@-]+(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([pnuµm]?M|[nuµm]?g/ml)"
-    r"(?:[\s_@-]+(\d+(?:\.\d+)?)\s*(min|h|hr|hrs|hours?|d|days?))?",
-    re.I,
-)
-_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}  # of a unit of time, by its first letter
 
 
 class NoControlError(InputError):
     """No cell of a file has the control's label."""
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """A drug, its dose and how long it was there, apart."""
-
-    drug: str
-    dose: float
-    unit: str
-    hours: float | None = None  # None: the label does not say
 
 
 @dataclass(frozen=True)
@@ -125,10 +109,16 @@ def targets_of(name: str, genes: Collection[str] = ()) -> tuple[str, ...]:
     Args:
         genes: names that are targets whatever they look like.
     """
-    parts = [part.strip() for part in name.split("+")]
-    if len(parts) == 1 or name in genes or not all(_PART.fullmatch(part) for part in parts):
-        return (name.strip(),)
+    parts = _parts(name, genes)
+    if len(parts) == 1:
+        return parts
     return tuple(dict.fromkeys(part for part in parts if part in genes or not is_usual_control(part)))
+
+
+def _parts(name: str, genes: Collection[str]) -> tuple[str, ...]:
+    """What stands between "+" in a label; all of it where that are no targets."""
+    parts = tuple(part.strip() for part in name.split("+"))
+    return (name.strip(),) if name in genes or not all(_PART.fullmatch(part) for part in parts) else parts
 
 
 def same_targets(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
@@ -136,21 +126,6 @@ def same_targets(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     spelling = {frozenset(targets_of(name)): name for name in reversed(list(known))}
     there = set(spelling.values())
     return {name: name if name in there else spelling.get(frozenset(targets_of(name)), name) for name in names}
-
-
-def treatments_of(label: str) -> tuple[Treatment, ...]:
-    """Drugs, doses and times in a label: [('DMSO_TF', 0.0, 'uM')], Nutlin-3a_0.5uM, Nutlin-3a_0.5uM_48h; else ()."""
-    if len(label) < 1000 and label.startswith("[("):
-        try:
-            rows = ast.literal_eval(label)
-            return tuple(Treatment(str(drug), float(dose), str(unit)) for drug, dose, unit in rows)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return ()
-    found = _DOSE.fullmatch(label.strip())
-    if found is None:
-        return ()
-    hours = float(found[4]) * _HOURS[found[5][0].lower()] if found[4] else None
-    return (Treatment(found[1], float(found[2]), found[3], hours),)
 
 
 def is_usual_control(label: str) -> bool:
@@ -170,7 +145,7 @@ def decide(
         given: labels of controls, and patterns such as non-targeting*; () to find the control.
         column: what errors call it.
         rule: "auto", or "as-is": every label stands for itself.
-        genes: names of the file's genes, which are never guides or control words.
+        genes: names of the file's genes, which are never guides or control words, nor what a pattern means.
 
     Raises:
         InputError: no label, several kinds of controls and none given, or labels that differ in case or spaces alone.
@@ -182,7 +157,8 @@ def decide(
             "these cells, or leave out --labels as-is."
         )
     labels = {label: n for label, n in counts.items() if label.strip() not in NOT_LABELS}
-    control, controls = _controls(labels, given, column, rule, genes)
+    unlabelled = sum(counts.values()) - sum(labels.values())
+    control, controls = _controls(labels, given, column, rule, genes, unlabelled)
     if rule == AS_IS:
         return DecidedLabels(control, tuple(_as_it_stands(label, n, control) for label, n in labels.items()))
     separated = _underscored(labels, controls, genes)
@@ -211,15 +187,22 @@ def decide(
 
 
 def _controls(
-    labels: Mapping[str, int], given: Sequence[str], column: str, rule: str, genes: Collection[str]
+    labels: Mapping[str, int], given: Sequence[str], column: str, rule: str, genes: Collection[str], unlabelled: int
 ) -> tuple[str, dict[str, str]]:
-    """The control's name, and label -> why it is the control ("" for the name itself)."""
+    """The control's name, and label -> why it is the control ("" for the name itself).
+
+    With the labels stand the parts of combinations that are guides of the control, as NT-3 in A+NT-3.
+    """
     likely = sorted(labels, key=lambda name: (not _looks_like_control(name), -labels[name], name))
-    frequent = (
-        f"Labels in {column!r} (cells): {shown(f'{name!r} ({labels[name]})' for name in likely)}. Pass --control."
+    frequent = f"Labels in {column!r} (cells): {shown(f'{name!r} ({labels[name]})' for name in likely)}. " + (
+        f"{unlabelled} cells have no label: give them one if they are the controls, or pass --control."
+        if unlabelled
+        else "Pass --control."
     )
+    parts = {part for label in labels if "+" in label and rule != AS_IS for part in _parts(label, genes)}
+    others = [name for name in dict.fromkeys((*labels, *sorted(parts))) if name not in genes]  # what may be a guide
     if given:
-        found, control = _given(labels, given, frequent), ""
+        found = _given(labels, given, frequent, genes)
         usual = [name for name in found if is_usual_control(name)]
         control = next((name for name in (*given, *usual) if name in labels), "") or _stem(found, labels)
         family = None if control[-1:].isdigit() or rule == AS_IS else control
@@ -227,14 +210,15 @@ def _controls(
             raise InputError(
                 "--labels as-is keeps labels apart, so that one of them is the control. Pass one --control."
             )
-        guides = [
-            name for name in labels if family and name not in found and name not in genes and _is_guide_of(name, family)
-        ]
+        meant = {name for one in given for name in _matching(one, parts) if name in others}
+        alike = _guides(others, found)
+        guides = [name for name in others if name in meant or (family and _is_guide_of(name, family, alike))]
         why = {name: "" if name == control else "given as control" for name in found}
-        return control, why | dict.fromkeys(guides, "guide of the control")
+        return control, dict.fromkeys(guides, "guide of the control") | why
     exact = [name for name in labels if is_usual_control(name)]
     exact = [name for name in exact if name not in genes] or exact  # CTRL is a gene
-    guides = [] if rule == AS_IS else _guides([n for n in labels if n not in exact and n not in genes], exact)
+    alike = [] if rule == AS_IS else _guides([name for name in others if name not in exact], exact)
+    guides = [name for name in alike if name in labels]
     families = {_family(name) for name in exact} | {_guide_family(name) for name in guides}
     if not families:
         raise NoControlError(f"No control cells: no label is a usual name for them. {frequent}")
@@ -245,6 +229,7 @@ def _controls(
             "given several times."
         )
     control = exact[0] if exact else _stem(guides, labels)
+    guides = [name for name in alike if _guide_family(name) in families]
     return control, dict.fromkeys(exact, "") | dict.fromkeys(guides, "guide of the control")
 
 
@@ -252,15 +237,20 @@ def _guides(names: Sequence[str], exact: Sequence[str]) -> list[str]:
     """Those of the names that are guides of controls. One NT-3 is a ligand, but not where NT, or NT-2 too, is there."""
     guides = [name for name in names if _guide_family(name)]
     short = [name for name in guides if len(re.sub(r"[^a-z]", "", name.lower())) < 4]
-    lonely = len(short) == 1 and not any(len(_plain(name)) < 4 for name in exact)
+    like_it = [name for name in guides if name not in short and short and short[0] in name]  # NT-3+NT-3
+    lonely = len(short) == 1 and not like_it and not any(len(_plain(name)) < 4 for name in exact)
     return [name for name in guides if not (lonely and name in short)]
 
 
-def _given(labels: Mapping[str, int], given: Sequence[str], frequent: str) -> list[str]:
-    """The labels that the given names and patterns mean."""
+def _given(labels: Mapping[str, int], given: Sequence[str], frequent: str, genes: Collection[str]) -> list[str]:
+    """The labels that the given names and patterns mean; a pattern means no measured gene."""
     found: list[str] = []
     for name in given:
-        found += _matching(name, labels)
+        meant = _matching(name, labels)
+        fitting = [one for one in meant if one.strip() != name.strip()]  # which fit it as a pattern
+        if measured := [one for one in fitting if any(part in genes for part in _parts(one, ()))]:
+            raise InputError(_takes_genes(name, measured, [one for one in fitting if one not in measured]))
+        found += meant
     if not found:
         raise NoControlError(
             f"No control cells: no cell has the label {shown(map(repr, given))}.{nearest(given[0], labels)} {frequent}"
@@ -268,11 +258,28 @@ def _given(labels: Mapping[str, int], given: Sequence[str], frequent: str) -> li
     return list(dict.fromkeys(found))
 
 
+def _takes_genes(pattern: str, measured: Sequence[str], others: Sequence[str]) -> str:
+    """What is wrong with a pattern of controls that takes measured genes for controls, and which would not."""
+    narrow = sorted({re.sub(r"\d.*", "", name) + "*" for name in others})
+    fits = not any(_fits(name, one) for name in measured for one in narrow)
+    given = " ".join(f"--control {one!r}" for one in (narrow if fits else others)[:8])
+    return (
+        f"--control {pattern!r} also takes measured genes for controls: {shown(map(repr, measured))}. "
+        f"Give the controls alone{f': {given}' if others else ''}."
+    )
+
+
 def _matching(name: str, labels: Iterable[str]) -> list[str]:
     """The labels that a given one means: itself, itself but for spaces around it, or those that fit it as a pattern."""
     there = list(labels)
     exact = [name] if name in there else [label for label in there if label.strip() == name.strip()]
-    return exact or [label for label in there if label and fnmatchcase(label, name)]
+    return exact or [label for label in there if label and _fits(label, name)]
+
+
+def _fits(label: str, pattern: str) -> bool:
+    """Whether a label, or every part of a combination, fits a pattern: NT-1+TP53 does not fit NT-*."""
+    parts = (label,) if "+" in pattern else _parts(label, ())
+    return fnmatchcase(label, pattern) and all(fnmatchcase(part, pattern) for part in parts)
 
 
 def _underscored(labels: Iterable[str], controls: Collection[str], genes: Collection[str]) -> dict[str, str]:
@@ -298,17 +305,31 @@ def _underscored(labels: Iterable[str], controls: Collection[str], genes: Collec
 
 def _refuse_twins(decisions: Sequence[Decision], column: str) -> None:
     """Raise InputError for perturbations that differ in case or spaces alone."""
-    alike: dict[str, dict[str, None]] = {}
-    for decision in decisions:
-        if decision.kind == PERTURBATION:
-            key = "+".join(sorted(" ".join(part.split()).casefold() for part in targets_of(str(decision.name))))
-            same = alike.setdefault(key, {})
-            same[decision.label if decision.label.strip() != decision.label else str(decision.name)] = None
-    twins = [tuple(same) for same in alike.values() if len(same) > 1]
+    spelled = [
+        (str(d.name), d.label if d.label.strip() != d.label else str(d.name), "")
+        for d in decisions
+        if d.kind == PERTURBATION
+    ]
+    _refuse_alike(spelled, f"Labels in {column!r}")
+
+
+def refuse_twins_between(files: Mapping[str, Iterable[str]]) -> None:
+    """Raise InputError for perturbations that differ in case or spaces alone, of files by name, without controls."""
+    spelled = [(name, "+".join(sorted(targets_of(name))), f" ({file})") for file in files for name in files[file]]
+    _refuse_alike(spelled, "Perturbations of several files")
+
+
+def _refuse_alike(names: Iterable[tuple[str, str, str]], what: str) -> None:
+    """Refuse names that have several spellings: (name, spelling, where it is)."""
+    alike: dict[str, dict[str, str]] = {}
+    for name, spelling, where in names:
+        key = "+".join(sorted(" ".join(part.split()).casefold() for part in targets_of(name)))
+        alike.setdefault(key, {}).setdefault(spelling, f"{spelling!r}{where}")
+    twins = [tuple(same.values()) for same in alike.values() if len(same) > 1]
     if twins:
-        said = "; ".join(" and ".join(map(repr, same)) for same in twins[:5])
+        said = "; ".join(" and ".join(same) for same in twins[:5])
         raise InputError(
-            f"Labels in {column!r} that differ in case or spaces alone ({len(twins)}): {said}. Make them one, or keep "
+            f"{what} that differ in case or spaces alone ({len(twins)}): {said}. Make them one, or keep "
             "them apart with --labels as-is."
         )
 
@@ -342,12 +363,12 @@ def _one_guide(label: str) -> str | None:
     return FAMILIES.get(_plain(found[1])) if found else None
 
 
-def _is_guide_of(label: str, control: str) -> bool:
-    """Whether a label is the control's name and a number behind it, or a usual guide of its family."""
+def _is_guide_of(label: str, control: str, guides: Collection[str]) -> bool:
+    """Whether a label is the control's name and a number behind it, or one of the usual `guides` of its family."""
     rest = label[len(control) :]
     if label.startswith(control) and re.fullmatch(r"[\s_.#-]*(sg|s?grna|guide)?[\s_.#-]*\d+", rest, re.I):
         return True
-    return is_usual_control(control) and _guide_family(label) == _family(control)
+    return label in guides and is_usual_control(control) and _guide_family(label) == _family(control)
 
 
 def _looks_like_control(label: str) -> bool:

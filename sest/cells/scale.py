@@ -23,12 +23,12 @@ from sest.files.matrix import rows_at_once
 logger = logging.getLogger(__name__)
 
 LARGEST_PREDICTED_LOG1P = 14.0  # predicted values are cut here: cell-eval takes 15 and more for counts
-
 VALUES_AT_ONCE = 2**20  # that sums over cells are made of: at most 40 MB are held beside the values themselves
 SAMPLED_CELLS = 256  # at most, evenly spaced over a file: their sums tell how it was normalised
 FEWEST_CELLS = 10  # whose sums tell anything
 ONE_TOTAL = 0.02  # (95% - 5% quantile) / median of sums that are one total; rounding to three digits gives 0.001
 SAME_TOTAL = 0.05  # relative difference of totals that are taken for the same
+ROUNDING = 1e-3  # how far expm1 of float32 log1p values, and the like, may be from the whole numbers they were
 EXACT = 0.002  # another logarithm than log1p is believed where its sums agree so well,
 CLEARLY = 10  # and so many times better than those of expm1
 # what could have made the values, and what takes it back to (normalised) counts; the order of the columns of cell_sums
@@ -106,6 +106,7 @@ class Scan:
     n_fractional: int  # values that are not whole
     mean: float  # over all cells and genes
     sums: np.ndarray  # (n, 7) float64: cell_sums of at most SAMPLED_CELLS cells, NaN where all cells near are whole
+    near_whole: float  # share of these cells' values that are whole numbers but for ROUNDING
 
     @property
     def normalisation(self) -> Normalisation:
@@ -117,6 +118,14 @@ class Scan:
         """Whether the values are z-scores: many below zero, few whole, their mean near 0."""
         n_values = max(int(self.indptr[-1]), 1)
         return self.n_negative > 0.2 * n_values and self.n_fractional > 0.9 * n_values and abs(self.mean) < 0.25
+
+    @property
+    def is_nearly_counts(self) -> bool:
+        """Whether nearly all values are whole, or would be but for rounding, and they are not of counts and others."""
+        n_values, n_cells = int(self.indptr[-1]), len(self.indptr) - 1
+        fill = 0 < self.n_log1p_cells * n_values <= 2 * self.n_fractional * n_cells  # whether fractions fill some cells
+        nearly = 0 < self.n_fractional <= 0.01 * n_values or (self.n_fractional > 0 and self.near_whole > 0.99)
+        return nearly and not (fill and 2 * self.n_whole_cells > self.n_raw_cells)
 
 
 def scan_file(file: CellFile, on_rows: Callable[[int], None] | None = None) -> Scan:
@@ -154,7 +163,7 @@ class Scanner:
         self._hashes = {name: hashlib.sha256() for name in ("indptr", "indices", "data")} if hashed else {}
         self._per_cell, self._start = np.zeros(n_cells + 1, np.int64), 0
         self._negative, self._raw, self._log1p, self._of_whole, self._total = 0, 0, 0, 0, 0.0
-        self._step, self._sums = -(-n_cells // SAMPLED_CELLS), [np.zeros((0, 7))]
+        self._step, self._sums, self._whole = -(-n_cells // SAMPLED_CELLS), [np.zeros((0, 7))], np.zeros(2, np.int64)
 
     def add(self, block: sp.csr_matrix) -> None:
         """The next cells, as canonical rows (n, G)."""
@@ -167,7 +176,9 @@ class Scanner:
         if block.nnz < n * block.shape[1]:
             highest = max(highest, 0.0)
         if len(sampled := np.arange(-start % self._step, n, self._step)):
-            self._sums.append(cell_sums(block[sampled]) if fractional else np.full((len(sampled), 7), np.nan))
+            some = block[sampled]
+            self._sums.append(cell_sums(some) if fractional else np.full((len(sampled), 7), np.nan))
+            self._whole += np.sum(np.abs(some.data - np.rint(some.data)) < ROUNDING), some.nnz
         self.max_value, self._total = max(self.max_value, highest), self._total + total
         self._negative, self.n_fractional = self._negative + negative, self.n_fractional + fractional
         self._raw, self._log1p, self._of_whole = self._raw + raw, self._log1p + log1p, self._of_whole + of_whole
@@ -193,6 +204,7 @@ class Scanner:
             n_fractional=self.n_fractional,
             mean=self._total / max(n_cells * len(genes), 1),
             sums=np.concatenate(self._sums),
+            near_whole=float(self._whole[0] / max(self._whole[1], 1)),
         )
 
 
@@ -209,7 +221,7 @@ def cell_sums(rows: sp.csr_matrix) -> np.ndarray:
         table[:, i] = np.bincount(cell, values, rows.shape[0])
         if name != "no log":
             small = (values > 0.5) & (values < 1000)
-            uneven = (values <= 0.5) | (small & (np.abs(values - np.rint(values)) > 1e-3))
+            uneven = (values <= 0.5) | (small & (np.abs(values - np.rint(values)) > ROUNDING))
             n_small, n_uneven = (np.bincount(cell, flags, rows.shape[0]) for flags in (small, uneven))
             table[:, 4 + i] = (n_small > 0) & (n_uneven == 0)
     return table
@@ -274,7 +286,8 @@ def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] =
         raise InputError(f"--counts {requested!r} is not one of {shown(choices)}.{nearest(requested, choices)}")
     if requested == "log1p":
         if (found := scan.normalisation).log != "log1p":
-            logger.warning("%s: used as log1p as asked, though it looks like %s.", path, found)
+            looks = "counts" if scan.is_nearly_counts else found
+            logger.warning("%s: used as log1p as asked, though it looks like %s.", path, looks)
         elif scan.n_raw_cells:
             logger.warning("%s: used as log1p as asked, though %d cells look like counts.", path, scan.n_raw_cells)
         return "log1p"
@@ -314,6 +327,9 @@ def _negative(scan: Scan, requested: str, path: Path, layers: Sequence[str]) -> 
 def _no_log1p(scan: Scan) -> str | None:
     """Why values that are not all whole are no log1p either, and what to do; None where they can be."""
     found, as_counts = scan.normalisation, "Pass --counts raw to use them as counts."
+    if scan.is_nearly_counts:
+        not_whole = f"{scan.n_fractional:,} of {int(scan.indptr[-1]):,} values are not exactly whole numbers"
+        return f"holds counts, but {not_whole}. Round them (numpy.rint) and save it, or pass --counts raw."
     if found.log == "no log":
         return f"has values that are not whole and sum to {_total(found.total or 0)} in each cell: no log. {as_counts}"
     if found.log != "log1p":

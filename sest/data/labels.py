@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sest.cache import Cache
-from sest.cells.labels import AS_IS, same_targets
+from sest.cells.labels import AS_IS, refuse_twins_between, same_targets
 from sest.cells.splits import GroupCells, group_cells
 from sest.errors import InputError
 from sest.machine.jit import compiled
@@ -106,7 +106,8 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
     """Read the labels of all cells of a cache; also as `sest.cells.splits` takes them.
 
     Raises:
-        InputError: a file has no perturbation column or no control cells.
+        InputError: a file has no perturbation column or no control cells, or perturbations of two files differ in case
+            alone.
     """
     groups = list(cache.groups.values())
     columns = [group.read_labels() for group in groups]
@@ -162,7 +163,11 @@ def read_labels(cache: Cache) -> tuple[Labels, list[GroupCells]]:
 
 
 def _spelled_alike(tables: list[GroupCells]) -> list[GroupCells]:
-    """The same labels with one spelling of each set of targets: B+A of a later file as A+B of an earlier one."""
+    """The same labels with one spelling of each set of targets: B+A of a later file as A+B of an earlier one.
+
+    Raises InputError for names that differ in case alone.
+    """
+    refuse_twins_between({t.path: [name for name in t.perturbations if name != t.control] for t in tables})
     known: dict[str, None] = {}
     result = []
     for table in tables:

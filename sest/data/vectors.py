@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sest.cells.labels import Treatment, targets_of, treatments_of
+from sest.cells.labels import targets_of
+from sest.cells.treatments import Treatment, treatments_of
 from sest.errors import InputError, nearest, shown
 from sest.untrusted.tensors import read_vectors
 

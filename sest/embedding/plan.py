@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 
 from sest import __version__
 from sest.cache import schema
+from sest.cache.journal import root_attributes
 from sest.cache.layout import GroupPlan
-from sest.cache.reader import read_projection
+from sest.cache.reader import Group, read_projection
 from sest.cache.storage import Storage, open_group
-from sest.cells.inputs import Cells
+from sest.cells.inputs import Cells, perturbations_in
+from sest.cells.labels import AS_IS, refuse_twins_between
 from sest.cells.scale import differing_scales
 from sest.cells.split_file import TRAIN, SplitFile
 from sest.cells.splits import assign_splits
@@ -67,6 +70,7 @@ class EmbedPlan:
 
 def plan_cache(cells: list[Cells], splits: SplitFile | None, config: EmbedConfig) -> EmbedPlan:
     """Load the encoder, decide the width and the sample; everything that can be refused is refused here."""
+    _refuse_copies(cells, {})
     _compare_scales(cells, config)
     encoder = make_encoder(config, cells)
     selected = _selected(cells, config.cells)
@@ -103,7 +107,21 @@ def plan_addition(
     Args:
         existing: the cache's attributes.
     """
-    return _planned(cells, config, made_of_cache(existing, storage), existing["projection_sample_sha256"])
+    made = made_of_cache(existing, storage)
+    _refuse_copies(cells, existing["inputs"])
+    if config.labels != AS_IS:
+        joined = {c.group: c.perturbations for c in cells}
+        refuse_twins_between(_perturbations_of([g for g in existing["groups"] if g not in joined], storage) | joined)
+    return _planned(cells, config, made, existing["projection_sample_sha256"])
+
+
+def _perturbations_of(groups: Sequence[str], storage: Storage) -> dict[str, list[str]]:
+    """The names of the perturbations of groups of a cache; none where it is unfinished, which is refused later."""
+    found = dict[str, list[str]]()
+    for path in groups if schema.COMPLETE in storage.here() else ():
+        about = root_attributes(storage, path) or {}
+        found[path] = perturbations_in(Group(storage, path, about).read_labels(), about["columns"]["control"])
+    return found
 
 
 def plan_alike(cells: list[Cells], config: EmbedConfig, made: Made) -> EmbedPlan:
@@ -112,6 +130,7 @@ def plan_alike(cells: list[Cells], config: EmbedConfig, made: Made) -> EmbedPlan
     `config` is as `sest.encoder.made.alike` gives it. What the projection was fitted on is not known of a checkpoint,
     so the cache has the projection's own hash there.
     """
+    _refuse_copies(cells, {})
     plan = _planned(cells, config, made, made.fitted.sha256 if made.fitted is not None else None)
     made.require(plan.encoder.sha256, config.encoder)
     return plan
@@ -172,6 +191,26 @@ def made_of_cache(attributes: Mapping[str, Any], storage: Storage) -> Made:
         genes=tuple(map(str, kept.get("genes", ()))),
         means=np.array(kept["means"]) if "means" in kept else None,
     )
+
+
+def _refuse_copies(cells: list[Cells], there: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise InputError where two files hold the same cells, which would count twice.
+
+    Args:
+        there: what each group of the cache that the files join says of its file, see `Cells.identity`.
+    """
+    groups = {c.group for c in cells}
+    kept = [about for group, about in there.items() if group not in groups]
+    often = Counter([*(c.scan.sha256 for c in cells), *(about["sha256"] for about in kept)])
+    seen = {(about["sha256"], about["labels_sha256"]): f"{about['file']}, which the cache has" for about in kept}
+    for c in cells:
+        if often[c.scan.sha256] > 1:
+            about = c.identity()
+            same = seen.setdefault((about["sha256"], about["labels_sha256"]), str(c.source.path))
+            if same != str(c.source.path):
+                raise InputError(
+                    f"{c.source.path} has the same cells as {same}: values, names and labels. Leave one of them out."
+                )
 
 
 def _compare_scales(cells: list[Cells], config: EmbedConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -25,6 +26,8 @@ from sest.prediction.controls import CachedPools, Pool, cached_pool, pool_of
 from sest.runs.known import Known
 
 logger = logging.getLogger(__name__)
+
+_NUMBERS = re.compile(r"cells|^\s*(n|num|number|counts?|n[\s_.-]?cell)\s*$", re.I)  # columns that may be n_cells
 
 Wanted = Sequence[str] | Mapping[str, int]
 """Perturbations to predict: names, or name -> cells."""
@@ -130,18 +133,24 @@ def _checked(wanted: Wanted, n_cells: int) -> dict[str, int]:
 
 
 def _read_table(path: Path, n_cells: int) -> dict[str, int]:
-    """Read target_gene -> n_cells; other columns are ignored. Without the second, `n_cells` of each."""
+    """Read target_gene -> n_cells, whatever the case of these names and spaces around them; other columns are ignored.
+
+    Without the second, `n_cells` of each.
+    """
     wanted: dict[str, int] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet's export begins with a mark
             reader = csv.DictReader(file)
             there = reader.fieldnames or []
-            if "target_gene" not in there:
+            names = _column(path, there, "target_gene")
+            if names is None:
                 raise InputError(f"{path} needs the column target_gene; its first line has: {shown(there)}.")
-            if "n_cells" not in there:
+            counts = _column(path, there, "n_cells")
+            if counts is None:
                 logger.info(f"{path} has no column n_cells: {n_cells} cells of each perturbation.")
             for row in reader:
-                name, count = (row["target_gene"] or "").strip(), (row.get("n_cells", str(n_cells)) or "").strip()
+                name = (row[names] or "").strip()
+                count = str(n_cells) if counts is None else (row[counts] or "").strip()
                 if not name or name in wanted or not count.isdecimal() or int(count) < 1:
                     raise InputError(
                         f"{path}, line {reader.line_num}: '{name},{count}' is not a new perturbation and a number of "
@@ -153,6 +162,24 @@ def _read_table(path: Path, n_cells: int) -> dict[str, int]:
     if not wanted:
         raise InputError(f"{path} lists no perturbations.")
     return wanted
+
+
+def _column(path: Path, there: Sequence[str], name: str) -> str | None:
+    """How a table writes the name of a column; None where it has none.
+
+    Raises:
+        InputError: several, or none, but one that may be meant.
+    """
+    found = [column for column in there if column.strip().casefold() == name]
+    if len(found) > 1:
+        raise InputError(f"{path} has the column {name} {len(found)} times: {shown(map(repr, found))}. Keep one.")
+    near = [column for column in there if name == "n_cells" and _NUMBERS.search(column)]
+    if not found and near:
+        raise InputError(
+            f"{path} has no column n_cells, but {shown(map(repr, near))}: rename it to n_cells if it is the number of "
+            "cells to predict, or remove it."
+        )
+    return found[0] if found else None
 
 
 def make_requests(

@@ -25,6 +25,9 @@ from sest.untrusted.unpickle import DAMAGE, damaged, read_dictionary, read_plain
 
 MAX_VECTOR_BYTES = 64 * 2**30
 SMALL, MOST_INFLATED = 2**29, 100  # bytes that any file may become, and how many times its own size
+INDEX_NAMES = frozenset(
+    ("gene", "gene_name", "name", "index", "perturbation", "target_gene", "drug", "id")
+)  # of tables
 TABLES = {".csv": ",", ".tsv": "\t"}  # ending -> what separates the columns
 
 
@@ -116,8 +119,8 @@ def _table(path: Path) -> dict[str, np.ndarray]:
             rows = [row for row in csv.reader(file, delimiter=TABLES[path.suffix]) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise damaged(path, error) from error
-    if rows and (not rows[0][0] or not _all_numbers(rows[0][1:])):
-        rows = rows[1:]  # the names of the columns
+    if rows and _names_columns(rows[0]):
+        rows = rows[1:]
     names = [row[0].strip() for row in rows]
     if twice := sorted({name for name, count in Counter(names).items() if count > 1}):
         raise InputError(f"{path.name} has {len(twice)} names more than once: {shown(twice)}.")
@@ -125,6 +128,18 @@ def _table(path: Path) -> dict[str, np.ndarray]:
     if bad:
         raise InputError(f"{path.name}: every row must be a name and the same number of numbers. Not so: {shown(bad)}.")
     return {name: np.array(row[1:], np.float32) for name, row in zip(names, rows, strict=True)}
+
+
+def _names_columns(first: Sequence[str]) -> bool:
+    """Whether the first line of a table names its columns, with words or with their numbers.
+
+    Numbers of one or two columns, as "gene,0,1", can be a vector as well: they are names below one of INDEX_NAMES.
+    """
+    name, cells = first[0].strip(), [cell.strip() for cell in first[1:]]
+    if not name or not _all_numbers(cells):
+        return True
+    numbered = any(cells == [str(i + start) for i in range(len(cells))] for start in (0, 1))
+    return numbered and not _all_numbers([name]) and (len(cells) > 2 or name.casefold() in INDEX_NAMES)
 
 
 def _all_numbers(cells: Sequence[str]) -> bool:

@@ -225,3 +225,21 @@ def test_a_context_is_a_cell_type_where_no_other_column_is() -> None:
     obs = table(perturbation=["control", "X"] * 3, context=list("aaabbb"))
     assert detect_columns(obs).cell_type == "context"
     assert detect_columns(obs.assign(cell_line=list("ababab"))).cell_type == "cell_line"
+
+
+def test_spaces_around_cell_types_and_batches_are_no_part_of_them_and_this_is_said() -> None:
+    obs = pd.DataFrame({"gene": ["ctrl", "A", "A"], "cell_type": ["x ", "x ", "y"], "batch": [" 1", "1", "2"]})
+    codes, names = labels(obs, "cell_type")
+    assert codes.tolist() == [0, 0, 1] and names == ("x", "y")
+    codes, names = labels(obs, "batch", twins=True)
+    assert codes.tolist() == [0, 0, 1] and names == ("1", "2")
+    notes = detect_columns(obs).notes
+    assert "Labels of 'cell_type' are read without the spaces around them: 'x '." in notes
+    assert "Labels of 'batch' are read without the spaces around them: ' 1'." in notes
+
+
+@pytest.mark.parametrize("other", ["beta ", "Beta", "BETA\t"])
+def test_cell_types_that_differ_in_case_or_spaces_alone_are_refused(other: str) -> None:
+    with pytest.raises(InputError, match=r"Labels in 'cell_type' that differ in case or spaces alone \(1\)") as error:
+        labels(pd.DataFrame({"cell_type": ["beta", other, "alpha"]}), "cell_type")
+    assert repr(other) in str(error.value) and "'beta'" in str(error.value)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sest.cells.genes import agreeing_names, gene_names, match_genes, names_as_known
+from sest.cells.genes import agreeing_names, all_names, gene_names, match_genes, names_as_known
 from sest.errors import InputError
 
 KNOWN = ["TSPAN6", "STAT1", "JAK2", "MYC", "IRF1", "CD86", "CAV1"]
@@ -164,3 +164,17 @@ def test_the_same_genes_in_any_order_and_under_any_name_become_the_same_names(or
     index = list(map(str, range(20))) if kind == "numbers" else ids
     names = agreeing_names([genes(SYMBOLS), genes(index, name=symbols, gene_ids=ids)])
     assert list(names[0].names) == SYMBOLS and list(names[1].names) == symbols
+
+
+def test_words_of_any_column_and_features_that_are_no_genes_name_no_gene() -> None:
+    var = pd.DataFrame(
+        {
+            "symbol": ["TP53", "MYC", "ACTB", "NT-1", "CD3"],
+            "pathway": ["None", "None", "None", "x", "x"],
+            "feature_types": ["Gene Expression", "Gene Expression", None, "CRISPR Guide Capture", "Antibody Capture"],
+        },
+        index=["E1", "E2", "E3", "NT-1", "CD3"],
+    )
+    assert all_names(var) == {"E1", "E2", "E3", "TP53", "MYC", "ACTB"}
+    biotypes = var[["symbol"]].assign(feature_type=["protein_coding"] * 4 + ["lncRNA"])
+    assert all_names(biotypes) == {*var.index, *var["symbol"]}

@@ -282,3 +282,15 @@ def test_a_file_of_any_name_has_a_group_by_rule_and_two_names_stay_two(tmp_path:
     (tmp_path / "細胞 (1).h5ad").touch()
     sources, _ = resolve_inputs([tmp_path / "細胞 (1).h5ad"])
     assert sources[0].group == sources[0].dataset == group_name("細胞 (1)")
+
+
+def test_perturbations_that_differ_in_case_between_files_are_refused_unless_labels_stay(tmp_path: Path) -> None:
+    one, two = (write_cells(tmp_path / f"{name}.h5ad", counts(9, seed=seed)) for seed, name in enumerate("ab"))
+    table = ad.read_h5ad(two)
+    table.obs["target_gene"] = table.obs["target_gene"].astype(str).replace({"STAT1": "Stat1"})
+    table.write_h5ad(two)
+    sources, _ = resolve_inputs([one, two])
+    with ExitStack() as stack, pytest.raises(InputError, match=r"'STAT1' \(.*a\.h5ad\) and 'Stat1' \(.*b\.h5ad\)"):
+        open_cells(sources, EmbedConfig(encoder="pca"), stack)
+    with ExitStack() as stack:
+        assert len(open_cells(sources, EmbedConfig(encoder="pca", labels="as-is"), stack)) == 2

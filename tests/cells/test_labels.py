@@ -14,12 +14,11 @@ from sest.cells.labels import (
     UNASSIGNED,
     DecidedLabels,
     NoControlError,
-    Treatment,
     decide,
     is_usual_control,
+    refuse_twins_between,
     same_targets,
     targets_of,
-    treatments_of,
 )
 from sest.errors import InputError
 
@@ -93,6 +92,14 @@ def test_cells_without_a_label_are_left_out_and_refused_as_they_stand() -> None:
         decide({"": 3, "ctrl": 2, "A": 4}, (), column="gene", rule=AS_IS)
 
 
+@pytest.mark.parametrize("given", [(), ("nan",)])
+def test_where_no_label_is_the_controls_cells_without_a_label_are_counted(given: tuple[str, ...]) -> None:
+    with pytest.raises(NoControlError, match="3 cells have no label: give them one if they are the controls, or pass"):
+        decide({"": 3, "A": 4}, given, column="gene")
+    with pytest.raises(NoControlError, match=r"'A' \(4\)\. Pass --control\.$"):
+        decide({"A": 4}, (), column="gene")
+
+
 def test_as_is_takes_every_label_for_itself() -> None:
     labels = ["ctrl", "ctrl_1", "A+ctrl", "ctrl+A", "None", "a", "A ", "A"]
     assert decided(*labels, rule=AS_IS).names == {label: label for label in labels}
@@ -114,6 +121,16 @@ def test_labels_that_differ_in_case_or_spaces_alone_are_refused(labels: tuple[st
         decided("ctrl", *labels)
     first, second = pair.split(" and ")
     assert first in str(error.value) and second in str(error.value) and "--labels as-is" in str(error.value)
+
+
+def test_perturbations_of_two_files_that_differ_in_case_alone_are_refused_and_an_order_is_no_difference() -> None:
+    refuse_twins_between({"one": ["A+B", "C"], "two": ["B+A", "C", "D"]})
+    with pytest.raises(InputError) as error:
+        refuse_twins_between({"one": ["A+B", "C"], "two": ["b+A", "C"], "three": ["c"]})
+    assert str(error.value).startswith(
+        "Perturbations of several files that differ in case or spaces alone (2): 'A+B' (one) and 'A+b' (two); "
+        "'C' (one) and 'c' (three). Make them one"
+    )
 
 
 def test_a_space_around_a_label_that_has_no_twin_is_no_part_of_it() -> None:
@@ -142,6 +159,51 @@ def test_a_given_control_has_its_own_guides_and_no_others() -> None:
     assert names("NT1", "NT11", given=("NT1",)) == {"NT1": "NT1", "NT11": "NT11"}  # a guide, not a stem
 
 
+@pytest.mark.parametrize(
+    ("labels", "given", "targets"),
+    [
+        (("NT", "TP53+NT-3"), (), {"TP53+NT-3": "TP53"}),
+        (("NT-1", "NT-2", "NT-3+TP53", "TP53"), (), {"NT-3+TP53": "TP53"}),
+        (("NT-1+NT-2", "TP53+NT-1", "NT-3+A"), (), {"TP53+NT-1": "TP53", "NT-3+A": "A"}),
+        (("NT-1+NT-1", "TP53+NT-1"), (), {"TP53+NT-1": "TP53"}),
+        (("non-targeting", "NegCtrl0+TP53", "A+NegCtrl1+B"), (), {"NegCtrl0+TP53": "TP53", "A+NegCtrl1+B": "A+B"}),
+        (("non-targeting", "NegCtrl0+TP53"), ("non-targeting",), {"NegCtrl0+TP53": "TP53"}),
+        (("PBS", "TP53+PBS_2"), ("PBS",), {"TP53+PBS_2": "TP53"}),
+        (("NT-1", "NT-2", "NT-1+TP53"), ("NT-*",), {"NT-1+TP53": "TP53"}),
+        (("safe_a", "safe_b+A"), ("safe_*",), {"safe_b+A": "A"}),
+        (("ctrl", "IL-6+NT-3", "NT-3"), (), {"IL-6+NT-3": "IL-6+NT-3", "NT-3": "NT-3"}),  # one: a ligand
+        (("ctrl", "IL-6+NT-3", "NT-3"), ("ctrl",), {"IL-6+NT-3": "IL-6+NT-3", "NT-3": "NT-3"}),
+        (("DMSO", "NT-1+A", "NT-2+A"), (), {"NT-1+A": "NT-1+A", "NT-2+A": "NT-2+A"}),  # of another control
+    ],
+)
+def test_a_guide_of_the_control_beside_a_target_is_no_target(
+    labels: tuple[str, ...], given: tuple[str, ...], targets: dict[str, str]
+) -> None:
+    found = names(*labels, given=given)
+    assert {label: found[label] for label in targets} == targets
+    assert all(d.name not in targets.values() for d in decided(*labels, given=given).of(CONTROL))
+
+
+def test_a_measured_gene_beside_a_target_is_no_guide() -> None:
+    assert names("NT", "A+NT3", "A", genes=("A", "NT3"))["A+NT3"] == "A+NT3"
+
+
+def test_a_pattern_of_controls_that_takes_measured_genes_is_refused() -> None:
+    labels, genes = ("NT-1", "NT-2", "NT-31", "NTRK1", "NT5E+NT-1", "A"), ("NTRK1", "NT5E", "A")
+    with pytest.raises(InputError) as error:
+        decided(*labels, given=("NT*",), genes=genes)
+    assert str(error.value) == (
+        "--control 'NT*' also takes measured genes for controls: 'NTRK1', 'NT5E+NT-1'. "
+        "Give the controls alone: --control 'NT-*'."
+    )
+    found = names(*labels, given=("NT-*",), genes=genes)
+    assert found["NTRK1"] == "NTRK1" and found["NT5E+NT-1"] == "NT5E" and found["NT-31"] == "NT"
+    with pytest.raises(InputError, match=r"alone: --control 'NT1' --control 'NT2'\.$"):
+        decided("NT1", "NT2", "NT5E", given=("NT*",), genes=genes)
+    assert names("NT5E", "NT5E2", given=("NT5E",), genes=("NT5E", "NT5E2"))["NT5E2"] == "NT5E2"  # a name, no pattern
+    assert [d.label for d in decided("NT1", "NTX", "A", given=("NT*",), genes=("A",)).of(CONTROL)] == ["NT1", "NTX"]
+
+
 def test_genes_are_never_guides_or_controls() -> None:
     assert names("ctrl", "NT1", "NT2", genes=("NT1", "NT2")) == {"ctrl": "ctrl", "NT1": "NT1", "NT2": "NT2"}
     assert decided("non-targeting", "CTRL", "A+CTRL", genes=("CTRL", "A")).names["A+CTRL"] == "A+CTRL"
@@ -167,13 +229,8 @@ def test_pairs_with_an_underscore_are_sets_where_a_control_stands_beside_single_
     assert names("ctrl", "AHR_FEV", "AHR")["AHR_FEV"] == "AHR_FEV"
 
 
-def test_drugs_and_doses_are_apart_and_never_split() -> None:
+def test_drugs_and_doses_are_never_split() -> None:
     label = "[('Trametinib', 0.05, 'uM'), ('(+)-JQ1', 1.0, 'uM')]"
-    assert treatments_of(label) == (Treatment("Trametinib", 0.05, "uM"), Treatment("(+)-JQ1", 1.0, "uM"))
-    assert treatments_of("Nutlin-3a_0.5uM") == (Treatment("Nutlin-3a", 0.5, "uM"),)
-    for time, hours in (("_48h", 48.0), (" 2 days", 48.0), ("@30min", 0.5), ("_6hr", 6.0)):
-        assert treatments_of(f"Nutlin-3a_0.5uM{time}") == (Treatment("Nutlin-3a", 0.5, "uM", hours),)
-    assert treatments_of("STAT1") == treatments_of("[('x', 'high', 'uM')]") == treatments_of("[(" * 300) == ()
     assert targets_of(label) == (label,) and targets_of("(+)-JQ1") == ("(+)-JQ1",) and targets_of("A+") == ("A+",)
     control = "[('DMSO_TF', 0.0, 'uM')]"
     assert names(control, label) == {control: control, label: label}

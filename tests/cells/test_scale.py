@@ -369,6 +369,37 @@ def test_scaled_values_are_called_scaled_and_raw_is_named() -> None:
     assert decide_scale(scan, "log1p", Path("x")) == "log1p"  # as asked
 
 
+def _one_fraction(values: np.ndarray) -> np.ndarray:
+    values[3, 5] = 0.5
+    return values
+
+
+@pytest.mark.parametrize(
+    ("change", "n"),
+    [(_one_fraction, "1"), (lambda x: np.expm1(np.log1p(x.astype(np.float32))), r"[\d,]+")],
+    ids=["one", "rounding"],
+)
+@pytest.mark.parametrize("shallow", [False, True])
+def test_counts_of_which_some_are_not_quite_whole_are_called_so(
+    change: Callable[[np.ndarray], np.ndarray], n: str, shallow: bool
+) -> None:
+    values = drawn(2)
+    if shallow:
+        values = np.random.default_rng(1).binomial(values.astype(int), 0.2).astype(float)
+    scan = scanned(change(values))
+    with pytest.raises(InputError, match=rf"^x holds counts, but {n} of [\d,]+ values are not exactly whole") as error:
+        decide_scale(scan, "auto", Path("x"))
+    assert "--counts raw" in str(error.value) and "numpy.log" not in str(error.value)
+    assert decide_scale(scan, "raw", Path("x")) == "counts"
+
+
+def test_cells_of_log1p_among_cells_of_counts_are_no_rounding() -> None:
+    values = drawn(2) * 20
+    values[7] = np.log1p(normalised(values[7:8], 1e4))
+    with pytest.raises(InputError, match="mixes scales"):
+        decide_scale(scanned(values), "auto", Path("x"))
+
+
 def test_counts_corrected_for_ambient_rna_are_called_so_and_the_option_is_named() -> None:
     rng = np.random.default_rng(0)
     values = drawn(2) * 20

@@ -178,3 +178,9 @@ def test_a_set_of_targets_has_one_spelling_over_all_files(tmp_path: Path) -> Non
     labels, tables = read_labels(cache)
     assert labels.perturbations == ("ctrl", "A+B", "C")
     assert all("B+A" not in table.perturbations for table in tables)
+
+
+def test_names_of_two_files_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+    cache = opened(tmp_path, small_screen("a", sizes={"STAT1": 3}), small_screen("b", sizes={"Stat1": 2}, seed=1))
+    with pytest.raises(InputError, match=r"differ in case or spaces alone \(1\): 'STAT1' \(a\) and 'Stat1' \(b\)"):
+        read_labels(cache)

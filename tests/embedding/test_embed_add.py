@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -158,3 +160,37 @@ def test_a_file_without_the_genes_of_the_caches_pca_is_refused(files: dict[str, 
     other = write_cells(tmp_path / "c.h5ad", counts(9), var=var)
     with pytest.raises(InputError, match=r"lacks 2 of the 30 genes of the PCA of .*: G28, G29. Make a cache of all"):
         embed([other], cache, config, add=True)
+
+
+def test_a_perturbation_that_differs_in_case_from_one_of_the_cache_does_not_join(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    config, cache = EmbedConfig(encoder="pca", dim="4", device="cpu"), tmp_path / "s.zarr"
+    embed([files["a"]], cache, config)
+    table = ad.read_h5ad(files["b"])
+    table.obs["target_gene"] = table.obs["target_gene"].astype(str).replace({"STAT1": "Stat1"})
+    table.write_h5ad(files["b"])
+    with pytest.raises(InputError, match=r"'STAT1' \(a\) and 'Stat1' \(b\)"):
+        embed([files["b"]], cache, config, add=True)
+    assert list(open_cache(cache).groups) == ["a"]
+
+
+def test_a_copy_of_a_file_is_refused_beside_it_and_where_the_cache_has_it(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    config, cache = EmbedConfig(encoder="pca", dim="4", device="cpu"), tmp_path / "s.zarr"
+    copy = tmp_path / "a (1).h5ad"
+    shutil.copyfile(files["a"], copy)
+    for dry_run in (False, True):
+        with pytest.raises(
+            InputError, match=r"a \(1\)\.h5ad has the same cells as .*a\.h5ad: values, names and labels"
+        ):
+            embed([files["a"], copy], cache, config, dry_run=dry_run)
+    embed([files["a"]], cache, config)
+    with pytest.raises(InputError, match=r"a \(1\)\.h5ad has the same cells as a\.h5ad, which the cache has"):
+        embed([files["b"], copy], cache, config, add=True)
+    assert embed([files["a"], files["b"]], cache, config, add=True).complete  # the same file is no copy
+    table = ad.read_h5ad(copy)
+    table.obs_names = [f"other{i}" for i in range(table.n_obs)]
+    table.write_h5ad(copy)
+    assert embed([copy], cache, config, add=True).complete  # other cells

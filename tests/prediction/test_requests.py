@@ -105,6 +105,13 @@ def test_a_table_of_counts_says_what_and_how_many(demo: Demo, names: list[str], 
         ("gene,cells\nA,5\n", "needs the column target_gene; its first line has: gene, cells"),
         ("", "its first line has: (none)"),
         ("target_gene,n_cells\n", "lists no perturbations"),
+        (
+            "target_gene,ncells\nA,5\n",
+            "no column n_cells, but 'ncells': rename it to n_cells if it is the number of cells",
+        ),
+        ("target_gene,Number of cells\nA,5\n", "no column n_cells, but 'Number of cells'"),
+        ("target_gene, count\nA,5\n", "no column n_cells, but ' count'"),
+        ("target_gene,n_cells,N_cells\nA,5,6\n", "the column n_cells 2 times: 'n_cells', 'N_cells'. Keep one."),
     ],
 )
 def test_a_bad_table_of_counts_is_refused_with_the_line(
@@ -112,6 +119,15 @@ def test_a_bad_table_of_counts_is_refused_with_the_line(
 ) -> None:
     (tmp_path / "counts.csv").write_text(text)
     assert message in refusal(list=str(tmp_path / "counts.csv"))
+
+
+@pytest.mark.parametrize(
+    "first", ["target_gene, n_cells", "Target_Gene,N_cells,umi_per_cell", " n_cells ,target_gene "]
+)
+def test_columns_of_a_table_are_found_whatever_their_case_and_spaces(first: str, tmp_path: Path) -> None:
+    lines = ["20, A", "30, B"] if first.startswith(" n") else ["A, 20", "B, 30"]
+    (tmp_path / "counts.csv").write_text("\n".join([first, *lines]) + "\n")
+    assert read_wanted(None, PredictConfig(list=str(tmp_path / "counts.csv"))) == {"A": 20, "B": 30}
 
 
 def test_bad_requests_are_refused_in_one_line_and_nothing_is_written(

@@ -70,6 +70,25 @@ def test_tables_that_are_no_vectors_by_name_are_refused(text: str, message: str,
         read_vectors(tmp_path / "x.csv")
 
 
+@pytest.mark.parametrize(
+    ("first", "is_header"),
+    [
+        ("gene,0,1,2", True),  # as pandas writes an index with a name and columns without
+        ("gene,1,2,3", True),
+        ("whatever,0,1,2", True),
+        ("gene,0", True),
+        ("A,0,1", False),  # one of two one-hot columns
+        ("A,0.0,1.0,2.0", False),
+        ("A,0,1,3", False),
+        ("7,0,1,2", False),  # a name that is a number
+    ],
+)
+def test_a_first_line_of_column_numbers_is_no_vector(first: str, is_header: bool, tmp_path: Path) -> None:
+    row = ",".join(["B", *["0.5"] * first.count(",")])
+    (tmp_path / "x.csv").write_text(f"{first}\n{row}\n")
+    assert read_vectors(tmp_path / "x.csv")[0] == (("B",) if is_header else (first.split(",")[0], "B"))
+
+
 def test_vectors_keep_the_order_of_the_file(tmp_path: Path) -> None:
     torch.save({name: torch.full((2,), float(i)) for i, name in enumerate(["TP53", "ACTB", "MYC"])}, tmp_path / "x.pt")
     names, matrix = read_vectors(tmp_path / "x.pt")
