@@ -70,7 +70,8 @@ def test_what_lies_in_an_input_or_around_one_is_never_replaced(tmp_path: Path, c
     (cache / "zarr.json").write_text("{}")
     assert f"is a part of {cache}" in refused(cache / "zarr.json", force=True, inputs=[cache])
     assert f"holds {cells}" in refused(tmp_path, force=True, inputs=[cells], made=os.listdir(tmp_path))
-    check_output(cache / "new", inputs=[cache])  # beside what is there, as always
+    (tmp_path / "cells").mkdir()
+    check_output(tmp_path / "cells" / "new", inputs=[tmp_path / "cells"])  # beside what is there, as always
 
 
 def test_a_folder_is_new_or_empty_or_holds_nothing_but_what_is_made(tmp_path: Path) -> None:

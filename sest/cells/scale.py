@@ -23,7 +23,6 @@ from sest.files.matrix import rows_at_once
 logger = logging.getLogger(__name__)
 
 LARGEST_PREDICTED_LOG1P = 14.0  # predicted values are cut here: cell-eval takes 15 and more for counts
-VALUES_AT_ONCE = 2**20  # that sums over cells are made of: at most 40 MB are held beside the values themselves
 SAMPLED_CELLS = 256  # at most, evenly spaced over a file: their sums tell how it was normalised
 FEWEST_CELLS = 10  # whose sums tell anything
 ONE_TOTAL = 0.02  # (95% - 5% quantile) / median of sums that are one total; rounding to three digits gives 0.001
@@ -367,17 +366,6 @@ def total_counts(rows: sp.csr_matrix) -> np.ndarray:
             totals[some] = np.add.reduceat(rows.data, rows.indptr[some], dtype=np.int32)
             return totals
     return np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def gene_moments(rows: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each gene over cells (n, G), both (G,) float64: no float64 copy of all values is made."""
-    (n_cells, n_genes), sums = rows.shape, np.zeros((2, rows.shape[1]))
-    for start in range(0, rows.nnz, VALUES_AT_ONCE):
-        genes = rows.indices[start : start + VALUES_AT_ONCE].astype(np.intp)
-        values = rows.data[start : start + VALUES_AT_ONCE].astype(np.float64)
-        sums += np.bincount(genes, values, n_genes), np.bincount(genes, values * values, n_genes)
-    mean, square = sums / n_cells
-    return mean, np.maximum(square - mean**2, 0.0)
 
 
 def factors_to(target_sum: float, totals: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

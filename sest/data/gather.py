@@ -16,6 +16,8 @@ import scipy.sparse
 from sest.cells import csr
 from sest.errors import InputError
 
+VALUES_AT_ONCE = 2**20  # of `gene_moments`: at most 40 MB are held beside the values themselves
+
 
 def dense_log1p(
     rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, factor: np.ndarray, out: np.ndarray
@@ -200,3 +202,14 @@ def _as_files_say() -> Iterator[None]:
             f"Values of cells are damaged ({error}). Check the cache with `sest info --verify` and delete the hidden "
             "folder .derived in it: what is there is made again."
         ) from error
+
+
+def gene_moments(rows: scipy.sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each gene over cells (n, G), both (G,) float64: no float64 copy of all values is made."""
+    (n_cells, n_genes), sums = rows.shape, np.zeros((2, rows.shape[1]))
+    for start in range(0, rows.nnz, VALUES_AT_ONCE):
+        genes = rows.indices[start : start + VALUES_AT_ONCE].astype(np.intp)
+        values = rows.data[start : start + VALUES_AT_ONCE].astype(np.float64)
+        sums += np.bincount(genes, values, n_genes), np.bincount(genes, values * values, n_genes)
+    mean, square = sums / n_cells
+    return mean, np.maximum(square - mean**2, 0.0)

@@ -13,11 +13,12 @@ import scipy.sparse
 import torch
 
 from sest import progress
-from sest.cells.scale import gene_moments, log1p_rows
+from sest.cells.scale import log1p_rows
 from sest.cells.split_file import TEST, VAL
 from sest.config import TrainConfig
 from sest.data.control_values import columns_of, spread
 from sest.data.dataset import Dataset
+from sest.data.gather import gene_moments
 from sest.facts.embeddings import principal_axes
 from sest.facts.pairs import PairResults
 from sest.machine.devices import choose_precision

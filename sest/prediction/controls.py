@@ -20,17 +20,10 @@ from sest import progress
 from sest.cells.columns import CONTEXT, detect_columns, labels, perturbations, usual_columns
 from sest.cells.genes import all_names
 from sest.cells.inputs import Cells, open_cells, resolve_inputs
-from sest.cells.scale import (
-    Normalisation,
-    cut_log1p,
-    factors_to,
-    gene_moments,
-    log1p_rows,
-    total_counts,
-    totals_of,
-)
+from sest.cells.scale import Normalisation, cut_log1p, factors_to, log1p_rows, total_counts, totals_of
 from sest.config import VCC2026, EmbedConfig, PredictConfig
 from sest.data.dataset import Dataset
+from sest.data.gather import gene_moments
 from sest.data.resident import place_of
 from sest.encoder.align import name_genes_as
 from sest.encoder.base import CellEncoder
@@ -149,6 +142,10 @@ def planned_pools(config: PredictConfig, checkpoint: Checkpoint) -> dict[str, Po
         InputError: options of --controls without it; no such file, no controls in it, or an encoder that is not known.
     """
     if not config.controls:
+        if config.template is None and (config.pert_col, config.cell_type_col, config.control) != (None, None, None):
+            raise InputError(
+                "--pert-col, --cell-type-col and --control are of --template or --controls. Pass one of these."
+            )
         if config.all_controls:
             raise InputError("--all-controls says that all cells of --controls are unperturbed. Pass --controls too.")
         if config.missing_genes != "error":

@@ -75,9 +75,6 @@ def read_wanted(wanted: Wanted | None, config: PredictConfig) -> dict[str, int] 
         raise InputError(
             "Name the perturbations, or pass one of --template, --list, --only and --all-perturbations, not both."
         )
-    reading = {"--pert-col": config.pert_col, "--cell-type-col": config.cell_type_col, "--control": config.control}
-    if template is None and config.controls is None and (given := [k for k, v in reading.items() if v is not None]):
-        raise InputError(f"{', '.join(given)}: of a --template or a file of --controls. Pass one of them, or neither.")
     if sum(x is not None for x in ways) > 1:
         raise InputError("Pass one of --template, --list, --only and --all-perturbations.")
     if wanted is not None:
@@ -87,7 +84,7 @@ def read_wanted(wanted: Wanted | None, config: PredictConfig) -> dict[str, int] 
     if only is not None:
         return dict.fromkeys([only] if isinstance(only, str) else only, n_cells)
     if config.n_cells is not None and not config.all_perturbations:
-        as_many = "rows of the template" if template is not None else "real cells of the test split"
+        as_many = "real cells of the test split" if template is None else "rows of the template"
         raise InputError(f"As many cells are predicted as there are {as_many}. Leave --n-cells out.")
     return None
 

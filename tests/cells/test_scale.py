@@ -7,7 +7,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import anndata as ad
 import h5py
@@ -28,7 +27,6 @@ from sest.cells.scale import (
     decide_scale,
     differing_scales,
     factors_to,
-    gene_moments,
     log1p_rows,
     normalisation_of,
     normalised_to,
@@ -465,19 +463,6 @@ def test_a_cell_without_counts_has_factor_0_and_the_others_sum_to_the_target() -
     rows = sp.csr_matrix(np.array([[3, 0, 5], [0, 0, 0], [300, 300, 0]], np.int16))
     assert total_counts(rows).tolist() == [8, 0, 600] and total_counts(rows).dtype == np.float64
     assert factors_to(1200.0, total_counts(rows)).tolist() == [150, 0, 2]
-
-
-@pytest.mark.parametrize("at_once", [3, 2**20])
-def test_moments_of_genes_are_those_of_the_dense_cells(at_once: int) -> None:
-    cells = sp.random(40, 7, 0.4, format="csr", dtype=np.float32, random_state=1)
-    cells.data[:5] = 0.0  # stored zeros
-    with mock.patch("sest.cells.scale.VALUES_AT_ONCE", at_once):
-        mean, variance = gene_moments(cells)
-        none = gene_moments(cells[:2, :0])
-    dense = cells.toarray().astype(np.float64)
-    np.testing.assert_allclose(mean, dense.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(variance, dense.var(0), rtol=1e-12, atol=1e-15)
-    assert [part.shape for part in none] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.int64, np.float32])

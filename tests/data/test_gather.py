@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 from sest.cells.csr import SMALL_COUNTS
 from sest.cells.scale import factors_to, log1p_rows, total_counts
-from sest.data.gather import add_log1p, dense_log1p, group_sums, take_rows
+from sest.data.gather import add_log1p, dense_log1p, gene_moments, group_sums, take_rows
 from sest.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -147,3 +149,16 @@ def test_no_loop_leaves_its_arrays_whatever_a_damaged_csr_says(
     with damage:
         add_log1p(rows, np.array([0, 1, 2, 3]), block, np.arange(4), 1e4, sums[4:8])
     assert not out[:4].any() and not out[8:].any() and not sums[:4].any() and not sums[8:].any()
+
+
+@pytest.mark.parametrize("at_once", [3, 2**20])
+def test_moments_of_genes_are_those_of_the_dense_cells(at_once: int) -> None:
+    cells = sp.random(40, 7, 0.4, format="csr", dtype=np.float32, random_state=1)
+    cells.data[:5] = 0.0  # stored zeros
+    with mock.patch("sest.data.gather.VALUES_AT_ONCE", at_once):
+        mean, variance = gene_moments(cells)
+        none = gene_moments(cells[:2, :0])
+    dense = cells.toarray().astype(np.float64)
+    np.testing.assert_allclose(mean, dense.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(variance, dense.var(0), rtol=1e-12, atol=1e-15)
+    assert [part.shape for part in none] == [(0,), (0,)]

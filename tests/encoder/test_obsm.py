@@ -134,5 +134,8 @@ def test_what_is_no_embedding_is_refused_before_anything_is_written(
 
 def test_files_of_different_widths_are_refused(tmp_path: Path) -> None:
     paths = [with_obsm(tmp_path / f"{name}.h5ad", values(width)) for name, width in (("a", 5), ("b", 6))]
+    other = ad.read_h5ad(paths[1])
+    other.obs_names = [f"b {name}" for name in other.obs_names]  # the same cells twice are refused
+    other.write_h5ad(paths[1])
     with pytest.raises(InputError, match=r"'X_scVI' has different widths: a\.h5ad 5, b\.h5ad 6"):
         embed(paths, tmp_path / "c.zarr", config())

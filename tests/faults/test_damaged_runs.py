@@ -91,7 +91,7 @@ def names_of(run: Path) -> list[str]:
 @pytest.fixture
 def predicted(demo: Demo, tmp_path: Path) -> Path:
     """Some cells of one perturbation, and the controls."""
-    predict(demo.run, tmp_path / "predicted.h5ad", PredictConfig(cell_type="beta", n_cells=4))
+    predict(demo.run, tmp_path / "predicted.h5ad", PredictConfig(cell_type="beta"))
     return tmp_path / "predicted.h5ad"
 
 

@@ -35,7 +35,7 @@ SMALL = (
 COMMANDS = {
     "embed": "embed {cells} --encoder pca --dim 4 --device cpu --cache {out}/new.zarr",
     "train": "train {cache} --run {out}/run",
-    "predict": "predict {run} --cell-type beta --n-cells 4 --device cpu --out {out}/new.h5ad",
+    "predict": "predict {run} --cell-type beta --device cpu --out {out}/new.h5ad",
     "evaluate": "evaluate {predicted} {cells} --out {out}/scores",
     "report": "report {run} --no-model --out {out}/report.html",
     "simulate": "simulate {out}/new.h5ad --n-genes 60 --n-perturbations 4 --n-cells 5",

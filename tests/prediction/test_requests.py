@@ -279,9 +279,7 @@ def test_options_that_would_do_nothing_are_refused() -> None:
     for given, said in (
         ({"n_cells": 5}, "real cells of the test split. Leave --n-cells out"),
         ({"n_cells": 5, "template": "t.h5ad"}, "rows of the template. Leave --n-cells out"),
-        ({"control": "x", "pert_col": "y", "only": "P"}, "--pert-col, --control: of a --template or a file of"),
     ):
         with pytest.raises(InputError, match=said):
             read_wanted(None, PredictConfig(**given))
     assert read_wanted(None, PredictConfig(n_cells=5, all_perturbations=True)) is None
-    assert read_wanted(None, PredictConfig(control="x", controls="c.h5ad", only="P")) is not None
