@@ -364,7 +364,7 @@ def _scale(file: CellFile) -> str:
     n = min(file.n_cells, FIRST_CELLS)
     scan = scan_blocks([file.rows(0, n)], n, list(file.var.index))
     try:
-        scale = decide_scale(scan, "auto", file.path, file.choices)
+        scale = decide_scale(scan, "auto", file.path, file.choices, file.log_base)
     except InputError as error:
         return str(error)
     return str(scan.normalisation) if scale == "log1p" else scale

@@ -216,7 +216,7 @@ def open_cells(sources: Sequence[Source], config: EmbedConfig, stack: ExitStack)
     progress.begin("Reading", sum(file.n_cells for file in files), "cells")
     for source, file, found, obs in zip(sources, files, columns, tables, strict=True):
         scan = scan_file(file, progress.advance)
-        scale = decide_scale(scan, config.counts, file.path, file.choices)
+        scale = decide_scale(scan, config.counts, file.path, file.choices, file.log_base)
         result.append(Cells(source, file, scan, scale, found, obs))
     for cells in result:
         _describe(cells)

@@ -273,11 +273,12 @@ def differing_scales(
     return "; ".join(told[:3]) + (f"; and {len(told) - 3} more files differ" if len(told) > 3 else "")
 
 
-def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] = ()) -> str:
+def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] = (), base: float | None = None) -> str:
     """Return "counts" or "log1p", the scale of the whole file; `requested`, from --counts, is auto, raw or log1p.
 
     auto: whole numbers with one above 1 are counts; values that are not whole, in cells that could all be log1p, are
     log1p. All else is an InputError (cells that disagree, zeros and ones only, CPM without log), which names `layers`.
+    `base`: of logarithms, as the file says (`CellFile.log_base`).
     """
     there = f" Or choose with --layer: {shown(('X', *layers))}." if layers else ""
     choices = ("auto", "raw", "log1p")
@@ -302,7 +303,7 @@ def decide_scale(scan: Scan, requested: str, path: Path, layers: Sequence[str] =
         raise InputError(
             f"{path} holds only zeros and ones: counts or log1p? Pass --counts raw or --counts log1p.{there}"
         )
-    if problem := _no_log1p(scan):
+    if problem := _no_log1p(scan, base):
         raise InputError(f"{path} {problem}{there}")
     return "log1p"
 
@@ -323,7 +324,7 @@ def _negative(scan: Scan, requested: str, path: Path, layers: Sequence[str]) -> 
     return f"{path} has {scan.n_negative:,} values below zero: these are not counts, and not log1p.{raw}{zero}{there}"
 
 
-def _no_log1p(scan: Scan) -> str | None:
+def _no_log1p(scan: Scan, base: float | None) -> str | None:
     """Why values that are not all whole are no log1p either, and what to do; None where they can be."""
     found, as_counts = scan.normalisation, "Pass --counts raw to use them as counts."
     if scan.is_nearly_counts:
@@ -331,10 +332,11 @@ def _no_log1p(scan: Scan) -> str | None:
         return f"holds counts, but {not_whole}. Round them (numpy.rint) and save it, or pass --counts raw."
     if found.log == "no log":
         return f"has values that are not whole and sum to {_total(found.total or 0)} in each cell: no log. {as_counts}"
-    if found.log != "log1p":
-        factor = "numpy.log(2)" if found.log == "log2" else "numpy.log(10)"
+    base = {"log2": 2, "log10": 10}.get(found.log, None if base is None or np.isclose(base, np.e) else base)
+    if base is not None:
+        what = found if found.log != "log1p" else f"logarithms of base {base:g}, as its uns['log1p'] says"
         return (
-            f"holds {found}, not log1p. Convert it with adata.X = adata.X * {factor} and save it, or pass "
+            f"holds {what}, not log1p. Convert it with adata.X = adata.X * numpy.log({base:g}) and save it, or pass "
             "--counts log1p to use it as it is."
         )
     if scan.n_raw_cells and scan.n_log1p_cells and 2 * scan.n_whole_cells > scan.n_raw_cells:

@@ -101,7 +101,7 @@ class Side:
         if self.is_predicted and scan.n_negative:
             raise InputError(_effects(self.file.path, scan.n_negative))
         path, choices = self.file.path, self.file.choices
-        scale = LOG1P if self.counts is None else decide_scale(scan, self.counts, path, choices)
+        scale = LOG1P if self.counts is None else decide_scale(scan, self.counts, path, choices, self.file.log_base)
         if scale != taken_for:
             del found  # the sums are as large as all else
             _, *found = self._sums(n_groups * folds, n_types, into, keep, scale, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,7 @@ class CellFile:
     def __init__(self, path: Path | str, layer: str | None = None, modality: str | None = None) -> None:
         self.path = located(path)
         root, self._close = open_container(self.path)
+        self._layer = layer
         self._window: tuple[int, int, sp.csr_matrix] | None = None  # (first row, row after the last, canonical rows)
         try:
             with damage_is_bad_input(self.path):
@@ -77,6 +79,21 @@ class CellFile:
         """The genes' table (G rows); the index holds the gene names, each once."""
         with damage_is_bad_input(self.path):
             return self._table("var", self._genes_in).frame(lenient=True)
+
+    @property
+    def log_base(self) -> float | None:
+        """The base of the logarithms in X and raw/X, as scanpy.pp.log1p says it; None: not said, or of a layer."""
+        with damage_is_bad_input(self.path):
+            node: Any = self.root
+            for name in ("uns", "log1p", "base"):
+                if is_array(node) or name not in node:
+                    return None
+                node = child(node, name)
+            if self._layer not in (None, "X", "raw") or not is_array(node) or node.shape not in ((), None):
+                return None
+            value = node[()]  # None is h5py.Empty in HDF5
+            base = float(value) if isinstance(value, np.number | np.ndarray) and value.dtype.kind in "iuf" else 0.0
+            return base if 1 < base < np.inf else None
 
     def embedding(self, key: str) -> Embedding:
         """The entry `key` of obsm. Raises InputError: there is none, or it is no embedding."""

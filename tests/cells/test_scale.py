@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import sest.files.matrix
 from helpers.damaged_h5ad import FORMS, counts, strings, write
+from helpers.zarr_cells import as_zarr
 from sest.cells.scale import (
     SAMPLED_CELLS,
     Normalisation,
@@ -472,3 +473,21 @@ def test_total_counts_are_exact_in_every_type(dtype: type[np.generic]) -> None:
     rows = sp.csr_matrix(dense.astype(dtype))
     assert total_counts(rows).tolist() == dense.sum(1).tolist()
     assert total_counts(rows[:1]).tolist() == [0] and total_counts(rows[:0]).shape == (0,)
+
+
+def test_another_base_of_logarithms_is_believed_where_the_file_says_it(tmp_path: Path) -> None:
+    """Of some genes of a cell its sums do not tell it: scanpy.pp.log1p(adata, base=2) writes it into uns."""
+    some = np.log2(1 + normalised(drawn(3), 1e4))[:, ::3].astype(np.float32)
+    for base, said in ((2, "logarithms of base 2, as its uns"), (None, ""), (float(np.e), ""), ("2", ""), (0, "")):
+        adata = ad.AnnData(some, uns={"log1p": {"base": base}}, layers={"other": some})
+        adata.write_h5ad(tmp_path / "c.h5ad")
+        for path in (tmp_path / "c.h5ad", as_zarr(tmp_path / f"{base}.zarr", adata, "zarr3")):
+            for layer in (None, "other"):
+                with CellFile(path, layer) as file:
+                    given = scan_file(file), "auto", path, (), file.log_base
+                    if said and layer is None:
+                        with pytest.raises(InputError, match=rf"{said}.*numpy.log\(2\).*--counts log1p"):
+                            decide_scale(*given)
+                        assert decide_scale(given[0], "log1p", *given[2:]) == "log1p"
+                    else:
+                        assert decide_scale(*given) == "log1p"
